@@ -1,0 +1,24 @@
+//! hfcore's engine: from messages to tokens, in the process. No Python, no unsafe.
+#![forbid(unsafe_code)]
+
+// A ladder: a module uses only modules above it. tests/test_architecture.py guards it.
+pub mod error;
+pub mod options;
+pub mod template;
+pub mod tokenizer;
+pub mod weights;
+pub mod vocab;
+pub mod gguf;
+pub mod safetensors;
+pub mod arch;
+pub mod batch;
+pub mod pages;
+pub mod device;
+pub mod cpu;
+pub mod candle;
+pub mod decoder;
+pub mod sampling;
+pub mod stop;
+pub mod sequence;
+pub mod scheduler;
+pub mod engine;
