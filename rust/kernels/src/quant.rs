@@ -353,7 +353,8 @@ fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
     }
 }
 
-/// `d` f16, two bytes of high and four of low scale bits, 128 of nibbles into [`IQ4_VALUES`]: d s v, in sub-blocks of 32.
+/// `d` f16, two bytes of high and four of low scale bits, 128 of nibbles into [`IQ4_VALUES`]: d s v,
+/// in sub-blocks of 32.
 fn iq4_xs(b: &[u8; 136], y: &mut [f32; 256]) {
     let (d, high) = (f16_at(b, 0), u16_at(b, 2));
     for (i, y) in y.iter_mut().enumerate() {
@@ -491,7 +492,7 @@ mod tests {
     #[test]
     fn q4_k_multiplies_scales_and_subtracts_minima() {
         let mut b = [0; 144];
-        (b[0..2].copy_from_slice(&TWO), b[2..4].copy_from_slice(&ONE));
+        b[..4].copy_from_slice(&[TWO, ONE].concat());
         (b[5], b[9]) = (3, 4); // sub-block 1: scale 3, minimum 4
         b[16] = 0xa5; // code 0 of sub-block 0 is 5, of sub-block 1 is 10
         let y = block(TensorType::Q4_K, &b);
