@@ -994,4 +994,119 @@ mod tests {
         assert_eq!(split_name("m-+0002-of-00005.gguf"), None);
         assert_eq!(split_name("m.gguf"), None);
     }
+
+    /// One part of three: `no`, with one tensor of `name`.
+    fn part(no: u16, name: &str) -> Writer {
+        let mut w = Writer::new()
+            .key("split.no", 2, &no.to_le_bytes())
+            .key("split.count", 2, &3_u16.to_le_bytes())
+            .key("split.tensors.count", 5, &3_i32.to_le_bytes());
+        w.tensors = vec![(name.into(), vec![8], 0, 0)];
+        w
+    }
+
+    /// Write the files to a directory of their own, open one of them.
+    fn open_among(test: &str, files: &[(&str, &Writer)], name: &str) -> Result<Weights> {
+        let dir = std::env::temp_dir().join(format!("hfcore-gguf-{}-{test}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        for (name, writer) in files {
+            std::fs::write(dir.join(name), writer.write()).unwrap();
+        }
+        let weights = open(&dir.join(name));
+        std::fs::remove_dir_all(&dir).unwrap();
+        weights
+    }
+
+    const PARTS: [&str; 3] = [
+        "m-00001-of-00003.gguf",
+        "m-00002-of-00003.gguf",
+        "m-00003-of-00003.gguf",
+    ];
+
+    #[test]
+    fn any_part_opens_the_whole_split_model() {
+        let parts = [
+            part(0, "a"),
+            part(1, "b"),
+            part(2, "c").key("only.here", 0, &[1]),
+        ];
+        let files: Vec<_> = PARTS.into_iter().zip(&parts).collect();
+        let w = open_among("split", &files, PARTS[1]).unwrap();
+        assert_eq!(
+            (w.files.len(), w.tensors.len(), w.total_bytes()),
+            (3, 3, 96)
+        );
+        assert_eq!(w.tensors["c"].file, 2);
+        assert_eq!(w.get_str("general.name").unwrap(), Some("tiny"));
+        assert_eq!(w.metadata.get("only.here"), None);
+        let numbers: Vec<f32> = (0..32_u8)
+            .collect::<Vec<_>>()
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect();
+        assert_eq!(w.require("b").unwrap().dequantize(), numbers);
+    }
+
+    #[test]
+    fn a_split_model_is_whole_and_in_order() {
+        let refused = |test: &str, files: &[(&str, &Writer)], name: &str, words: &str| {
+            let error = open_among(test, files, name).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        };
+        let [a, b, c] = &[part(0, "a"), part(1, "b"), part(2, "c")];
+        let [p1, p2, p3] = PARTS;
+        refused(
+            "missing",
+            &[(p1, a), (p3, c)],
+            p1,
+            "m-00002-of-00003.gguf: part 2 of 3: No such file",
+        );
+        refused(
+            "order",
+            &[(p1, a), (p2, c), (p3, b)],
+            p1,
+            "\"split.no\" should be 1 in a file of this name, got 2",
+        );
+        refused(
+            "twice",
+            &[(p1, a), (p2, &part(1, "a")), (p3, c)],
+            p1,
+            "tensor \"a\" is in an earlier part too",
+        );
+        refused(
+            "renamed",
+            &[("m.gguf", a)],
+            "m.gguf",
+            "\"split.count\" should be 1 in a file of this name, got 3",
+        );
+        refused(
+            "foreign",
+            &[(p1, a), (p2, &Writer::new()), (p3, c)],
+            p1,
+            "\"split.count\" should be 3",
+        );
+        let two = part(2, "c").tensor("d", &[1], 0, 32);
+        refused(
+            "count",
+            &[(p1, a), (p2, b), (p3, &two)],
+            p1,
+            "says that the model has 3 tensors, its parts hold 4",
+        );
+    }
+
+    #[test]
+    fn a_model_merged_again_has_no_parts() {
+        let merged = Writer::new()
+            .key("split.no", 2, &[0, 0])
+            .key("split.count", 2, &[0, 0]);
+        assert_eq!(
+            open_among("merged", &[("m.gguf", &merged)], "m.gguf")
+                .unwrap()
+                .tensors
+                .len(),
+            2
+        );
+    }
 }
