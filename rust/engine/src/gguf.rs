@@ -277,7 +277,7 @@ impl<'a> Reader<'a> {
         let version = self.u32("the version")?;
         let name = match version {
             2 | 3 => return Ok(()),
-            v if v & 0xffff == 0 => format!("v{}, big-endian", v.swap_bytes()),
+            v if v != 0 && v & 0xffff == 0 => format!("v{}, big-endian", v.swap_bytes()),
             v => format!("v{v}"),
         };
         Err(Error::Unsupported {
