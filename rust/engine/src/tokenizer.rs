@@ -77,7 +77,12 @@ impl Tokenizer {
             .map_err(|e| bad_file(name, format!("not JSON: {e}")))?;
         let inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|problem| bad_file(name, format!("not a tokenizer: {problem}")))?;
-        Self::new(name, inner, Known::default())
+        let vocab_size = inner
+            .get_vocab(true)
+            .values()
+            .max()
+            .map_or(0, |&id| id as usize + 1);
+        Self::new(name, inner, vocab_size, Known::default())
     }
 
     /// Read `tokenizer.json` and what lies beside it: `tokenizer_config.json`, `special_tokens_map.json`,
@@ -104,14 +109,19 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// A tokenizer from a finished pipeline. Errors: [`Error::ModelFile`] when the pipeline cannot work.
-    pub(crate) fn new(path: &str, inner: tokenizers::Tokenizer, known: Known) -> Result<Self> {
+    /// A tokenizer from a finished pipeline whose highest id is below `vocab_size`.
+    ///
+    /// Errors: [`Error::ModelFile`] when the pipeline cannot work.
+    pub(crate) fn new(
+        path: &str,
+        inner: tokenizers::Tokenizer,
+        vocab_size: usize,
+        known: Known,
+    ) -> Result<Self> {
         check_limits(path, &inner)?;
         // A post-processor that names a token or a sequence it does not have panics on its first use.
         guarded(|| inner.encode_fast("", true))
             .map_err(|problem| bad_file(path, format!("cannot encode: {problem}")))?;
-        let vocab = inner.get_vocab(true);
-        let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
         let stages = stages(inner.get_decoder());
         Ok(Self {
             path: path.to_owned(),
@@ -1076,6 +1086,14 @@ mod tests {
             tokenizer.encode_batch(&texts[..1], true).unwrap(),
             alone[..1]
         );
+    }
+
+    #[test]
+    fn a_tokenizer_and_its_streams_may_change_threads() {
+        fn sendable<T: Send>() {}
+        fn shareable<T: Send + Sync>() {}
+        shareable::<Tokenizer>();
+        sendable::<Detokenizer>();
     }
 
     #[test]

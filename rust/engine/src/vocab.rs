@@ -101,57 +101,12 @@ struct Rule {
 }
 
 /// The names of `tokenizer.ggml.pre` that [`tokenizer`] knows.
-pub const PRE_TOKENIZERS: [&str; 49] = [
-    "default",
-    "gpt-2",
-    "phi-2",
-    "gigachat",
-    "a.x-4.0",
-    "mellum",
-    "modern-bert",
-    "exaone4",
-    "trillion",
-    "granite-docling",
-    "olmo",
-    "mpt",
-    "smollm",
-    "starcoder",
-    "refact",
-    "codeshell",
-    "exaone",
-    "minerva-7b",
-    "command-r",
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon3",
-    "falcon-h1",
-    "pixtral",
-    "midm-2.0",
-    "lfm2",
-    "dbrx",
-    "smaug-bpe",
-    "chatglm-bpe",
-    "glm4",
-    "qwen2",
-    "deepseek-r1-qwen",
-    "megrez",
-    "stablelm2",
-    "hunyuan",
-    "grok-2",
-    "qwen35",
-    "seed-coder",
-    "bailingmoe",
-    "gpt-4o",
-    "o200k",
-    "llama4",
-    "tekken",
-    "deepseek-llm",
-    "deepseek-coder",
-    "deepseek-v3",
-    "hunyuan-dense",
-    "falcon",
-];
+pub const PRE_TOKENIZERS: &str = "default, gpt-2, phi-2, gigachat, a.x-4.0, mellum, modern-bert, exaone4, trillion, \
+    granite-docling, olmo, mpt, smollm, starcoder, refact, codeshell, exaone, minerva-7b, \
+    command-r, llama-bpe, llama3, llama-v3, falcon3, falcon-h1, pixtral, midm-2.0, lfm2, \
+    dbrx, smaug-bpe, chatglm-bpe, glm4, qwen2, deepseek-r1-qwen, megrez, stablelm2, \
+    hunyuan, grok-2, qwen35, seed-coder, bailingmoe, gpt-4o, o200k, llama4, tekken, \
+    deepseek-llm, deepseek-coder, deepseek-v3, hunyuan-dense, falcon";
 
 fn rule(pre: &str) -> Option<Rule> {
     let exactly = |splits| Rule {
@@ -266,7 +221,7 @@ fn byte_level(source: &Source) -> Result<Tokenizer> {
     let rule = rule(pre).ok_or_else(|| Error::Unsupported {
         what: "pre-tokenizer",
         name: pre.to_owned(),
-        supported: PRE_TOKENIZERS.join(", "),
+        supported: PRE_TOKENIZERS.to_owned(),
     })?;
     let merges = source
         .strings("merges")?
@@ -380,7 +335,7 @@ fn finish(
         eos_ids: end_ids(source, id("bos_token"), id("eos_token"))?,
         chat_templates: chat_templates(source.metadata),
     };
-    Tokenizer::new(NAME, inner, known)
+    Tokenizer::new(NAME, inner, source.tokens.len(), known)
 }
 
 /// `bos text eos`; for a pair, the same around each.
@@ -652,7 +607,8 @@ impl<'a> Source<'a> {
     fn id(&self, key: &str) -> Result<Option<u32>> {
         let id = match self.get(key) {
             None | Some(Value::Int(-1 | 0xffff_ffff)) => return Ok(None),
-            Some(Value::Int(id)) => *id,
+            Some(Value::Int(id)) => i128::from(*id),
+            Some(Value::UInt(id)) => i128::from(*id),
             Some(other) => return Err(wrong_type(key, "an integer", other)),
         };
         let count = self.tokens.len();
@@ -783,7 +739,7 @@ mod tests {
 
     #[test]
     fn every_pre_tokenizer_name_builds_and_splits() {
-        for pre in PRE_TOKENIZERS {
+        for pre in PRE_TOKENIZERS.split(", ") {
             let tokenizer = tokenizer(&gpt2(pre)).unwrap_or_else(|e| panic!("{pre}: {e}"));
             let ids = tokenizer.encode("ab ab\n", false).unwrap();
             assert_eq!(ids, [6, 7, 5], "{pre}");
@@ -987,6 +943,10 @@ mod tests {
             (
                 with(gpt2("qwen2"), "eos_token_id", Value::Int(-7)),
                 "must be below the 10 tokens, got -7",
+            ),
+            (
+                with(gpt2("qwen2"), "eom_token_id", Value::UInt(u64::MAX)),
+                "got 18446744073709551615",
             ),
             (
                 with(gpt2("qwen2"), "eot_token_id", Value::Float(1.0)),
