@@ -24,7 +24,10 @@ fn cases() -> Option<PathBuf> {
 
 /// (model, golden) of every case of this issue.
 fn models(dir: &Path) -> Vec<(PathBuf, PathBuf)> {
-    let mut all: Vec<_> = FAMILIES.iter().map(|f| (dir.join(f), dir.join(f).join("golden.json"))).collect();
+    let mut all: Vec<_> = FAMILIES
+        .iter()
+        .map(|f| (dir.join(f), dir.join(f).join("golden.json")))
+        .collect();
     for entry in std::fs::read_dir(dir.join("gguf")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|e| e == "gguf") {
@@ -44,11 +47,20 @@ fn decoder<D: Device>(device: impl Fn() -> D, path: &Path) -> Decoder<D> {
 }
 
 fn ids(json: &serde_json::Value) -> Vec<u32> {
-    json.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+    json.as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_u64().unwrap() as u32)
+        .collect()
 }
 
 /// Last-position logits, the prompt fed in chunks of `chunk`.
-fn logits(decoder: &mut dyn Forward, ids: &[u32], chunk: usize, original: Option<usize>) -> Vec<f32> {
+fn logits(
+    decoder: &mut dyn Forward,
+    ids: &[u32],
+    chunk: usize,
+    original: Option<usize>,
+) -> Vec<f32> {
     let pages: Vec<u32> = (0..ids.len().div_ceil(PAGE) as u32).rev().collect();
     let long = original.is_some_and(|n| ids.len() > n);
     let mut start = 0;
@@ -81,20 +93,35 @@ fn check<D: Device>(device: impl Fn() -> D + Copy, limit: f64) {
     let Some(dir) = cases() else { return };
     let mut failures = Vec::new();
     for (model, golden) in models(&dir) {
-        let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+        let golden: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
         let mut decoder = decoder(device, &model);
-        let original = Arch::read(&files::open(&model).unwrap()).unwrap().original_context;
+        let original = Arch::read(&files::open(&model).unwrap())
+            .unwrap()
+            .original_context;
         let mut worst = 0f64;
         for prompt in golden["prompts"].as_array().unwrap() {
             let ids = ids(&prompt["ids"]);
-            let want: Vec<f64> =
-                prompt["logits"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+            let want: Vec<f64> = prompt["logits"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|x| x.as_f64().unwrap())
+                .collect();
             let whole = logits(&mut decoder, &ids, ids.len(), original);
             let chunked = logits(&mut decoder, &ids, 7, original);
-            assert_eq!(whole, chunked, "{}: chunks change the bits", model.display());
+            assert_eq!(
+                whole,
+                chunked,
+                "{}: chunks change the bits",
+                model.display()
+            );
             worst = worst.max(divergence(&want, &whole[..want.len()]));
         }
-        println!("{:60} KL {worst:.2e}", model.file_name().unwrap().to_string_lossy());
+        println!(
+            "{:60} KL {worst:.2e}",
+            model.file_name().unwrap().to_string_lossy()
+        );
         if worst >= limit || worst.is_nan() {
             failures.push(format!("{}: KL {worst:.2e}", model.display()));
         }
