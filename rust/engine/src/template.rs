@@ -64,8 +64,7 @@ pub struct RenderRequest {
     pub continue_final_message: bool,
     /// What strftime_now reads; None is the local clock.
     pub now: Option<Now>,
-    /// Keep message keys whose value is null, and add no reasoning aliases: what
-    /// render_jinja_template does, where apply_chat_template prepares the messages.
+    /// Keep message keys whose value is null, as render_jinja_template does; apply_chat_template drops them.
     pub keep_none_keys: bool,
     /// Further variables; they win over special tokens.
     pub variables: Map<String, Json>,
@@ -186,6 +185,8 @@ impl ChatTemplate {
 /// What apply_chat_template does to messages first: null keys dropped, reasoning under both names.
 fn prepare(request: &RenderRequest) -> Result<Vec<Json>> {
     let invalid = |message: String| Err(Error::InvalidRequest(message));
+    check_objects("tools", request.tools.as_ref())?;
+    check_objects("documents", request.documents.as_ref())?;
     let Json::Array(messages) = &request.messages else {
         return invalid(format!("messages must be an array of objects, got {}", kind(&request.messages)));
     };
@@ -200,18 +201,29 @@ fn prepare(request: &RenderRequest) -> Result<Vec<Json>> {
         if !message.contains_key("role") {
             return invalid(format!("message {i} must have a role, got keys {:?}", message.keys().collect::<Vec<_>>()));
         }
-        prepared.push(Json::Object(match request.keep_none_keys {
-            true => message.clone(),
-            false => with_reasoning(message),
-        }));
+        let kept = message.iter().filter(|(_, value)| request.keep_none_keys || !value.is_null());
+        prepared.push(Json::Object(with_reasoning(kept.map(|(k, v)| (k.clone(), v.clone())).collect())));
     }
     Ok(prepared)
 }
 
-fn with_reasoning(message: &Map<String, Json>) -> Map<String, Json> {
-    let mut message: Map<String, Json> =
-        message.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
-    let reasoning = ["reasoning_content", "thinking", "reasoning"].iter().find_map(|key| message.get(*key)).cloned();
+/// None, or an array of objects.
+fn check_objects(what: &str, given: Option<&Json>) -> Result<()> {
+    let wanted = |came: &str| Err(Error::InvalidRequest(format!("{what} must be an array of objects, got {came}")));
+    match given {
+        None | Some(Json::Null) => Ok(()),
+        Some(Json::Array(items)) => match items.iter().find(|item| !item.is_object()) {
+            Some(item) => wanted(&format!("{} in it", kind(item))),
+            None => Ok(()),
+        },
+        Some(other) => wanted(kind(other)),
+    }
+}
+
+/// The first reasoning that is not null, under `reasoning_content` and, if missing, `thinking`.
+fn with_reasoning(mut message: Map<String, Json>) -> Map<String, Json> {
+    let names = ["reasoning_content", "thinking", "reasoning"];
+    let reasoning = names.iter().find_map(|name| message.get(*name).filter(|v| !v.is_null())).cloned();
     let Some(reasoning) = reasoning else { return message };
     message.insert("reasoning_content".into(), reasoning.clone());
     if message.contains_key("thinking") {

@@ -698,6 +698,10 @@ fn join(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
 
 fn map(run: &mut Run<'_>, value: &Value, mut args: CallArgs) -> Res<Value> {
     let mut out = Vec::new();
+    // As in Jinja2, nothing falsy is walked over, None included.
+    if !value.truth() {
+        return Value::iter("generator", out, &mut run.budget);
+    }
     if args.positional.is_empty() {
         let [attribute, default] = args.bind("map", ["attribute", "default"])?;
         let Some(attribute) = attribute else { return fault("map requires a filter argument") };
@@ -716,6 +720,9 @@ fn map(run: &mut Run<'_>, value: &Value, mut args: CallArgs) -> Res<Value> {
 }
 
 fn select(run: &mut Run<'_>, name: &str, value: &Value, mut args: CallArgs) -> Res<Value> {
+    if !value.truth() {
+        return Value::iter("generator", Vec::new(), &mut run.budget);
+    }
     let attribute = match name.ends_with("attr") {
         true if args.positional.is_empty() => return fault("Missing parameter for attribute name"),
         true => Some(args.positional.remove(0)),

@@ -1,7 +1,7 @@
 //! Template text -> program. minijinja's lexer and parser read it; what runs it is `run`.
 //!
-//! Where Jinja2 as transformers sets it up has syntax that minijinja lacks, it is taught on the level
-//! of tokens: the `generation` tag reads as a filter block under a name no template can spell.
+//! Syntax of Jinja2 as transformers sets it up that minijinja lacks is taught on the level of tokens:
+//! the `generation` tag, for one, reads as a block of a filter that does not exist otherwise.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -157,7 +157,7 @@ impl Program {
         // Jinja2's lexer reads \r\n and \r as \n.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let config = syntax()?;
-        let source = teach_generation(&source, &config)?;
+        let source = teach(&source, &config)?;
         let tree = parse(&source, name, config).map_err(|error| syntax_fault(&error))?;
         let ast::Stmt::Template(template) = &tree else { return fault("the parser gave no template") };
         let mut lowering = Lowering { source: &source, program: Program::default(), ids: HashMap::new(), nesting: 0 };
@@ -185,39 +185,108 @@ fn syntax_fault(error: &minijinja::Error) -> Box<super::value::Fault> {
     Box::new(super::value::Fault { message, thrown: false, line })
 }
 
-/// Walk the tokens once: refuse what the parser would recurse too deep over, and make the
-/// `generation` tags readable (`generation` -> `filter generation`, `endgeneration` -> `endfilter`).
-fn teach_generation(source: &str, config: &SyntaxConfig) -> Res<String> {
+/// Walk the tokens once: refuse what the parser would recurse too deep over, and say in words the
+/// parser knows what it lacks: `generation` tags, unary plus, Python's escapes in strings.
+/// Lines stay where they are.
+fn teach(source: &str, config: &SyntaxConfig) -> Res<String> {
     let mut out = String::with_capacity(source.len());
     let mut copied = 0;
     let mut limits = Limits::default();
-    let mut open: Vec<bool> = Vec::new(); // for every open loop-like tag: is it a loop?
+    let mut open: Vec<bool> = Vec::new(); // loops and generation blocks: is it a loop?
     let mut tokenizer = Tokenizer::new(source, "", false, config.clone());
-    let mut tag_start = false;
-    loop {
-        let (token, span) = match tokenizer.next_token() {
-            Ok(Some(next)) => next,
-            // The parser reports lexing errors itself, with their place.
-            Ok(None) | Err(_) => break,
-        };
+    let mut place = Place::Text;
+    // The parser reports lexing errors itself, with their place.
+    while let Ok(Some((token, span))) = tokenizer.next_token() {
         limits.see(&token, span)?;
-        if let (true, Token::Ident(word)) = (tag_start, &token) {
-            let replacement = match *word {
-                "generation" => "filter generation",
-                "endgeneration" => "endfilter",
-                _ => "",
-            };
-            if !replacement.is_empty() {
-                out.push_str(&source[copied..span.start_offset as usize]);
-                out.push_str(replacement);
-                copied = span.end_offset as usize;
+        let range = span.start_offset as usize..span.end_offset as usize;
+        let replacement = match &token {
+            Token::Ident(word) if place == Place::Tag => {
+                check_loop_control(word, &mut open, span)?;
+                match *word {
+                    "generation" => Some("filter generation".to_owned()),
+                    "endgeneration" => Some("endfilter".to_owned()),
+                    _ => None,
+                }
             }
-            check_loop_control(word, &mut open, span)?;
+            // +x is -(-x): an error for all but numbers, and an int for a bool.
+            Token::Plus if place == Place::Operand => Some("- -".to_owned()),
+            Token::String(_) => source.get(range.clone()).map(python_literal),
+            _ => None,
+        };
+        if let Some(replacement) = replacement {
+            out.push_str(&source[copied..range.start]);
+            out.push_str(&replacement);
+            copied = range.end;
         }
-        tag_start = matches!(token, Token::BlockStart);
+        place = Place::after(&token);
     }
     out.push_str(&source[copied..]);
     Ok(out)
+}
+
+/// What can stand next.
+#[derive(PartialEq)]
+enum Place {
+    Text,
+    /// The name of a tag.
+    Tag,
+    /// An operand: a sign here is a prefix.
+    Operand,
+    /// An operator.
+    Operator,
+}
+
+impl Place {
+    fn after(token: &Token<'_>) -> Place {
+        match token {
+            Token::BlockStart => Place::Tag,
+            Token::TemplateData(_) | Token::BlockEnd | Token::VariableEnd => Place::Text,
+            Token::Ident("if" | "elif" | "else" | "in" | "and" | "or" | "not" | "is") => Place::Operand,
+            Token::Ident(_) | Token::Str(_) | Token::String(_) | Token::Int(_) | Token::Int128(_) => Place::Operator,
+            Token::Float(_) | Token::ParenClose | Token::BracketClose | Token::BraceClose => Place::Operator,
+            _ => Place::Operand,
+        }
+    }
+}
+
+/// A string literal with escapes, written so that the parser reads what Python's `unicode-escape`
+/// would: it knows no \a, \v, \U and joined lines, and reads \/ without its backslash.
+fn python_literal(literal: &str) -> String {
+    let mut out = String::with_capacity(literal.len());
+    let mut chars = literal.chars();
+    while let Some(c) = chars.next() {
+        if c != '\\' {
+            out.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('a') => out.push('\u{7}'),
+            Some('v') => out.push('\u{b}'),
+            Some('/') => out.push_str("\\\\/"),
+            // A joined line: the newline must stay for the count of lines, so it moves out of the text.
+            Some('\n') => {
+                let quote = literal.chars().next().unwrap_or('"');
+                out.extend([quote, '\n', quote]);
+            }
+            Some('U') => {
+                let digits = chars.as_str().get(..8);
+                match digits.and_then(|d| u32::from_str_radix(d, 16).ok()).and_then(char::from_u32) {
+                    Some(c) => {
+                        match c {
+                            '\n' => out.push_str("\\n"),
+                            '\\' | '"' | '\'' => out.extend(['\\', c]),
+                            c => out.push(c),
+                        }
+                        chars.nth(7);
+                    }
+                    None => out.push_str("\\U"),
+                }
+            }
+            Some(other) => out.extend(['\\', other]),
+            None => out.push('\\'),
+        }
+    }
+    out
 }
 
 /// `continue` inside a generation block would leave a function in Jinja2: a syntax error.

@@ -395,9 +395,6 @@ impl Value {
         }
     }
 
-    pub fn as_str(&self) -> Option<&str> {
-        if let Value::Str(s) = self { Some(&s.text) } else { None }
-    }
     /// An index or count: ints and bools.
     pub fn as_int(&self) -> Option<i128> {
         match self {
