@@ -21,4 +21,5 @@ pub mod sampling;
 pub mod stop;
 pub mod sequence;
 pub mod scheduler;
+pub mod stream;
 pub mod engine;
