@@ -268,7 +268,7 @@ impl Engine {
     }
 
     fn start(&self, counters: &Arc<Counters>) -> Result<Worker> {
-        let inbox = Arc::new(Inbox::default());
+        let inbox = Arc::new(Inbox::new(counters.clone()));
         let core = Core::new(self.config.clone(), self.factory.clone(), counters.clone());
         let mail = inbox.clone();
         let thread = std::thread::Builder::new()
@@ -341,6 +341,8 @@ struct Counters {
     steps: AtomicU64,
     preemptions: AtomicU64,
     running: AtomicU64,
+    /// Taken by the thread, and not running yet.
+    waiting: AtomicU64,
     pages_used: AtomicU64,
 }
 
@@ -368,27 +370,33 @@ struct LogitsJob {
     answer: mpsc::Sender<Result<Vec<f32>>>,
 }
 
-#[derive(Default)]
 struct Inbox {
     mail: Mutex<Mail>,
     changed: Condvar,
+    counters: Arc<Counters>,
 }
 
 #[derive(Default)]
 struct Mail {
     work: Vec<Work>,
-    /// Taken by the thread before, and still waiting there.
-    waiting: usize,
     closed: bool,
 }
 
 impl Inbox {
+    fn new(counters: Arc<Counters>) -> Self {
+        Self {
+            mail: Mutex::default(),
+            changed: Condvar::new(),
+            counters,
+        }
+    }
+
     fn put(&self, work: Work, limit: usize) -> Result<()> {
         let mut mail = lock(&self.mail);
-        let waiting = mail.work.len() + mail.waiting;
         if mail.closed {
             return Err(Error::Closed);
         }
+        let waiting = self.all_waiting(&mail);
         if waiting >= limit {
             return Err(Error::Overloaded { waiting, limit });
         }
@@ -397,30 +405,35 @@ impl Inbox {
         Ok(())
     }
 
-    /// The new work, beside what is waiting; sleeps until there is some if `idle`. None: closed.
-    fn take(&self, idle: bool, waiting: usize) -> Option<Vec<Work>> {
+    /// The new work; sleeps until there is some if `idle`. None: closed.
+    fn take(&self, idle: bool) -> Option<Vec<Work>> {
         let mut mail = lock(&self.mail);
-        mail.waiting = waiting;
         while idle && mail.work.is_empty() && !mail.closed {
             mail = self
                 .changed
                 .wait(mail)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        mail.waiting += mail.work.len();
-        (!mail.closed).then(|| std::mem::take(&mut mail.work))
+        if mail.closed {
+            return None;
+        }
+        let taken = mail.work.len() as u64;
+        self.counters.waiting.fetch_add(taken, Ordering::Relaxed);
+        Some(std::mem::take(&mut mail.work))
     }
 
     fn waiting(&self) -> usize {
-        let mail = lock(&self.mail);
-        mail.work.len() + mail.waiting
+        self.all_waiting(&lock(&self.mail))
+    }
+
+    fn all_waiting(&self, mail: &Mail) -> usize {
+        mail.work.len() + self.counters.waiting.load(Ordering::Relaxed) as usize
     }
 
     /// Take no more, and let what is left go: its consumers get `Closed`.
     fn close(&self) {
         let mut mail = lock(&self.mail);
         mail.closed = true;
-        mail.waiting = 0;
         let left = std::mem::take(&mut mail.work);
         self.changed.notify_one();
         drop(mail);
@@ -438,7 +451,7 @@ fn serve(inbox: &Inbox, mut core: Core) {
         }
     }
     let _ending = Ending(inbox);
-    while let Some(work) = inbox.take(core.idle(), core.waiting.len()) {
+    while let Some(work) = inbox.take(core.idle()) {
         core.waiting.extend(work);
         core.step();
     }
@@ -493,6 +506,7 @@ impl Core {
         }
         self.make_room();
         self.admit();
+        self.publish();
         let plan = scheduler::plan(&self.jobs(), self.config.token_budget);
         if let Err(error) = self.guarded(|core| core.run(&plan)) {
             self.fail(&plan, &error);
@@ -729,12 +743,14 @@ impl Core {
             Work::Generate(task) => !task.sender.over(),
             Work::Logits(_) => true,
         });
-        self.counters
-            .running
-            .store(self.running.len() as u64, Ordering::Relaxed);
-        self.counters
-            .pages_used
-            .store(self.pages.used() as u64, Ordering::Relaxed);
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let set = |gauge: &AtomicU64, n: usize| gauge.store(n as u64, Ordering::Relaxed);
+        set(&self.counters.running, self.running.len());
+        set(&self.counters.waiting, self.waiting.len());
+        set(&self.counters.pages_used, self.pages.used());
     }
 }
 
