@@ -11,7 +11,7 @@ from hfcore import fetch
 
 
 def demo_model(name: str) -> Path:
-    """The demo model's file. Without it the test skips, or fails in CI if nobody tried to get it."""
+    """The demo model's file. Without it the test skips; in CI it fails if nobody tried."""
     path = fetch.path_of(name)
     if path.is_file():
         return path

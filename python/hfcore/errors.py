@@ -10,6 +10,7 @@
       InvalidRequestError ValueError            a request that no model could run
         UnknownOptionError  TypeError           an option that nobody knows
         ContextOverflowError                    the prompt does not fit into the context
+      RequestTimeoutError TimeoutError          the request took longer than its timeout=
       EngineClosedError   RuntimeError          the engine was closed before the request ended
       InternalError       RuntimeError          a defect of hfcore, caught; the engine lives on
 
@@ -119,6 +120,14 @@ class ContextOverflowError(InvalidRequestError):
         super().__init__(message)
         self.prompt_tokens = prompt_tokens
         self.limit = limit
+
+
+class RequestTimeoutError(HfcoreError, TimeoutError):
+    """The request took longer than its `timeout` (seconds); it was cancelled."""
+
+    def __init__(self, message: str = "", *, timeout: float = 0.0) -> None:
+        super().__init__(message)
+        self.timeout = timeout
 
 
 class EngineClosedError(HfcoreError, RuntimeError):
