@@ -291,6 +291,31 @@ impl std::fmt::Debug for Weights {
     }
 }
 
+/// The numbers of whole blocks of the GGUF type `type_name`.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an unknown type, [`Error::InvalidRequest`] when bytes are left over.
+pub fn dequantize_blocks(type_name: &str, blocks: &[u8]) -> Result<Vec<f32>> {
+    let Some(tensor_type) = TensorType::from_name(type_name) else {
+        return Err(Error::Unsupported {
+            what: "tensor type",
+            name: type_name.to_owned(),
+            supported: TensorType::ALL.map(TensorType::name).join(", "),
+        });
+    };
+    if !blocks.len().is_multiple_of(tensor_type.block_bytes()) {
+        return Err(Error::InvalidRequest(format!(
+            "blocks of {type_name} have {} bytes each, got {} bytes in all",
+            tensor_type.block_bytes(),
+            blocks.len()
+        )));
+    }
+    let count = blocks.len() / tensor_type.block_bytes();
+    let mut out = vec![0.0; count * tensor_type.block_len()];
+    quant::dequantize(tensor_type, blocks, &mut out);
+    Ok(out)
+}
+
 /// The known name with the fewest edits from `name`, if it is less than half of it.
 fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
     let near = known
