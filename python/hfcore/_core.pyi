@@ -25,9 +25,9 @@ class ChatTemplate:
     the filters, `{% generation %}`, the treatment of None) follows `apply_chat_template`.
 
     >>> from hfcore import ChatTemplate
-    >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}")
+    >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     >>> template.render([{"role": "user", "content": "Hello"}])
-    'user: Hello\\n'
+    '<user>Hello'
     """
 
     def __new__(
@@ -128,7 +128,7 @@ class Tokenizer:
         """The ids of each text, as `encode` alone would give them; on several threads."""
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Where each token of `text` (without special ones) comes from: code points, end excluded."""
+        """Where each token of `text` (without special ones) comes from, in code points."""
 
     def decode(
         self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = True
@@ -138,7 +138,7 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it (`"Ġworld"`), None if there is none."""
 
-    def id_to_token(self, id: int) -> str | None:
+    def id_to_token(self, token_id: int) -> str | None:
         """The token of an id as the vocabulary spells it, None if there is none."""
 
     @property

@@ -61,7 +61,7 @@ impl Tokenizer {
         Ok(all.into_iter().map(|ids| PyArray1::from_vec(py, ids)).collect())
     }
 
-    /// Where each token of `text` (without special ones) comes from: code points, end excluded.
+    /// Where each token of `text` (without special ones) comes from, in code points.
     fn offsets(&self, py: Python<'_>, text: &str) -> PyResult<Vec<(u32, u32)>> {
         run(py, || self.inner.offsets(text))
     }
@@ -84,8 +84,8 @@ impl Tokenizer {
     }
 
     /// The token of an id as the vocabulary spells it, None if there is none.
-    fn id_to_token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+    fn id_to_token(&self, token_id: u32) -> Option<String> {
+        self.inner.id_to_token(token_id)
     }
 
     /// The highest id plus one, added tokens included.
