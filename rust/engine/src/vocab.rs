@@ -1,1 +1,539 @@
-//! (to come)
+//! A tokenizer from GGUF metadata alone: byte-level BPE and SentencePiece BPE. Other kinds are refused by name.
+//!
+//! The ids are those of the model's own `tokenizer.json`, so that a GGUF file and its source agree. Where
+//! llama.cpp does otherwise (it does not normalise to NFC), the source is followed.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde_json::{Value as Json, json};
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
+};
+
+use crate::error::{Error, Result};
+use crate::tokenizer::{Known, Tokenizer};
+use crate::weights::Value;
+
+/// What errors call the source.
+const NAME: &str = "GGUF metadata";
+const SPACE: &str = "\u{2581}";
+
+/// `tokenizer.ggml.token_type` of the GGUF specification.
+const UNKNOWN: i64 = 2;
+const CONTROL: i64 = 3;
+const USER_DEFINED: i64 = 4;
+const UNUSED: i64 = 5;
+const BYTE: i64 = 6;
+
+/// The keys that name a token, and what transformers calls it.
+const NAMED_IDS: [(&str, &str); 7] = [
+    ("bos_token_id", "bos_token"),
+    ("eos_token_id", "eos_token"),
+    ("unknown_token_id", "unk_token"),
+    ("seperator_token_id", "sep_token"), // the specification's spelling
+    ("padding_token_id", "pad_token"),
+    ("cls_token_id", "cls_token"),
+    ("mask_token_id", "mask_token"),
+];
+
+/// Control tokens that end a turn; files often name only one of theirs as `eos_token_id`.
+const END_OF_TURN: [&str; 14] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<end_of_utterance>",
+    "<|return|>",
+    "<|call|>",
+    "<EOT>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+];
+
+/// Splits of the byte-level vocabularies, as the models' `tokenizer.json` files write them.
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const SEED_CODER: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
+const BAILING: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DEEPSEEK_V3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
+const HAN_KANA: &str = "[一-龥\u{3040}-ゟ゠-ヿ]+";
+const DEEPSEEK_CJK: &str = "[一-龥ࠀ-一가-\u{d7ff}]+";
+const DEEPSEEK_PUNCTUATION: &str = "\\s?[!-/:-~！-／：-～‘-‟\u{3000}-。]+";
+const DEEPSEEK_LETTERS: &str = "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+";
+
+/// How a byte-level vocabulary splits text before merging.
+struct Rule {
+    /// Normalise to NFC first.
+    nfc: bool,
+    /// A piece that is a token as a whole is that token, whatever the merges say.
+    ignore_merges: bool,
+    /// Begin texts with bos when the file does not say.
+    add_bos: bool,
+    splits: Vec<Json>,
+}
+
+/// The names of `tokenizer.ggml.pre` that [`tokenizer`] knows.
+pub const PRE_TOKENIZERS: [&str; 49] = [
+    "default", "gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4",
+    "trillion", "granite-docling", "olmo", "mpt", "smollm", "starcoder", "refact", "codeshell",
+    "exaone", "minerva-7b", "command-r", "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1",
+    "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe", "chatglm-bpe", "glm4", "qwen2",
+    "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "grok-2", "qwen35", "seed-coder",
+    "bailingmoe", "gpt-4o", "o200k", "llama4", "tekken", "deepseek-llm", "deepseek-coder",
+    "deepseek-v3", "hunyuan-dense", "falcon",
+];
+
+fn rule(pre: &str) -> Option<Rule> {
+    let plain = |splits: Vec<Json>| Rule { nfc: false, ignore_merges: false, add_bos: false, splits };
+    let nfc = |rule: Rule| Rule { nfc: true, ..rule };
+    let whole_words = |rule: Rule| Rule { ignore_merges: true, ..rule };
+    let digits = |individual: bool| json!({"type": "Digits", "individual_digits": individual});
+    Some(match pre {
+        // No model's own rule: what llama.cpp does with files that name none.
+        "default" => plain(vec![
+            split(r"[\p{P}$+<=>^~|]+"),
+            split(GPT2),
+            split(r"\p{N}+"),
+            split("[0-9][0-9][0-9]"),
+        ]),
+        "gpt-2" | "phi-2" | "gigachat" | "a.x-4.0" | "mellum" | "exaone4" | "trillion"
+        | "granite-docling" => plain(vec![split(GPT2)]),
+        "olmo" | "mpt" | "modern-bert" => nfc(plain(vec![split(GPT2)])),
+        "smollm" | "starcoder" | "refact" | "codeshell" | "exaone" | "minerva-7b" => {
+            plain(vec![digits(true), split(GPT2)])
+        }
+        "command-r" => nfc(plain(vec![digits(true), split(GPT2)])),
+        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0"
+        | "lfm2" => Rule { add_bos: true, ..whole_words(plain(vec![split(LLAMA3)])) },
+        "dbrx" | "smaug-bpe" | "chatglm-bpe" | "glm4" => plain(vec![split(LLAMA3)]),
+        "qwen2" | "deepseek-r1-qwen" | "megrez" => nfc(plain(vec![split(QWEN2)])),
+        "stablelm2" | "hunyuan" | "grok-2" => plain(vec![split(QWEN2)]),
+        "qwen35" => nfc(plain(vec![split(QWEN35)])),
+        "seed-coder" => plain(vec![split(SEED_CODER)]),
+        "bailingmoe" => plain(vec![split(BAILING)]),
+        "gpt-4o" | "o200k" | "llama4" => whole_words(plain(vec![split(O200K)])),
+        "tekken" => Rule { add_bos: true, ..whole_words(plain(vec![split(TEKKEN)])) },
+        "deepseek-llm" => plain(vec![
+            split("[\r\n]"),
+            split(DEEPSEEK_LETTERS),
+            split(DEEPSEEK_PUNCTUATION),
+            split(r"\s+$"),
+            split(DEEPSEEK_CJK),
+            digits(true),
+        ]),
+        "deepseek-coder" => plain(vec![
+            split("[\r\n]"),
+            split(r"\s?\p{L}+"),
+            split(r"\s?\p{P}+"),
+            split(DEEPSEEK_CJK),
+            digits(true),
+        ]),
+        "deepseek-v3" | "hunyuan-dense" => {
+            plain(vec![split(r"\p{N}{1,3}"), split(HAN_KANA), split(DEEPSEEK_V3)])
+        }
+        "falcon" => plain(vec![
+            json!({"type": "Punctuation", "behavior": "Contiguous"}),
+            split(GPT2),
+            digits(false),
+            split("[0-9][0-9][0-9]"),
+        ]),
+        _ => return None,
+    })
+}
+
+fn split(regex: &str) -> Json {
+    json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
+}
+
+/// Build the tokenizer that the `tokenizer.*` keys of a GGUF file describe.
+///
+/// Errors: [`Error::ModelFile`] when keys are missing, of another type or disagree;
+/// [`Error::Unsupported`] for a tokenizer model or pre-tokenizer this engine does not have.
+pub fn tokenizer(metadata: &HashMap<String, Value>) -> Result<Tokenizer> {
+    let source = Source::read(metadata)?;
+    match source.text("model")? {
+        Some("gpt2") => byte_level(&source),
+        Some("llama") => sentencepiece(&source),
+        Some(name) => Err(Error::Unsupported {
+            what: "tokenizer model",
+            name: name.to_owned(),
+            supported: "gpt2, llama".to_owned(),
+        }),
+        None => Err(bad("no tokenizer.ggml.model".to_owned())),
+    }
+}
+
+/// Byte-level BPE (`tokenizer.ggml.model` = `gpt2`).
+fn byte_level(source: &Source) -> Result<Tokenizer> {
+    let pre = source.text("pre")?.unwrap_or("default");
+    let rule = rule(pre).ok_or_else(|| Error::Unsupported {
+        what: "pre-tokenizer",
+        name: pre.to_owned(),
+        supported: PRE_TOKENIZERS.join(", "),
+    })?;
+    let merges = source.strings("merges")?.ok_or_else(|| bad("no tokenizer.ggml.merges".to_owned()))?;
+    let merges = merges.iter().map(|merge| pair(merge)).collect::<Result<Merges>>()?;
+    check_lengths(&source.tokens, &merges)?;
+    let model = BPE::builder()
+        .vocab_and_merges(source.vocab.clone(), merges)
+        .ignore_merges(rule.ignore_merges)
+        .build()
+        .map_err(|e| bad(format!("tokenizer.ggml.merges: {e}")))?;
+    let mut inner = tokenizers::Tokenizer::new(model);
+    if rule.nfc {
+        inner.with_normalizer(Some(normalizer(json!({"type": "NFC"}))?)).map_err(internal)?;
+    }
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false
+    });
+    let mut splits = rule.splits;
+    splits.push(bytes.clone());
+    let splits = json!({"type": "Sequence", "pretokenizers": splits});
+    inner.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(splits)?));
+    inner.with_decoder(Some(part::<DecoderWrapper>(bytes)?));
+    finish(source, inner, rule.add_bos)
+}
+
+/// SentencePiece BPE with scores (`tokenizer.ggml.model` = `llama`).
+fn sentencepiece(source: &Source) -> Result<Tokenizer> {
+    let scores = source.scores()?.ok_or_else(|| bad("no tokenizer.ggml.scores".to_owned()))?;
+    let merges = merges_by_score(source, scores);
+    let unknown = source.named.get("unk_token").cloned();
+    let mut builder =
+        BPE::builder().vocab_and_merges(source.vocab.clone(), merges).fuse_unk(true).byte_fallback(true);
+    if let Some(unknown) = unknown {
+        builder = builder.unk_token(unknown);
+    }
+    let model = builder.build().map_err(|e| bad(format!("tokenizer.ggml.tokens: {e}")))?;
+    let mut inner = tokenizers::Tokenizer::new(model);
+
+    let leading_space = source.flag("add_space_prefix")?.unwrap_or(true);
+    let to_marks = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
+    let to_spaces = json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "});
+    let mut normal = vec![to_marks];
+    let mut decoders = vec![to_spaces, json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+    if leading_space {
+        normal.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    let normal = normalizer(json!({"type": "Sequence", "normalizers": normal}))?;
+    inner.with_normalizer(Some(normal)).map_err(internal)?;
+    let decoders = json!({"type": "Sequence", "decoders": decoders});
+    inner.with_decoder(Some(part::<DecoderWrapper>(decoders)?));
+    finish(source, inner, true)
+}
+
+/// Added tokens, the template around a text, and the names: the same for both kinds.
+fn finish(
+    source: &Source,
+    mut inner: tokenizers::Tokenizer,
+    default_add_bos: bool,
+) -> Result<Tokenizer> {
+    let added = source.tokens.iter().zip(&source.types).filter_map(|(token, &kind)| {
+        let special = kind == CONTROL || kind == UNKNOWN;
+        (special || kind == USER_DEFINED)
+            .then(|| AddedToken::from(token.clone(), special).normalized(false))
+    });
+    inner.add_tokens(added).map_err(internal)?;
+
+    let around = |flag: &str, id: &str, default: bool| -> Result<Option<&String>> {
+        let asked = source.flag(flag)?;
+        match (asked.unwrap_or(default), source.named.get(id)) {
+            (false, _) => Ok(None),
+            (true, None) if asked.is_none() => Ok(None),
+            (true, None) => Err(bad(format!("tokenizer.ggml.{flag} is true, but there is no {id}"))),
+            (true, token) => Ok(token),
+        }
+    };
+    let bos = around("add_bos_token", "bos_token", default_add_bos)?;
+    let eos = around("add_eos_token", "eos_token", false)?;
+    if bos.is_some() || eos.is_some() {
+        let template = template(source, bos, eos)?;
+        inner.with_post_processor(Some(template));
+    }
+
+    let id = |name: &str| source.named.get(name).and_then(|t| source.vocab.get(t)).copied();
+    let known = Known {
+        special_tokens: source.named.clone(),
+        bos_id: id("bos_token"),
+        eos_ids: end_ids(source, id("bos_token"), id("eos_token"))?,
+        chat_templates: chat_templates(source.metadata),
+    };
+    Tokenizer::new(NAME, inner, known)
+}
+
+/// `bos text eos`; for a pair, the same around each.
+fn template(
+    source: &Source,
+    bos: Option<&String>,
+    eos: Option<&String>,
+) -> Result<PostProcessorWrapper> {
+    let around = |sequence: &str, type_id: u32| -> Vec<Json> {
+        let special = |token: &String| json!({"SpecialToken": {"id": token, "type_id": type_id}});
+        let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
+        bos.map(special).into_iter().chain([text]).chain(eos.map(special)).collect()
+    };
+    let special_tokens: serde_json::Map<String, Json> = bos
+        .into_iter()
+        .chain(eos)
+        .map(|t| (t.clone(), json!({"id": t, "ids": [source.vocab.get(t)], "tokens": [t]})))
+        .collect();
+    let single = around("A", 0);
+    let pair: Vec<Json> = single.iter().cloned().chain(around("B", 1)).collect();
+    part(json!({
+        "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special_tokens
+    }))
+}
+
+/// The ids that end a completion: `eos_token_id`, `eot_token_id`, `eom_token_id`, and control tokens whose
+/// text says so. Without the last, chat files that name only `<eos>` would never stop.
+fn end_ids(source: &Source, bos: Option<u32>, eos: Option<u32>) -> Result<Vec<u32>> {
+    let mut ids: Vec<u32> = eos.into_iter().collect();
+    for key in ["eot_token_id", "eom_token_id"] {
+        ids.extend(source.id(key)?);
+    }
+    // In the harmony format `<|end|>` ends one message of several, not the turn.
+    let harmony = source.vocab.contains_key("<|return|>") && source.vocab.contains_key("<|call|>");
+    for token in END_OF_TURN {
+        let Some(&id) = source.vocab.get(token) else { continue };
+        let marked = source.types.get(id as usize).is_some_and(|t| [CONTROL, USER_DEFINED].contains(t));
+        if marked && bos != Some(id) && !(harmony && token == "<|end|>") {
+            ids.push(id);
+        }
+    }
+    let mut seen = Vec::new();
+    ids.retain(|id| !seen.contains(id) && {
+        seen.push(*id);
+        true
+    });
+    Ok(ids)
+}
+
+fn chat_templates(metadata: &HashMap<String, Value>) -> BTreeMap<String, String> {
+    let mut templates = BTreeMap::new();
+    for (key, value) in metadata {
+        let Some(rest) = key.strip_prefix("tokenizer.chat_template") else { continue };
+        let name = if rest.is_empty() { Some("default") } else { rest.strip_prefix('.') };
+        if let (Some(name), Value::String(source)) = (name, value) {
+            templates.insert(name.to_owned(), source.clone());
+        }
+    }
+    templates
+}
+
+/// Merges that act as SentencePiece's scores do: every way to make a token of two others, best score first,
+/// then the longer left half, then the longer right one (transformers' order, which made the models'
+/// `tokenizer.json` files). Control, unknown, unused and byte tokens are never merged into.
+fn merges_by_score(source: &Source, scores: &[f32]) -> Merges {
+    let mut found: Vec<(f32, usize, usize, &str)> = Vec::new();
+    for ((token, &score), kind) in source.tokens.iter().zip(scores).zip(&source.types) {
+        if [UNKNOWN, CONTROL, UNUSED, BYTE].contains(kind) || token.len() > MAX_SPLIT_TOKEN {
+            continue;
+        }
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if source.vocab.contains_key(left) && source.vocab.contains_key(right) {
+                found.push((score, left.chars().count(), right.chars().count(), token));
+            }
+        }
+    }
+    // Stable, so that equals stay in the order of ids.
+    found.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
+    let halves = |(_, left, _, token): (f32, usize, usize, &str)| {
+        let at = token.char_indices().nth(left).map_or(token.len(), |(at, _)| at);
+        let (left, right) = token.split_at(at);
+        (left.to_owned(), right.to_owned())
+    };
+    found.into_iter().map(halves).collect()
+}
+
+/// Longer tokens are not split into merges: the work grows with the square of the length, and no
+/// SentencePiece vocabulary comes near.
+const MAX_SPLIT_TOKEN: usize = 512;
+
+fn pair(merge: &str) -> Result<(String, String)> {
+    // The left half may be a space itself, so the separator is looked for after its first character.
+    let first = merge.chars().next().map_or(0, char::len_utf8);
+    let at = merge[first..].find(' ').map(|i| i + first);
+    match at.map(|at| (&merge[..at], &merge[at + 1..])) {
+        Some((left, right)) if !right.is_empty() => Ok((left.to_owned(), right.to_owned())),
+        _ => Err(bad(format!("tokenizer.ggml.merges: {merge:?} is not two tokens"))),
+    }
+}
+
+/// The crate joins merges in a buffer as long as the longest token, and asserts that they fit.
+fn check_lengths(tokens: &[String], merges: &Merges) -> Result<()> {
+    let longest = tokens.iter().map(String::len).max().unwrap_or(0);
+    match merges.iter().find(|(a, b)| a.len() + b.len() > longest) {
+        Some((a, b)) => Err(bad(format!("tokenizer.ggml.merges: {a:?} {b:?} make no token"))),
+        None => Ok(()),
+    }
+}
+
+/// The tokenizer's keys, read and found to agree.
+struct Source<'a> {
+    metadata: &'a HashMap<String, Value>,
+    tokens: Vec<String>,
+    types: Vec<i64>,
+    vocab: Vocab,
+    /// transformers' name of a special token to its text.
+    named: BTreeMap<String, String>,
+}
+
+impl<'a> Source<'a> {
+    fn read(metadata: &'a HashMap<String, Value>) -> Result<Self> {
+        let mut source = Self {
+            metadata,
+            tokens: Vec::new(),
+            types: Vec::new(),
+            vocab: Vocab::default(),
+            named: BTreeMap::new(),
+        };
+        let tokens = source.strings("tokens")?.filter(|tokens| !tokens.is_empty());
+        let tokens = tokens.ok_or_else(|| bad("no tokenizer.ggml.tokens".to_owned()))?;
+        // Padding rows of some files have no text; they must not all be one token.
+        let named = |(id, token): (usize, &String)| match token.as_str() {
+            "" => format!("[EMPTY_{id}]"),
+            _ => token.clone(),
+        };
+        source.tokens = tokens.iter().enumerate().map(named).collect();
+        source.types = source.token_types()?;
+        source.vocab.reserve(source.tokens.len());
+        for (id, token) in source.tokens.iter().enumerate() {
+            let id = u32::try_from(id).map_err(|_| bad("more than 2^32 tokens".to_owned()))?;
+            if let Some(first) = source.vocab.insert(token.clone(), id) {
+                return Err(bad(format!("tokenizer.ggml.tokens: {token:?} is both {first} and {id}")));
+            }
+        }
+        for (key, name) in NAMED_IDS {
+            if let Some(id) = source.id(key)? {
+                source.named.insert(name.to_owned(), source.tokens[id as usize].clone());
+            }
+        }
+        if source.text("model")? == Some("llama") {
+            source.name_defaults();
+        }
+        Ok(source)
+    }
+
+    /// SentencePiece files may leave out the ids of the tokens everyone calls alike.
+    fn name_defaults(&mut self) {
+        for (name, token) in [("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")] {
+            if !self.named.contains_key(name) && self.vocab.contains_key(token) {
+                self.named.insert(name.to_owned(), token.to_owned());
+            }
+        }
+    }
+
+    fn token_types(&self) -> Result<Vec<i64>> {
+        let count = self.tokens.len();
+        let types = match self.get("token_type") {
+            None => return Ok(vec![1; count]),
+            Some(Value::Ints(types)) => types.clone(),
+            Some(other) => return Err(wrong_type("token_type", "integers", other)),
+        };
+        self.same_count("token_type", types.len())?;
+        Ok(types)
+    }
+
+    fn scores(&self) -> Result<Option<&'a [f32]>> {
+        let scores = match self.get("scores") {
+            None => return Ok(None),
+            Some(Value::Floats(scores)) => scores,
+            Some(other) => return Err(wrong_type("scores", "floats", other)),
+        };
+        self.same_count("scores", scores.len())?;
+        if let Some(id) = scores.iter().position(|s| s.is_nan()) {
+            return Err(bad(format!("tokenizer.ggml.scores: the score of {id} is not a number")));
+        }
+        Ok(Some(scores))
+    }
+
+    fn same_count(&self, key: &str, count: usize) -> Result<()> {
+        match self.tokens.len() {
+            tokens if tokens == count => Ok(()),
+            tokens => Err(bad(format!("tokenizer.ggml.{key} has {count} values for {tokens} tokens"))),
+        }
+    }
+
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.metadata.get(&format!("tokenizer.ggml.{key}"))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(wrong_type(key, "a string", other)),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(other) => Err(wrong_type(key, "a bool", other)),
+        }
+    }
+
+    fn strings(&self, key: &str) -> Result<Option<&'a [String]>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Strings(strings)) => Ok(Some(strings)),
+            Some(other) => Err(wrong_type(key, "strings", other)),
+        }
+    }
+
+    /// A token's id, within the vocabulary. -1 and 2^32 - 1 are how files write "none".
+    fn id(&self, key: &str) -> Result<Option<u32>> {
+        let id = match self.get(key) {
+            None | Some(Value::Int(-1 | 0xffff_ffff)) => return Ok(None),
+            Some(Value::Int(id)) => *id,
+            Some(other) => return Err(wrong_type(key, "an integer", other)),
+        };
+        let count = self.tokens.len();
+        u32::try_from(id).ok().filter(|&id| (id as usize) < count).map(Some).ok_or_else(|| {
+            bad(format!("tokenizer.ggml.{key} must be below the {count} tokens, got {id}"))
+        })
+    }
+}
+
+fn normalizer(json: Json) -> Result<NormalizerWrapper> {
+    part(json)
+}
+
+/// A part of a pipeline, from what `tokenizer.json` would say.
+fn part<T: serde::de::DeserializeOwned>(json: Json) -> Result<T> {
+    serde_json::from_value(json).map_err(|e| Error::Internal(format!("tokenizer part: {e}")))
+}
+
+fn wrong_type(key: &str, wanted: &str, came: &Value) -> Error {
+    let came = match came {
+        Value::Bool(_) => "a bool",
+        Value::Int(_) | Value::UInt(_) => "an integer",
+        Value::Float(_) => "a float",
+        Value::String(_) => "a string",
+        Value::Bools(_) => "bools",
+        Value::Ints(_) => "integers",
+        Value::Floats(_) => "floats",
+        Value::Strings(_) => "strings",
+    };
+    bad(format!("tokenizer.ggml.{key} must be {wanted}, got {came}"))
+}
+
+fn bad(problem: String) -> Error {
+    Error::ModelFile { path: NAME.to_owned(), problem }
+}
+
+fn internal(error: tokenizers::Error) -> Error {
+    Error::Internal(error.to_string())
+}
