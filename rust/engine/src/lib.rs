@@ -10,6 +10,7 @@ pub mod weights;
 pub mod vocab;
 pub mod gguf;
 pub mod safetensors;
+pub mod files;
 pub mod arch;
 pub mod batch;
 pub mod pages;
