@@ -32,11 +32,19 @@ enum Step<'a> {
 
 impl<'a> Place<'a> {
     fn root(name: &'a str) -> Self {
-        Self { above: None, step: Step::Root(name), depth: 0 }
+        Self {
+            above: None,
+            step: Step::Root(name),
+            depth: 0,
+        }
     }
 
     fn down(&'a self, step: Step<'a>) -> Self {
-        Self { above: Some(self), step, depth: self.depth + 1 }
+        Self {
+            above: Some(self),
+            step,
+            depth: self.depth + 1,
+        }
     }
 }
 
@@ -91,7 +99,11 @@ fn value_at(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
     } else if object.hasattr("__float__")? {
         to_float(object, place) // numpy's floats, Decimal
     } else {
-        Err(refused(object, place, "None, bool, int, float, str, a sequence or a mapping"))
+        Err(refused(
+            object,
+            place,
+            "None, bool, int, float, str, a sequence or a mapping",
+        ))
     }
 }
 
@@ -129,7 +141,10 @@ fn to_integer(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
         return Ok(Value::from(number));
     }
     object.extract::<u64>().map(Value::from).map_err(|_| {
-        invalid(object.py(), format!("{place} must be an int of at most 64 bits, got a larger one"))
+        invalid(
+            object.py(),
+            format!("{place} must be an int of at most 64 bits, got a larger one"),
+        )
     })
 }
 
@@ -140,7 +155,12 @@ fn to_float(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
 }
 
 fn to_text(text: &Bound<'_, PyString>, place: &Place<'_>) -> PyResult<String> {
-    let problem = |_| invalid(text.py(), format!("{place} must be text, got a lone surrogate in it"));
+    let problem = |_| {
+        invalid(
+            text.py(),
+            format!("{place} must be text, got a lone surrogate in it"),
+        )
+    };
     text.to_cow().map(|text| text.into_owned()).map_err(problem)
 }
 
@@ -149,16 +169,25 @@ fn too_deep(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyErr {
     while let Some(above) = top.above {
         top = above;
     }
-    invalid(object.py(), format!("{top} must be nested at most {MAX_DEPTH} deep, got more"))
+    invalid(
+        object.py(),
+        format!("{top} must be nested at most {MAX_DEPTH} deep, got more"),
+    )
 }
 
 fn refused(object: &Bound<'_, PyAny>, place: &Place<'_>, wanted: &str) -> PyErr {
-    invalid(object.py(), format!("{place} must be {wanted}, got {}", type_name(object)))
+    invalid(
+        object.py(),
+        format!("{place} must be {wanted}, got {}", type_name(object)),
+    )
 }
 
 /// The name of a value's type, for errors.
 pub fn type_name(object: &Bound<'_, PyAny>) -> String {
-    object.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
+    object
+        .get_type()
+        .name()
+        .map_or_else(|_| "an object".to_owned(), |name| name.to_string())
 }
 
 /// A serde value as plain Python ones.
@@ -194,7 +223,11 @@ pub fn to_ids(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<u32>> {
             return Ok(array.as_array().to_vec());
         }
         let Ok(array) = object.cast::<PyUntypedArray>() else {
-            return Err(refused(object, &Place::root(name), "a sequence of token ids"));
+            return Err(refused(
+                object,
+                &Place::root(name),
+                "a sequence of token ids",
+            ));
         };
         if array.ndim() != 1 {
             let problem = format!("{name} must have 1 dimension, got {}", array.ndim());
@@ -203,19 +236,29 @@ pub fn to_ids(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<u32>> {
     }
     let root = Place::root(name);
     let items = object.try_iter()?.enumerate();
-    items.map(|(i, item)| id_at(&item?, &root.down(Step::Index(i)))).collect()
+    items
+        .map(|(i, item)| id_at(&item?, &root.down(Step::Index(i))))
+        .collect()
 }
 
 fn id_at(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<u32> {
     object.extract::<u32>().map_err(|_| {
-        let shown = object.repr().map_or_else(|_| type_name(object), |repr| repr.to_string());
-        invalid(object.py(), format!("{place} must be an int from 0 to {}, got {shown}", u32::MAX))
+        let shown = object
+            .repr()
+            .map_or_else(|_| type_name(object), |repr| repr.to_string());
+        invalid(
+            object.py(),
+            format!("{place} must be an int from 0 to {}, got {shown}", u32::MAX),
+        )
     })
 }
 
 /// A path from a str or an os.PathLike.
 pub fn to_path(object: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
     object.extract().map_err(|_| {
-        PyTypeError::new_err(format!("path must be str or os.PathLike, got {}", type_name(object)))
+        PyTypeError::new_err(format!(
+            "path must be str or os.PathLike, got {}",
+            type_name(object)
+        ))
     })
 }

@@ -10,7 +10,8 @@ use pyo3::types::PyDict;
 
 /// Run engine code without the GIL. A panic in it becomes an `InternalError`.
 pub fn run<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
-    py.detach(|| guarded(work)).map_err(|error| to_py(py, error))
+    py.detach(|| guarded(work))
+        .map_err(|error| to_py(py, error))
 }
 
 /// Run engine code that is too short to release the GIL for.
@@ -27,7 +28,9 @@ fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(Error::Internal(text.unwrap_or_else(|| "a panic without a message".to_owned())))
+        Err(Error::Internal(
+            text.unwrap_or_else(|| "a panic without a message".to_owned()),
+        ))
     })
 }
 
@@ -46,7 +49,11 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     let class = match error {
         Error::ModelFile { path, .. } => {
             with.set_item("path", path)?;
-            if Path::new(path).exists() { "ModelFileError" } else { "ModelNotFoundError" }
+            if Path::new(path).exists() {
+                "ModelFileError"
+            } else {
+                "ModelNotFoundError"
+            }
         }
         Error::Unsupported { what, name, .. } => {
             with.set_item("what", what)?;
@@ -62,7 +69,9 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             with.set_item("model", model)?;
             "NoChatTemplateError"
         }
-        Error::Template { name, line, thrown, .. } => {
+        Error::Template {
+            name, line, thrown, ..
+        } => {
             with.set_item("name", name)?;
             with.set_item("line", line)?;
             with.set_item("thrown", thrown)?;
@@ -83,5 +92,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::Internal(_) => "InternalError",
     };
     let class = py.import("hfcore.errors")?.getattr(class)?;
-    Ok(PyErr::from_value(class.call((error.to_string(),), Some(&with))?))
+    Ok(PyErr::from_value(
+        class.call((error.to_string(),), Some(&with))?,
+    ))
 }

@@ -1,3 +1,41 @@
-//! placeholder
+//! `hfcore._core`: the door between Python and the engine. It converts, releases the GIL, calls
+//! and maps errors; what it decides, it decides nowhere else.
+
 mod convert;
+mod delta;
 mod error;
+mod notifier;
+mod text;
+
+use hfcore_engine::options::OPTION_NAMES;
+use hfcore_engine::weights;
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+/// Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].
+#[pyfunction]
+fn dequantize<'py>(
+    py: Python<'py>,
+    type_name: &str,
+    blocks: PyReadonlyArray2<'py, u8>,
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let count = blocks.shape()[0];
+    let bytes: Vec<u8> = blocks.as_array().iter().copied().collect();
+    let numbers = error::run(py, || weights::dequantize_blocks(type_name, &bytes))?;
+    let width = numbers.len().checked_div(count).unwrap_or(0);
+    PyArray1::from_vec(py, numbers).reshape([count, width])
+}
+
+/// What the compiled half of hfcore offers; see hfcore for the whole.
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("OPTION_NAMES", PyTuple::new(module.py(), OPTION_NAMES)?)?;
+    module.add_class::<text::Tokenizer>()?;
+    module.add_class::<delta::Delta>()?;
+    module.add_class::<delta::TokenLogprob>()?;
+    module.add_class::<delta::Usage>()?;
+    module.add_class::<notifier::Notifier>()?;
+    module.add_function(wrap_pyfunction!(dequantize, module)?)
+}

@@ -6,12 +6,10 @@ use std::sync::Arc;
 
 use hfcore_engine::error::Result;
 use hfcore_engine::gguf;
-use hfcore_engine::template;
 use hfcore_engine::tokenizer;
 use hfcore_engine::vocab;
 use numpy::PyArray1;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
 
 use crate::convert::{to_ids, to_path};
 use crate::error::run;
@@ -58,7 +56,10 @@ impl Tokenizer {
         add_special_tokens: bool,
     ) -> PyResult<Vec<Bound<'py, PyArray1<u32>>>> {
         let all = run(py, || self.inner.encode_batch(&texts, add_special_tokens))?;
-        Ok(all.into_iter().map(|ids| PyArray1::from_vec(py, ids)).collect())
+        Ok(all
+            .into_iter()
+            .map(|ids| PyArray1::from_vec(py, ids))
+            .collect())
     }
 
     /// Where each token of `text` (without special ones) comes from, in code points.
@@ -109,8 +110,11 @@ fn open(path: &Path) -> Result<tokenizer::Tokenizer> {
     if path.is_dir() {
         return tokenizer::Tokenizer::from_dir(path);
     }
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        return vocab::from_weights(&gguf::open(path)?);
+    if path
+        .extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+    {
+        return vocab::tokenizer(&gguf::open(path)?.metadata);
     }
     tokenizer::Tokenizer::from_file(path)
 }
