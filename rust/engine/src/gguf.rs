@@ -922,9 +922,9 @@ mod tests {
         Writer::new()
             .tensor("c", &[1], 0, 32)
             .refused("overlaps the one before it");
-        Writer::new()
-            .tensor("c", &[1], 0, 64)
-            .refused("tensor \"c\" overlaps the one before it");
+        let mut w = Writer::new().tensor("c", &[1], 0, 64);
+        w.data.resize(96, 0);
+        w.refused("tensor \"c\" overlaps the one before it");
     }
 
     #[test]

@@ -103,15 +103,16 @@ fn object(path: &Path, cap: u64) -> Result<Option<Json>> {
 }
 
 fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
-    let file = match fs::File::open(path) {
-        Ok(file) => file,
+    let error = |e: io::Error| file_error(path, e.to_string());
+    match fs::metadata(path) {
+        Ok(m) if m.is_file() => {}
+        Ok(_) => return Err(file_error(path, "not a regular file")),
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(file_error(path, e.to_string())),
-    };
+        Err(e) => return Err(error(e)),
+    }
     let mut text = Vec::new();
-    file.take(cap + 1)
-        .read_to_end(&mut text)
-        .map_err(|e| file_error(path, e.to_string()))?;
+    let file = fs::File::open(path).map_err(error)?;
+    file.take(cap + 1).read_to_end(&mut text).map_err(error)?;
     if text.len() as u64 > cap {
         return Err(file_error(
             path,
