@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "hfcore"
 # A file may use only what stands before it. `__init__` and `__main__` gather, so they come last.
 PYTHON_LADDER = (
     "errors", "fetch", "options", "_core", "hub", "engine", "backends", "testing", "messages",
-    "chat_models", "llms", "embeddings", "server", "bench", "demo", "cli", "__init__", "__main__",
+    "llms", "chat_models", "embeddings", "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 # Each outside library has one home, so that a change of it has one place too.

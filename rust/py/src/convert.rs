@@ -1,8 +1,10 @@
 //! Python values to the engine's and back. What has no counterpart is refused by name.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use hfcore_engine::template::BIG_INT_KEY;
 use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -10,7 +12,7 @@ use pyo3::types::{
     PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyList, PyMapping, PySequence, PyString,
     PyTuple,
 };
-use serde_json::{Map, Number, Value};
+use serde_json::{Map, Number, Value, json};
 
 use crate::error::invalid;
 
@@ -18,12 +20,16 @@ use crate::error::invalid;
 const MAX_DEPTH: usize = 100;
 
 /// Where a value stands, for errors: prints as `messages[0].content`. Costs nothing until then.
-struct Place<'a> {
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
     above: Option<&'a Place<'a>>,
     step: Step<'a>,
     depth: usize,
+    /// Integers beyond 64 bits pass, in the form that templates read.
+    big_integers: bool,
 }
 
+#[derive(Clone, Copy)]
 enum Step<'a> {
     Root(&'a str),
     Key(&'a str),
@@ -61,19 +67,33 @@ impl fmt::Display for Place<'_> {
     }
 }
 
-/// A JSON-like Python value (None, bool, int, float, str, sequences, mappings) as a serde one.
-/// Tuples become lists. `name` is what errors call the value.
-pub fn to_value(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Value> {
-    value_at(object, &Place::root(name))
-}
-
-/// A mapping with string keys as a serde object.
-pub fn to_object(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Map<String, Value>> {
-    let place = Place::root(name);
+/// A mapping with string keys as a serde object. Integer keys become text, as in JSON.
+pub fn to_object(object: &Bound<'_, PyAny>, place: Place<'_>) -> PyResult<Map<String, Value>> {
     match object.cast::<PyMapping>() {
         Ok(map) => to_map(map, &place),
         Err(_) => Err(refused(object, &place, "a mapping")),
     }
+}
+
+/// A JSON-like Python value (None, bool, int, float, str, sequences, mappings) as a serde one.
+/// Tuples become lists.
+pub fn to_value(object: &Bound<'_, PyAny>, place: Place<'_>) -> PyResult<Value> {
+    value_at(object, &place)
+}
+
+/// A mapping of text to text.
+pub fn to_strings(object: &Bound<'_, PyAny>, name: &str) -> PyResult<BTreeMap<String, String>> {
+    let entries = to_object(object, Place::request(name))?.into_iter();
+    let strings = entries.map(|(key, value)| match value {
+        Value::String(value) => Ok((key, value)),
+        other => Err(invalid(object.py(), format!("{name}.{key} must be a str, got {other}"))),
+    });
+    strings.collect()
+}
+
+/// Text; a lone surrogate in it is refused by name.
+pub fn to_string(text: &Bound<'_, PyString>, name: &str) -> PyResult<String> {
+    to_text(text, &Place::request(name))
 }
 
 fn value_at(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
@@ -111,14 +131,21 @@ fn to_map(map: &Bound<'_, PyMapping>, place: &Place<'_>) -> PyResult<Map<String,
     let mut out = Map::new();
     for pair in map.items()?.iter() {
         let (key, value) = pair.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
-        let Ok(key) = key.cast::<PyString>() else {
-            return Err(refused(&key, &place.down(Step::Key("<key>")), "a str"));
-        };
-        let key = to_text(key, place)?;
+        let key = to_key(&key, place)?;
         let value = value_at(&value, &place.down(Step::Key(&key)))?;
         out.insert(key, value);
     }
     Ok(out)
+}
+
+fn to_key(key: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<String> {
+    if let Ok(text) = key.cast::<PyString>() {
+        return to_text(text, place);
+    }
+    if key.is_instance_of::<PyInt>() && !key.is_instance_of::<PyBool>() {
+        return Ok(key.str()?.to_cow()?.into_owned());
+    }
+    Err(invalid(key.py(), format!("keys of {place} must be str, got {}", type_name(key))))
 }
 
 fn to_array(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
@@ -128,7 +155,7 @@ fn to_array(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
 }
 
 /// Lists, tuples and other sequences, but not the ones that are one value: text and bytes.
-fn is_list_like(object: &Bound<'_, PyAny>) -> bool {
+pub fn is_list_like(object: &Bound<'_, PyAny>) -> bool {
     let known = object.is_instance_of::<PyList>() || object.is_instance_of::<PyTuple>();
     let whole = object.is_instance_of::<PyString>()
         || object.is_instance_of::<PyBytes>()
@@ -225,7 +252,7 @@ pub fn to_ids(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<u32>> {
         let Ok(array) = object.cast::<PyUntypedArray>() else {
             return Err(refused(
                 object,
-                &Place::root(name),
+                &Place::request(name),
                 "a sequence of token ids",
             ));
         };
@@ -234,7 +261,7 @@ pub fn to_ids(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<u32>> {
             return Err(invalid(object.py(), problem));
         }
     }
-    let root = Place::root(name);
+    let root = Place::request(name);
     let items = object.try_iter()?.enumerate();
     items
         .map(|(i, item)| id_at(&item?, &root.down(Step::Index(i))))

@@ -14,11 +14,6 @@ pub fn run<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> 
         .map_err(|error| to_py(py, error))
 }
 
-/// Run engine code that is too short to release the GIL for.
-pub fn run_short<T>(py: Python<'_>, work: impl FnOnce() -> Result<T>) -> PyResult<T> {
-    guarded(work).map_err(|error| to_py(py, error))
-}
-
 /// `InvalidRequestError`, for what the door itself refuses.
 pub fn invalid(py: Python<'_>, message: impl Into<String>) -> PyErr {
     to_py(py, Error::InvalidRequest(message.into()))
@@ -87,6 +82,15 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             with.set_item("prompt_tokens", prompt)?;
             with.set_item("limit", limit)?;
             "ContextOverflowError"
+        }
+        Error::Timeout { seconds } => {
+            with.set_item("timeout", seconds)?;
+            "RequestTimeoutError"
+        }
+        Error::Overloaded { waiting, limit } => {
+            with.set_item("waiting", waiting)?;
+            with.set_item("limit", limit)?;
+            "EngineOverloadedError"
         }
         Error::Closed => "EngineClosedError",
         Error::Internal(_) => "InternalError",

@@ -3,8 +3,9 @@
 
 mod convert;
 mod delta;
+mod engine;
 mod error;
-mod notifier;
+mod stream;
 mod text;
 
 use hfcore_engine::options::OPTION_NAMES;
@@ -32,10 +33,13 @@ fn dequantize<'py>(
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("OPTION_NAMES", PyTuple::new(module.py(), OPTION_NAMES)?)?;
+    module.add_class::<text::ChatTemplate>()?;
     module.add_class::<text::Tokenizer>()?;
+    module.add_class::<engine::Engine>()?;
+    module.add_class::<stream::Stream>()?;
     module.add_class::<delta::Delta>()?;
     module.add_class::<delta::TokenLogprob>()?;
     module.add_class::<delta::Usage>()?;
-    module.add_class::<notifier::Notifier>()?;
+    module.add_class::<stream::Notifier>()?;
     module.add_function(wrap_pyfunction!(dequantize, module)?)
 }
