@@ -37,11 +37,21 @@ enum Step<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn root(name: &'a str) -> Self {
+    /// A value of a request, called `name`.
+    pub fn request(name: &'a str) -> Self {
         Self {
             above: None,
             step: Step::Root(name),
             depth: 0,
+            big_integers: false,
+        }
+    }
+
+    /// A value that only a chat template looks at.
+    pub fn template(name: &'a str) -> Self {
+        Self {
+            big_integers: true,
+            ..Self::request(name)
         }
     }
 
@@ -50,6 +60,7 @@ impl<'a> Place<'a> {
             above: Some(self),
             step,
             depth: self.depth + 1,
+            ..*self
         }
     }
 }
@@ -86,7 +97,10 @@ pub fn to_strings(object: &Bound<'_, PyAny>, name: &str) -> PyResult<BTreeMap<St
     let entries = to_object(object, Place::request(name))?.into_iter();
     let strings = entries.map(|(key, value)| match value {
         Value::String(value) => Ok((key, value)),
-        other => Err(invalid(object.py(), format!("{name}.{key} must be a str, got {other}"))),
+        other => Err(invalid(
+            object.py(),
+            format!("{name}.{key} must be a str, got {other}"),
+        )),
     });
     strings.collect()
 }
@@ -145,7 +159,10 @@ fn to_key(key: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<String> {
     if key.is_instance_of::<PyInt>() && !key.is_instance_of::<PyBool>() {
         return Ok(key.str()?.to_cow()?.into_owned());
     }
-    Err(invalid(key.py(), format!("keys of {place} must be str, got {}", type_name(key))))
+    Err(invalid(
+        key.py(),
+        format!("keys of {place} must be str, got {}", type_name(key)),
+    ))
 }
 
 fn to_array(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
@@ -167,12 +184,17 @@ fn to_integer(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
     if let Ok(number) = object.extract::<i64>() {
         return Ok(Value::from(number));
     }
-    object.extract::<u64>().map(Value::from).map_err(|_| {
-        invalid(
-            object.py(),
-            format!("{place} must be an int of at most 64 bits, got a larger one"),
-        )
-    })
+    if let Ok(number) = object.extract::<u64>() {
+        return Ok(Value::from(number));
+    }
+    // Python itself refuses to write out more than some thousand digits.
+    match object.str() {
+        Ok(digits) if place.big_integers => Ok(json!({ BIG_INT_KEY: digits.to_cow()? })),
+        _ => {
+            let problem = format!("{place} must be an int of at most 64 bits, got a larger one");
+            Err(invalid(object.py(), problem))
+        }
+    }
 }
 
 fn to_float(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
@@ -244,24 +266,20 @@ pub fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyA
 
 /// Token ids: a numpy array of one dimension, or any sequence of ints.
 pub fn to_ids(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<u32>> {
+    let root = Place::request(name);
     // Plain sequences first: they need no numpy, which is slow to import.
     if !is_list_like(object) {
         if let Ok(array) = object.extract::<PyReadonlyArray1<'_, u32>>() {
             return Ok(array.as_array().to_vec());
         }
         let Ok(array) = object.cast::<PyUntypedArray>() else {
-            return Err(refused(
-                object,
-                &Place::request(name),
-                "a sequence of token ids",
-            ));
+            return Err(refused(object, &root, "a sequence of token ids"));
         };
         if array.ndim() != 1 {
             let problem = format!("{name} must have 1 dimension, got {}", array.ndim());
             return Err(invalid(object.py(), problem));
         }
     }
-    let root = Place::request(name);
     let items = object.try_iter()?.enumerate();
     items
         .map(|(i, item)| id_at(&item?, &root.down(Step::Index(i))))

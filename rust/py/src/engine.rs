@@ -9,7 +9,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PySequence, PyString};
 use serde_json::{Map, Value};
 
-use crate::convert::{Place, is_list_like, to_ids, to_object, to_path, to_python, to_string, to_value, type_name};
+use crate::convert::{
+    Place, is_list_like, to_ids, to_object, to_path, to_python, to_string, to_value, type_name,
+};
 use crate::error::{invalid, run};
 use crate::stream::Stream;
 use crate::text::{ChatTemplate, Tokenizer, render_request};
@@ -30,7 +32,10 @@ impl Engine {
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
         kv_cache_bytes = None, max_sequences = 32, progress = None
     ))]
-    #[expect(clippy::too_many_arguments, reason = "each is a keyword of the constructor")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a keyword of the constructor"
+    )]
     fn open(
         py: Python<'_>,
         path: &Bound<'_, PyAny>,
@@ -116,7 +121,9 @@ impl Engine {
     /// The template that messages go through, None if there is none.
     #[getter]
     fn chat_template(&self) -> Option<ChatTemplate> {
-        self.model.chat_template().map(|template| ChatTemplate::new(template.clone()))
+        self.model
+            .chat_template()
+            .map(|template| ChatTemplate::new(template.clone()))
     }
 
     /// What was loaded: path, architecture, sizes, quantization, device, threads and so on.
@@ -140,7 +147,10 @@ impl Engine {
 
     fn __repr__(&self) -> String {
         let info = self.model.info();
-        format!("Engine({})", info.get("path").and_then(Value::as_str).unwrap_or_default())
+        format!(
+            "Engine({})",
+            info.get("path").and_then(Value::as_str).unwrap_or_default()
+        )
     }
 }
 
@@ -174,14 +184,20 @@ fn to_prompt(object: &Bound<'_, PyAny>) -> PyResult<Prompt> {
         let problem = "prompt must be a str, a list of messages or token ids, got one message";
         return Err(invalid(object.py(), problem));
     }
-    let first = object.cast::<PySequence>().ok().and_then(|items| items.get_item(0).ok());
+    let first = object
+        .cast::<PySequence>()
+        .ok()
+        .and_then(|items| items.get_item(0).ok());
     match first {
         Some(first) if first.cast::<PyMapping>().is_ok() => {
             to_value(object, Place::template("messages")).map(Prompt::Messages)
         }
         Some(first) if !first.hasattr("__index__")? => Err(invalid(
             object.py(),
-            format!("prompt[0] must be a message (a mapping) or a token id, got {}", type_name(&first)),
+            format!(
+                "prompt[0] must be a message (a mapping) or a token id, got {}",
+                type_name(&first)
+            ),
         )),
         _ => to_ids(object, "prompt").map(Prompt::Ids),
     }
@@ -195,7 +211,11 @@ fn to_options(object: &Bound<'_, PyAny>) -> PyResult<Map<String, Value>> {
     for pair in options.items()?.iter() {
         let (name, value) = pair.extract::<(String, Bound<'_, PyAny>)>()?;
         let for_template = FOR_TEMPLATE.contains(&name.as_str());
-        let place = if for_template { Place::template(&name) } else { Place::request(&name) };
+        let place = if for_template {
+            Place::template(&name)
+        } else {
+            Place::request(&name)
+        };
         let value = to_value(&value, place)?;
         out.insert(name, value);
     }

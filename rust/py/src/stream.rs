@@ -86,7 +86,9 @@ pub struct Notifier {
 impl Notifier {
     #[new]
     fn new(py: Python<'_>) -> PyResult<Self> {
-        Ok(Self { inner: Arc::new(run(py, stream::Notifier::new)?) })
+        Ok(Self {
+            inner: Arc::new(run(py, stream::Notifier::new)?),
+        })
     }
 
     /// Readable while `drain` has something to give. Owned by this object.

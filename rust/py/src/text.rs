@@ -41,8 +41,10 @@ impl ChatTemplate {
     ) -> PyResult<Self> {
         let special_tokens = special_tokens.map(|tokens| to_strings(tokens, "special_tokens"));
         let special_tokens = special_tokens.transpose()?.unwrap_or_default();
-        run(py, || template::ChatTemplate::new(name, source, &special_tokens))
-            .map(|inner| Self::new(Arc::new(inner)))
+        run(py, || {
+            template::ChatTemplate::new(name, source, &special_tokens)
+        })
+        .map(|inner| Self::new(Arc::new(inner)))
     }
 
     /// The prompt for these messages.
@@ -87,7 +89,13 @@ impl ChatTemplate {
         let flags = (add_generation_prompt, continue_final_message);
         let request = render_request(messages, tools, documents, flags, now, variables)?;
         let (text, spans) = run(py, || self.inner.render_with_spans(&request))?;
-        Ok((text, spans.into_iter().map(|span| (span.start, span.end)).collect()))
+        Ok((
+            text,
+            spans
+                .into_iter()
+                .map(|span| (span.start, span.end))
+                .collect(),
+        ))
     }
 
     /// The Jinja text.
@@ -109,7 +117,11 @@ impl ChatTemplate {
     }
 
     fn __repr__(&self) -> String {
-        format!("ChatTemplate({:?}, {} characters)", self.inner.name(), self.inner.source().len())
+        format!(
+            "ChatTemplate({:?}, {} characters)",
+            self.inner.name(),
+            self.inner.source().len()
+        )
     }
 }
 
@@ -123,7 +135,9 @@ pub fn render_request(
     variables: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<RenderRequest> {
     let optional = |value: Option<&Bound<'_, PyAny>>, name| {
-        value.map(|value| to_value(value, Place::template(name))).transpose()
+        value
+            .map(|value| to_value(value, Place::template(name)))
+            .transpose()
     };
     Ok(RenderRequest {
         messages: to_value(messages, Place::template("messages"))?,
@@ -245,8 +259,10 @@ impl Tokenizer {
             return Ok(None);
         };
         let special_tokens = self.inner.special_tokens();
-        run(py, || template::ChatTemplate::new("chat_template", source, special_tokens))
-            .map(|inner| Some(ChatTemplate::new(Arc::new(inner))))
+        run(py, || {
+            template::ChatTemplate::new("chat_template", source, special_tokens)
+        })
+        .map(|inner| Some(ChatTemplate::new(Arc::new(inner))))
     }
 
     /// `{"bos_token": "<s>", ...}`, as far as the files name them.
