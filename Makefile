@@ -27,7 +27,7 @@ $(VENV)/.venv:
 # The pinned tools, and the module in release, installed in place (edits of python/ act at once).
 $(VENV)/.tools: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@ $(VENV)/.module
+	@touch $@
 
 # The module again when only Rust changed.
 $(VENV)/.module: $(VENV)/.tools $(RUST_SOURCES)

@@ -278,7 +278,7 @@ class Engine:
         threads: int | None = None,
         chat_template: str | None = None,
         kv_cache_bytes: int | None = None,
-        max_sequences: int = 32,
+        max_sequences: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine:
         """Load the model at `path`: a `.gguf` file, or a directory with safetensors.
@@ -291,7 +291,7 @@ class Engine:
             threads: Compute threads; None is the cores that this process may use.
             chat_template: Jinja text to use in place of the model's own.
             kv_cache_bytes: Memory for keys and values; None chooses by what is free.
-            max_sequences: Requests that run at the same time; others wait.
+            max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's
                 view at any moment; what it raises ends the loading once the step is done.
 

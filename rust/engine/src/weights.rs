@@ -291,11 +291,15 @@ impl std::fmt::Debug for Weights {
     }
 }
 
-/// The numbers of whole blocks of the GGUF type `type_name`.
+/// The numbers of `count` blocks of the GGUF type `type_name`, and how many numbers a block has.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for an unknown type, [`Error::InvalidRequest`] when bytes are left over.
-pub fn dequantize_blocks(type_name: &str, blocks: &[u8]) -> Result<Vec<f32>> {
+/// [`Error::Unsupported`] for an unknown type, [`Error::InvalidRequest`] for bytes of another number.
+pub fn dequantize_blocks(
+    type_name: &str,
+    count: usize,
+    blocks: &[u8],
+) -> Result<(Vec<f32>, usize)> {
     let Some(tensor_type) = TensorType::from_name(type_name) else {
         return Err(Error::Unsupported {
             what: "tensor type",
@@ -303,17 +307,16 @@ pub fn dequantize_blocks(type_name: &str, blocks: &[u8]) -> Result<Vec<f32>> {
             supported: TensorType::ALL.map(TensorType::name).join(", "),
         });
     };
-    if !blocks.len().is_multiple_of(tensor_type.block_bytes()) {
+    let wanted = tensor_type.block_bytes();
+    if count.checked_mul(wanted) != Some(blocks.len()) {
         return Err(Error::InvalidRequest(format!(
-            "blocks of {type_name} have {} bytes each, got {} bytes in all",
-            tensor_type.block_bytes(),
+            "a block of {type_name} has {wanted} bytes, got {} for {count}",
             blocks.len()
         )));
     }
-    let count = blocks.len() / tensor_type.block_bytes();
     let mut out = vec![0.0; count * tensor_type.block_len()];
     quant::dequantize(tensor_type, blocks, &mut out);
-    Ok(out)
+    Ok((out, tensor_type.block_len()))
 }
 
 /// The known name with the fewest edits from `name`, if it is less than half of it.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use hfcore_engine::template::BIG_INT_KEY;
-use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{
@@ -152,7 +152,8 @@ fn to_map(map: &Bound<'_, PyMapping>, place: &Place<'_>) -> PyResult<Map<String,
     Ok(out)
 }
 
-fn to_key(key: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<String> {
+/// A mapping's key as JSON has it: text, an integer written out.
+pub fn to_key(key: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<String> {
     if let Ok(text) = key.cast::<PyString>() {
         return to_text(text, place);
     }
@@ -296,6 +297,37 @@ fn id_at(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<u32> {
             format!("{place} must be an int from 0 to {}, got {shown}", u32::MAX),
         )
     })
+}
+
+/// A count or a size, from 0 up; None is none.
+pub fn to_size(object: Option<&Bound<'_, PyAny>>, name: &str) -> PyResult<Option<usize>> {
+    let Some(object) = object else {
+        return Ok(None);
+    };
+    let flag = object.is_instance_of::<PyBool>();
+    match object.extract::<usize>() {
+        Ok(size) if !flag => Ok(Some(size)),
+        _ => {
+            let shown = object.repr()?;
+            Err(invalid(
+                object.py(),
+                format!("{name} must be an int from 0 up, got {shown}"),
+            ))
+        }
+    }
+}
+
+/// Rows of bytes: a numpy array of uint8 and two dimensions.
+pub fn to_bytes(object: &Bound<'_, PyAny>, name: &str) -> PyResult<(usize, Vec<u8>)> {
+    let Ok(array) = object.extract::<PyReadonlyArray2<'_, u8>>() else {
+        let place = Place::request(name);
+        return Err(refused(
+            object,
+            &place,
+            "a numpy array of uint8 with 2 dimensions",
+        ));
+    };
+    Ok((array.shape()[0], array.as_array().iter().copied().collect()))
 }
 
 /// A path from a str or an os.PathLike.

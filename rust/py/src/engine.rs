@@ -10,7 +10,8 @@ use pyo3::types::{PyDict, PyMapping, PySequence, PyString};
 use serde_json::{Map, Value};
 
 use crate::convert::{
-    Place, is_list_like, to_ids, to_object, to_path, to_python, to_string, to_value, type_name,
+    Place, is_list_like, to_ids, to_key, to_object, to_path, to_python, to_size, to_string,
+    to_value, type_name,
 };
 use crate::error::{invalid, run};
 use crate::stream::Stream;
@@ -30,7 +31,7 @@ impl Engine {
     #[new]
     #[pyo3(signature = (
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
-        kv_cache_bytes = None, max_sequences = 32, progress = None
+        kv_cache_bytes = None, max_sequences = None, progress = None
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -40,22 +41,23 @@ impl Engine {
         py: Python<'_>,
         path: &Bound<'_, PyAny>,
         device: &str,
-        context_size: Option<usize>,
-        threads: Option<usize>,
+        context_size: Option<&Bound<'_, PyAny>>,
+        threads: Option<&Bound<'_, PyAny>>,
         chat_template: Option<String>,
-        kv_cache_bytes: Option<u64>,
-        max_sequences: usize,
+        kv_cache_bytes: Option<&Bound<'_, PyAny>>,
+        max_sequences: Option<&Bound<'_, PyAny>>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
         let device = run(py, || device.parse::<DeviceKind>())?;
+        let usual = ModelOptions::default();
         let options = ModelOptions {
             device,
-            context_size,
-            threads,
+            context_size: to_size(context_size, "context_size")?,
+            threads: to_size(threads, "threads")?,
             chat_template,
-            kv_cache_bytes,
-            max_sequences,
+            kv_cache_bytes: to_size(kv_cache_bytes, "kv_cache_bytes")?.map(|size| size as u64),
+            max_sequences: to_size(max_sequences, "max_sequences")?.unwrap_or(usual.max_sequences),
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }
@@ -209,7 +211,8 @@ fn to_options(object: &Bound<'_, PyAny>) -> PyResult<Map<String, Value>> {
     };
     let mut out = Map::new();
     for pair in options.items()?.iter() {
-        let (name, value) = pair.extract::<(String, Bound<'_, PyAny>)>()?;
+        let (name, value) = pair.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
+        let name = to_key(&name, &Place::request("options"))?;
         let for_template = FOR_TEMPLATE.contains(&name.as_str());
         let place = if for_template {
             Place::template(&name)

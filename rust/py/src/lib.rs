@@ -10,7 +10,7 @@ mod text;
 
 use hfcore_engine::options::OPTION_NAMES;
 use hfcore_engine::weights;
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -19,13 +19,11 @@ use pyo3::types::PyTuple;
 fn dequantize<'py>(
     py: Python<'py>,
     type_name: &str,
-    blocks: PyReadonlyArray2<'py, u8>,
+    blocks: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-    let count = blocks.shape()[0];
-    let bytes: Vec<u8> = blocks.as_array().iter().copied().collect();
-    let numbers = error::run(py, || weights::dequantize_blocks(type_name, &bytes))?;
-    let width = numbers.len().checked_div(count).unwrap_or(0);
-    PyArray1::from_vec(py, numbers).reshape([count, width])
+    let (rows, bytes) = convert::to_bytes(blocks, "blocks")?;
+    let (numbers, width) = error::run(py, || weights::dequantize_blocks(type_name, rows, &bytes))?;
+    PyArray1::from_vec(py, numbers).reshape([rows, width])
 }
 
 /// What the compiled half of hfcore offers; see hfcore for the whole.
