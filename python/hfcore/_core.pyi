@@ -13,6 +13,20 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "OPTION_NAMES",
+    "ChatTemplate",
+    "Delta",
+    "Engine",
+    "Notifier",
+    "Stream",
+    "TokenLogprob",
+    "Tokenizer",
+    "Usage",
+    "__version__",
+    "dequantize",
+]
+
 __version__: Final[str]
 OPTION_NAMES: Final[tuple[str, ...]]
 """The names of the request options that `Engine.submit` knows, without aliases."""
@@ -157,9 +171,6 @@ class Tokenizer:
 class TokenLogprob:
     """A generated token with its log probability (natural logarithm) before sampling options."""
 
-    def __new__(
-        cls, token: str, token_id: int, logprob: float, top: Sequence[tuple[int, str, float]] = ()
-    ) -> TokenLogprob: ...
     @property
     def token(self) -> str:
         """The token's text."""
@@ -178,13 +189,6 @@ class TokenLogprob:
 class Usage:
     """What a request cost."""
 
-    def __new__(
-        cls,
-        prompt_tokens: int,
-        completion_tokens: int,
-        time_to_first_token: float = 0.0,
-        total_time: float = 0.0,
-    ) -> Usage: ...
     @property
     def prompt_tokens(self) -> int: ...
     @property
@@ -203,14 +207,6 @@ class Usage:
 class Delta:
     """What a request has produced since the delta before it. A value: it never changes."""
 
-    def __new__(
-        cls,
-        text: str = "",
-        token_ids: Sequence[int] = (),
-        logprobs: Sequence[TokenLogprob] | None = None,
-        finish_reason: str | None = None,
-        usage: Usage | None = None,
-    ) -> Delta: ...
     @property
     def text(self) -> str:
         """The new text; whole characters, never a part of a stop string."""

@@ -53,9 +53,26 @@ const LLAMA: Family = Family {
 
 const FAMILIES: &[Family] = &[
     LLAMA,
-    Family { gguf: Some("qwen2"), hf: &["qwen2"], gguf_pairing: Pairing::Halves, qkv_bias: true, ..LLAMA },
-    Family { gguf: Some("qwen3"), hf: &["qwen3"], gguf_pairing: Pairing::Halves, qk_norm: true, ..LLAMA },
-    Family { gguf: Some("smollm3"), hf: &["smollm3"], nope_interval: Some(4), ..LLAMA },
+    Family {
+        gguf: Some("qwen2"),
+        hf: &["qwen2"],
+        gguf_pairing: Pairing::Halves,
+        qkv_bias: true,
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("qwen3"),
+        hf: &["qwen3"],
+        gguf_pairing: Pairing::Halves,
+        qk_norm: true,
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("smollm3"),
+        hf: &["smollm3"],
+        nope_interval: Some(4),
+        ..LLAMA
+    },
     Family {
         gguf: Some("gemma3"),
         hf: &["gemma3_text"],
@@ -69,7 +86,13 @@ const FAMILIES: &[Family] = &[
         tied: true,
         ..LLAMA
     },
-    Family { gguf: Some("phi3"), hf: &["phi3"], gguf_pairing: Pairing::Halves, fused: true, ..LLAMA },
+    Family {
+        gguf: Some("phi3"),
+        hf: &["phi3"],
+        gguf_pairing: Pairing::Halves,
+        fused: true,
+        ..LLAMA
+    },
 ];
 
 /// Rotary positions of some layers.
@@ -175,17 +198,31 @@ impl Arch {
         width("the hidden size", self.hidden_size, MAX_WIDTH)?;
         width("the intermediate size", self.intermediate_size, MAX_WIDTH)?;
         width("the number of heads", self.heads, 4096)?;
-        width("the number of key and value heads", self.kv_heads, self.heads)?;
+        width(
+            "the number of key and value heads",
+            self.kv_heads,
+            self.heads,
+        )?;
         width("the head size", self.head_dim, 4096)?;
         width("the context size", self.context_size, MAX_CONTEXT)?;
         width("the vocabulary", self.vocab_size, 1 << 24)?;
         if self.heads % self.kv_heads != 0 {
             let (heads, kv) = (self.heads, self.kv_heads);
-            return Err(weights.problem(format!("{heads} heads do not share {kv} key and value heads evenly")));
+            return Err(weights.problem(format!(
+                "{heads} heads do not share {kv} key and value heads evenly"
+            )));
         }
-        let angles = self.ropes.iter().map(|r| r.frequencies.len()).max().unwrap_or(0);
+        let angles = self
+            .ropes
+            .iter()
+            .map(|r| r.frequencies.len())
+            .max()
+            .unwrap_or(0);
         if 2 * angles > self.head_dim {
-            return Err(weights.problem(format!("{angles} rotary pairs in heads of {}", self.head_dim)));
+            return Err(weights.problem(format!(
+                "{angles} rotary pairs in heads of {}",
+                self.head_dim
+            )));
         }
         let finite = [self.norm_eps, self.attention_scale, self.embedding_scale];
         if finite.iter().any(|x| !x.is_finite()) || self.norm_eps < 0.0 {
@@ -197,18 +234,26 @@ impl Arch {
 
 /// Angles per position: base^(-2 i / dim), computed in f32 as transformers does.
 fn base_frequencies(base: f32, dim: usize) -> Vec<f32> {
-    (0..dim / 2).map(|i| 1.0 / base.powf((2 * i) as f32 / dim as f32)).collect()
+    (0..dim / 2)
+        .map(|i| 1.0 / base.powf((2 * i) as f32 / dim as f32))
+        .collect()
 }
 
 fn unknown(what: &'static str, name: &str, supported: impl Iterator<Item = &'static str>) -> Error {
     let supported: Vec<_> = supported.collect();
-    Error::Unsupported { what, name: name.to_string(), supported: supported.join(", ") }
+    Error::Unsupported {
+        what,
+        name: name.to_string(),
+        supported: supported.join(", "),
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------- GGUF
 
 fn from_gguf(w: &Weights) -> Result<Arch> {
-    let name = w.get_str("general.architecture")?.ok_or_else(|| w.missing_key("general.architecture"))?;
+    let name = w
+        .get_str("general.architecture")?
+        .ok_or_else(|| w.missing_key("general.architecture"))?;
     let family = FAMILIES
         .iter()
         .find(|f| f.gguf == Some(name))
@@ -225,14 +270,22 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
     };
     let value_dim = size("attention.value_length")?.unwrap_or(head_dim);
     if value_dim != head_dim {
-        return Err(w.problem(format!("keys of {head_dim} and values of {value_dim} numbers per head")));
+        return Err(w.problem(format!(
+            "keys of {head_dim} and values of {value_dim} numbers per head"
+        )));
     }
     let layers = need("block_count")?.min(MAX_LAYERS + 1);
     let context_size = need("context_length")?;
     let scaling = gguf_scaling(w, name)?;
-    let dim = size("rope.dimension_count")?.unwrap_or(head_dim).min(2 * MAX_WIDTH);
+    let dim = size("rope.dimension_count")?
+        .unwrap_or(head_dim)
+        .min(2 * MAX_WIDTH);
     let base = w.get_f32(&key("rope.freq_base"))?.unwrap_or(10000.0);
-    let mut global = Rope { frequencies: base_frequencies(base, dim), long_frequencies: None, factor: 1.0 };
+    let mut global = Rope {
+        frequencies: base_frequencies(base, dim),
+        long_frequencies: None,
+        factor: 1.0,
+    };
     gguf_scale(w, name, &scaling, &mut global)?;
     let window = size("attention.sliding_window")?.filter(|&n| n > 0);
     let mut ropes = vec![global];
@@ -242,7 +295,11 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
     };
     if family.window_interval.is_some() {
         let base = w.get_f32(&key("rope.freq_base_swa"))?.unwrap_or(10000.0);
-        ropes.push(Rope { frequencies: base_frequencies(base, dim), long_frequencies: None, factor: 1.0 });
+        ropes.push(Rope {
+            frequencies: base_frequencies(base, dim),
+            long_frequencies: None,
+            factor: 1.0,
+        });
     }
     let eps = key("attention.layer_norm_rms_epsilon");
     let vocab_size = match size("vocab_size")? {
@@ -261,10 +318,18 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
         norm_eps: w.get_f32(&eps)?.ok_or_else(|| w.missing_key(&eps))?,
         norm_offset: 0.0,
         activation: family.activation,
-        embedding_scale: if family.scaled_embedding { (hidden_size as f32).sqrt() } else { 1.0 },
+        embedding_scale: if family.scaled_embedding {
+            (hidden_size as f32).sqrt()
+        } else {
+            1.0
+        },
         attention_scale: gguf_attention_scale(family, layers, hidden_size, heads, head_dim),
-        attention_softcap: w.get_f32(&key("attn_logit_softcapping"))?.filter(|&x| x > 0.0),
-        logit_softcap: w.get_f32(&key("final_logit_softcapping"))?.filter(|&x| x > 0.0),
+        attention_softcap: w
+            .get_f32(&key("attn_logit_softcapping"))?
+            .filter(|&x| x > 0.0),
+        logit_softcap: w
+            .get_f32(&key("final_logit_softcapping"))?
+            .filter(|&x| x > 0.0),
         qkv_bias: family.qkv_bias,
         qk_norm: family.qk_norm,
         post_norms: family.post_norms,
@@ -272,27 +337,53 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
         tied: w.tensor("output.weight").is_none(),
         pairing: family.gguf_pairing,
         ropes,
-        layers: (0..layers).map(|i| layer(i, interval, family.nope_interval, window)).collect(),
+        layers: (0..layers)
+            .map(|i| layer(i, interval, family.nope_interval, window))
+            .collect(),
         original_context: scaling.original_context,
         names: Names::Gguf,
     })
 }
 
 /// GGUF files do not say `query_pre_attn_scalar`: it is the head size, but for gemma3's largest model (62 layers).
-fn gguf_attention_scale(family: &Family, layers: usize, hidden: usize, heads: usize, head_dim: usize) -> f32 {
-    let width = if family.scaled_embedding && layers == 62 && heads > 0 { hidden / heads } else { head_dim };
+fn gguf_attention_scale(
+    family: &Family,
+    layers: usize,
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+) -> f32 {
+    let width = if family.scaled_embedding && layers == 62 && heads > 0 {
+        hidden / heads
+    } else {
+        head_dim
+    };
     1.0 / (width as f32).sqrt()
 }
 
 /// The traits of layer `i`: with a window interval n, layers n-1, 2n-1, ... see everything.
-fn layer(i: usize, interval: Option<usize>, nope: Option<usize>, window: Option<usize>) -> LayerArch {
+fn layer(
+    i: usize,
+    interval: Option<usize>,
+    nope: Option<usize>,
+    window: Option<usize>,
+) -> LayerArch {
     if nope.is_some_and(|n| (i + 1) % n == 0) {
         return LayerArch { rope: None, window };
     }
     match interval {
-        Some(n) if (i + 1) % n != 0 => LayerArch { rope: Some(1), window },
-        Some(_) => LayerArch { rope: Some(0), window: None },
-        None => LayerArch { rope: Some(0), window },
+        Some(n) if (i + 1) % n != 0 => LayerArch {
+            rope: Some(1),
+            window,
+        },
+        Some(_) => LayerArch {
+            rope: Some(0),
+            window: None,
+        },
+        None => LayerArch {
+            rope: Some(0),
+            window,
+        },
     }
 }
 
@@ -315,20 +406,33 @@ fn gguf_scaling(w: &Weights, name: &str) -> Result<GgufScaling> {
 
 fn gguf_scale(w: &Weights, name: &str, scaling: &GgufScaling, rope: &mut Rope) -> Result<()> {
     let factors = |tensor: &str| -> Result<Option<Vec<f32>>> {
-        let Some(t) = w.tensor(tensor) else { return Ok(None) };
+        let Some(t) = w.tensor(tensor) else {
+            return Ok(None);
+        };
         if t.elements() != rope.frequencies.len() {
             let (got, want) = (t.elements(), rope.frequencies.len());
-            return Err(w.problem(format!("tensor {tensor:?} has {got} numbers, wanted {want}")));
+            return Err(w.problem(format!(
+                "tensor {tensor:?} has {got} numbers, wanted {want}"
+            )));
         }
         Ok(Some(t.dequantize()))
     };
-    let divided = |by: &[f32]| rope.frequencies.iter().zip(by).map(|(f, by)| f / by).collect::<Vec<_>>();
-    if let (Some(long), Some(short)) =
-        (factors("rope_factors_long.weight")?, factors("rope_factors_short.weight")?)
-    {
+    let divided = |by: &[f32]| {
+        rope.frequencies
+            .iter()
+            .zip(by)
+            .map(|(f, by)| f / by)
+            .collect::<Vec<_>>()
+    };
+    if let (Some(long), Some(short)) = (
+        factors("rope_factors_long.weight")?,
+        factors("rope_factors_short.weight")?,
+    ) {
         let context = w.get_usize(&format!("{name}.context_length"))?.unwrap_or(0);
         let original = scaling.original_context.unwrap_or(context).max(1);
-        rope.factor = scaling.attention_factor.unwrap_or_else(|| longrope_factor(context, original));
+        rope.factor = scaling
+            .attention_factor
+            .unwrap_or_else(|| longrope_factor(context, original));
         (rope.long_frequencies, rope.frequencies) = (Some(divided(&long)), divided(&short));
         return Ok(());
     }
@@ -339,11 +443,19 @@ fn gguf_scale(w: &Weights, name: &str, scaling: &GgufScaling, rope: &mut Rope) -
     match scaling.kind.as_str() {
         "none" => {}
         "linear" if scaling.factor > 0.0 => {
-            rope.frequencies.iter_mut().for_each(|f| *f /= scaling.factor);
+            rope.frequencies
+                .iter_mut()
+                .for_each(|f| *f /= scaling.factor);
         }
         // Without its factor tensors there is nothing to scale by.
         "longrope" => {}
-        other => return Err(unknown("rope scaling", other, ["none", "linear", "longrope"].into_iter())),
+        other => {
+            return Err(unknown(
+                "rope scaling",
+                other,
+                ["none", "linear", "longrope"].into_iter(),
+            ));
+        }
     }
     Ok(())
 }
@@ -351,7 +463,11 @@ fn gguf_scale(w: &Weights, name: &str, scaling: &GgufScaling, rope: &mut Rope) -
 /// LongRoPE's attention factor (Ding et al. 2024, arXiv:2402.13753).
 fn longrope_factor(context: usize, original: usize) -> f32 {
     let ratio = context as f64 / original as f64;
-    if ratio <= 1.0 { 1.0 } else { (1.0 + ratio.ln() / (original as f64).ln()).sqrt() as f32 }
+    if ratio <= 1.0 {
+        1.0
+    } else {
+        (1.0 + ratio.ln() / (original as f64).ln()).sqrt() as f32
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------- config.json
@@ -368,31 +484,54 @@ impl Config<'_> {
     }
     fn wrong(&self, key: &str, wanted: &str, got: &Json) -> Error {
         let got: String = got.to_string().chars().take(60).collect();
-        self.weights.problem(format!("config.json: {key:?} should be {wanted}, got {got}"))
+        self.weights.problem(format!(
+            "config.json: {key:?} should be {wanted}, got {got}"
+        ))
     }
     fn size(&self, key: &str) -> Result<Option<usize>> {
-        let Some(v) = self.get(key) else { return Ok(None) };
-        let n = v.as_u64().ok_or_else(|| self.wrong(key, "a whole number", v))?;
+        let Some(v) = self.get(key) else {
+            return Ok(None);
+        };
+        let n = v
+            .as_u64()
+            .ok_or_else(|| self.wrong(key, "a whole number", v))?;
         Ok(Some(usize::try_from(n).unwrap_or(usize::MAX)))
     }
     fn need(&self, key: &str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| self.weights.problem(format!("config.json has no {key:?}")))
+        self.size(key)?
+            .ok_or_else(|| self.weights.problem(format!("config.json has no {key:?}")))
     }
     fn float(&self, key: &str) -> Result<Option<f32>> {
-        let Some(v) = self.get(key) else { return Ok(None) };
+        let Some(v) = self.get(key) else {
+            return Ok(None);
+        };
         let x = v.as_f64().filter(|x| x.is_finite());
-        Ok(Some(x.ok_or_else(|| self.wrong(key, "a finite number", v))? as f32))
+        Ok(Some(
+            x.ok_or_else(|| self.wrong(key, "a finite number", v))? as f32,
+        ))
     }
     fn bool(&self, key: &str) -> Result<Option<bool>> {
-        let Some(v) = self.get(key) else { return Ok(None) };
-        Ok(Some(v.as_bool().ok_or_else(|| self.wrong(key, "true or false", v))?))
+        let Some(v) = self.get(key) else {
+            return Ok(None);
+        };
+        Ok(Some(
+            v.as_bool()
+                .ok_or_else(|| self.wrong(key, "true or false", v))?,
+        ))
     }
     fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
-        let Some(v) = self.get(key) else { return Ok(None) };
+        let Some(v) = self.get(key) else {
+            return Ok(None);
+        };
         let wrong = || self.wrong(key, "a list of finite numbers", v);
         let list = v.as_array().ok_or_else(wrong)?;
         list.iter()
-            .map(|x| x.as_f64().filter(|x| x.is_finite()).map(|x| x as f32).ok_or_else(wrong))
+            .map(|x| {
+                x.as_f64()
+                    .filter(|x| x.is_finite())
+                    .map(|x| x as f32)
+                    .ok_or_else(wrong)
+            })
             .collect::<Result<_>>()
             .map(Some)
     }
@@ -400,16 +539,23 @@ impl Config<'_> {
         self.get(key).and_then(Json::as_str)
     }
     fn of<'b>(&'b self, json: &'b Json) -> Config<'b> {
-        Config { weights: self.weights, json }
+        Config {
+            weights: self.weights,
+            json,
+        }
     }
 }
 
 fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
     let c = Config { weights, json };
-    let name = c.str("model_type").ok_or_else(|| weights.problem("config.json has no \"model_type\""))?;
+    let name = c
+        .str("model_type")
+        .ok_or_else(|| weights.problem("config.json has no \"model_type\""))?;
     let known = || FAMILIES.iter().flat_map(|f| f.hf.iter().copied());
-    let family =
-        FAMILIES.iter().find(|f| f.hf.contains(&name)).ok_or_else(|| unknown("architecture", name, known()))?;
+    let family = FAMILIES
+        .iter()
+        .find(|f| f.hf.contains(&name))
+        .ok_or_else(|| unknown("architecture", name, known()))?;
     let hidden_size = c.need("hidden_size")?;
     let heads = c.need("num_attention_heads")?;
     let head_dim = match c.size("head_dim")? {
@@ -421,7 +567,8 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
     let context_size = c.need("max_position_embeddings")?;
     let activation = config_activation(&c, family)?;
     let scalar = c.float("query_pre_attn_scalar")?.unwrap_or(head_dim as f32);
-    let (ropes, original_context) = config_ropes(&c, family, head_dim.min(MAX_WIDTH), context_size)?;
+    let (ropes, original_context) =
+        config_ropes(&c, family, head_dim.min(MAX_WIDTH), context_size)?;
     Ok(Arch {
         family: family.gguf.unwrap_or("llama"),
         vocab_size: c.need("vocab_size")?,
@@ -434,7 +581,11 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
         norm_eps: c.float("rms_norm_eps")?.unwrap_or(1e-6),
         norm_offset: family.hf_norm_offset,
         activation,
-        embedding_scale: if family.scaled_embedding { (hidden_size as f32).sqrt() } else { 1.0 },
+        embedding_scale: if family.scaled_embedding {
+            (hidden_size as f32).sqrt()
+        } else {
+            1.0
+        },
         attention_scale: 1.0 / scalar.sqrt(),
         attention_softcap: c.float("attn_logit_softcapping")?,
         logit_softcap: c.float("final_logit_softcapping")?,
@@ -445,7 +596,9 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
         tied: c.bool("tie_word_embeddings")?.unwrap_or(family.tied),
         pairing: Pairing::Halves,
         ropes,
-        layers: (0..layers).map(|i| config_layer(&c, family, i)).collect::<Result<_>>()?,
+        layers: (0..layers)
+            .map(|i| config_layer(&c, family, i))
+            .collect::<Result<_>>()?,
         original_context,
         names: Names::Transformers,
     })
@@ -456,7 +609,11 @@ fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
         None => Ok(family.activation),
         Some("silu" | "swish") => Ok(Activation::Silu),
         Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
-        Some(other) => Err(unknown("activation", other, ["silu", "gelu_pytorch_tanh"].into_iter())),
+        Some(other) => Err(unknown(
+            "activation",
+            other,
+            ["silu", "gelu_pytorch_tanh"].into_iter(),
+        )),
     }
 }
 
@@ -464,19 +621,37 @@ fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
 fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
     let window = c.size("sliding_window")?.filter(|&n| n > 0);
     let local_rope = usize::from(family.window_interval.is_some());
-    let nope = c.get("no_rope_layers").and_then(|l| l.get(i)).and_then(Json::as_u64).map(|n| n == 0);
-    let interval = c.size("no_rope_layer_interval")?.or(family.nope_interval).filter(|&n| n > 0);
+    let nope = c
+        .get("no_rope_layers")
+        .and_then(|l| l.get(i))
+        .and_then(Json::as_u64)
+        .map(|n| n == 0);
+    let interval = c
+        .size("no_rope_layer_interval")?
+        .or(family.nope_interval)
+        .filter(|&n| n > 0);
     let nope = nope.unwrap_or_else(|| interval.is_some_and(|n| (i + 1) % n == 0));
-    let windowed = match c.get("layer_types").and_then(|l| l.get(i)).and_then(Json::as_str) {
+    let windowed = match c
+        .get("layer_types")
+        .and_then(|l| l.get(i))
+        .and_then(Json::as_str)
+    {
         Some("sliding_attention") => true,
         Some("full_attention") => false,
         Some(other) => {
-            return Err(unknown("layer type", other, ["full_attention", "sliding_attention"].into_iter()));
+            return Err(unknown(
+                "layer type",
+                other,
+                ["full_attention", "sliding_attention"].into_iter(),
+            ));
         }
         None => older_window(c, family, i)?,
     };
     let rope = if windowed { local_rope } else { 0 };
-    Ok(LayerArch { rope: (!nope).then_some(rope), window: window.filter(|_| windowed) })
+    Ok(LayerArch {
+        rope: (!nope).then_some(rope),
+        window: window.filter(|_| windowed),
+    })
 }
 
 /// Whether a layer has a window, where `layer_types` does not say.
@@ -501,7 +676,9 @@ fn config_ropes(
     // transformers 5: "rope_parameters", flat or one per layer type; before: "rope_theta" and "rope_scaling".
     let parameters = c.get("rope_parameters");
     let (full, local) = match parameters {
-        Some(p) if p.get("full_attention").is_some() => (p.get("full_attention"), p.get("sliding_attention")),
+        Some(p) if p.get("full_attention").is_some() => {
+            (p.get("full_attention"), p.get("sliding_attention"))
+        }
         other => (other, None),
     };
     let scaling = full.or_else(|| c.get("rope_scaling"));
@@ -509,21 +686,34 @@ fn config_ropes(
         Some(of) => c.of(of).float("rope_theta"),
         None => Ok(None),
     };
-    let partial = match (full.and_then(|f| f.get("partial_rotary_factor")), c.float("partial_rotary_factor")?) {
+    let partial = match (
+        full.and_then(|f| f.get("partial_rotary_factor")),
+        c.float("partial_rotary_factor")?,
+    ) {
         (Some(p), _) => p.as_f64().map(|p| p as f32),
         (None, p) => p,
     };
     let dim = (head_dim as f32 * partial.unwrap_or(1.0).clamp(0.0, 1.0)) as usize;
     let theta = base(full)?.or(c.float("rope_theta")?).unwrap_or(10000.0);
-    let mut rope = Rope { frequencies: base_frequencies(theta, dim), long_frequencies: None, factor: 1.0 };
+    let mut rope = Rope {
+        frequencies: base_frequencies(theta, dim),
+        long_frequencies: None,
+        factor: 1.0,
+    };
     let mut original = None;
     if let Some(scaling) = scaling {
         original = config_scale(c, &c.of(scaling), context, &mut rope)?;
     }
     let mut ropes = vec![rope];
     if family.window_interval.is_some() {
-        let theta = base(local)?.or(c.float("rope_local_base_freq")?).unwrap_or(10000.0);
-        ropes.push(Rope { frequencies: base_frequencies(theta, dim), long_frequencies: None, factor: 1.0 });
+        let theta = base(local)?
+            .or(c.float("rope_local_base_freq")?)
+            .unwrap_or(10000.0);
+        ropes.push(Rope {
+            frequencies: base_frequencies(theta, dim),
+            long_frequencies: None,
+            factor: 1.0,
+        });
     }
     Ok((ropes, original))
 }
@@ -531,10 +721,22 @@ fn config_ropes(
 /// Apply a rope scaling; returns the original context size where long sequences differ.
 fn config_scale(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Result<Option<usize>> {
     let factor = |key: &str| -> Result<f32> {
-        let x = s.float(key)?.ok_or_else(|| s.weights.problem(format!("rope scaling has no {key:?}")))?;
-        if x > 0.0 { Ok(x) } else { Err(s.weights.problem(format!("rope scaling: {key:?} must be positive, got {x}"))) }
+        let x = s
+            .float(key)?
+            .ok_or_else(|| s.weights.problem(format!("rope scaling has no {key:?}")))?;
+        if x > 0.0 {
+            Ok(x)
+        } else {
+            Err(s
+                .weights
+                .problem(format!("rope scaling: {key:?} must be positive, got {x}")))
+        }
     };
-    match s.str("rope_type").or_else(|| s.str("type")).unwrap_or("default") {
+    match s
+        .str("rope_type")
+        .or_else(|| s.str("type"))
+        .unwrap_or("default")
+    {
         "default" => Ok(None),
         "linear" => {
             let by = factor("factor")?;
@@ -543,12 +745,22 @@ fn config_scale(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Resu
         }
         "llama3" => {
             let original = s.need("original_max_position_embeddings")? as f32;
-            let (by, low, high) = (factor("factor")?, factor("low_freq_factor")?, factor("high_freq_factor")?);
-            rope.frequencies.iter_mut().for_each(|f| *f = llama3_frequency(*f, original, by, low, high));
+            let (by, low, high) = (
+                factor("factor")?,
+                factor("low_freq_factor")?,
+                factor("high_freq_factor")?,
+            );
+            rope.frequencies
+                .iter_mut()
+                .for_each(|f| *f = llama3_frequency(*f, original, by, low, high));
             Ok(None)
         }
         "longrope" | "su" => longrope(c, s, context, rope).map(Some),
-        other => Err(unknown("rope scaling", other, ["default", "linear", "llama3", "longrope"].into_iter())),
+        other => Err(unknown(
+            "rope scaling",
+            other,
+            ["default", "linear", "llama3", "longrope"].into_iter(),
+        )),
     }
 }
 
@@ -573,17 +785,28 @@ fn longrope(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Result<u
     }
     .max(1);
     let scaled = |key: &str| -> Result<Vec<f32>> {
-        let by = s.floats(key)?.ok_or_else(|| s.weights.problem(format!("rope scaling has no {key:?}")))?;
+        let by = s
+            .floats(key)?
+            .ok_or_else(|| s.weights.problem(format!("rope scaling has no {key:?}")))?;
         if by.len() != rope.frequencies.len() {
             let (got, want) = (by.len(), rope.frequencies.len());
-            return Err(s.weights.problem(format!("rope scaling: {key:?} has {got} factors, wanted {want}")));
+            return Err(s.weights.problem(format!(
+                "rope scaling: {key:?} has {got} factors, wanted {want}"
+            )));
         }
-        Ok(rope.frequencies.iter().zip(by).map(|(f, by)| f / by).collect())
+        Ok(rope
+            .frequencies
+            .iter()
+            .zip(by)
+            .map(|(f, by)| f / by)
+            .collect())
     };
     let (short, long) = (scaled("short_factor")?, scaled("long_factor")?);
     rope.factor = match (s.float("attention_factor")?, s.float("factor")?) {
         (Some(x), _) => x,
-        (None, Some(factor)) => longrope_factor((factor as f64 * original as f64) as usize, original),
+        (None, Some(factor)) => {
+            longrope_factor((factor as f64 * original as f64) as usize, original)
+        }
         (None, None) => longrope_factor(context, original),
     };
     (rope.frequencies, rope.long_frequencies) = (short, Some(long));

@@ -37,7 +37,8 @@ impl Batch {
             long,
         });
         self.tokens.extend_from_slice(tokens);
-        self.positions.extend((start..start + tokens.len()).map(|p| p as u32));
+        self.positions
+            .extend((start..start + tokens.len()).map(|p| p as u32));
         self.pages.extend_from_slice(pages);
     }
 }

@@ -59,7 +59,10 @@ impl Cpu {
 
     /// Bytes that a page takes over all layers.
     pub fn page_bytes(shapes: &[AttentionShape]) -> usize {
-        shapes.iter().map(|s| KvLayer::page_bytes(s.kv_heads, s.head_dim)).sum()
+        shapes
+            .iter()
+            .map(|s| KvLayer::page_bytes(s.kv_heads, s.head_dim))
+            .sum()
     }
 }
 
@@ -70,8 +73,10 @@ impl Device for Cpu {
     type Cache = Vec<KvLayer>;
 
     fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
-        let tiles =
-            parts.iter().map(|t| Tiles::pack(t.tensor_type, t.rows(), t.cols(), t.data, &self.pool)).collect();
+        let tiles = parts
+            .iter()
+            .map(|t| Tiles::pack(t.tensor_type, t.rows(), t.cols(), t.data, &self.pool))
+            .collect();
         Ok(Matrix::new(tiles, bias))
     }
 
@@ -80,7 +85,10 @@ impl Device for Cpu {
     }
 
     fn cache(&self, pages: usize, shapes: &[AttentionShape]) -> Result<Vec<KvLayer>> {
-        Ok(shapes.iter().map(|s| KvLayer::new(pages, s.kv_heads, s.head_dim)).collect())
+        Ok(shapes
+            .iter()
+            .map(|s| KvLayer::new(pages, s.kv_heads, s.head_dim))
+            .collect())
     }
 
     fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()> {
@@ -92,7 +100,8 @@ impl Device for Cpu {
     }
 
     fn upload(&mut self, values: &[f32], width: usize, out: &mut Buffer) -> Result<()> {
-        out.shape(values.len() / width, width).copy_from_slice(values);
+        out.shape(values.len() / width, width)
+            .copy_from_slice(values);
         Ok(())
     }
 
@@ -105,11 +114,22 @@ impl Device for Cpu {
     fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
         self.blocks.clear();
         if matrix.quantised() {
-            self.blocks.resize(x.values.len() / BLOCK, ActBlock::default());
+            self.blocks
+                .resize(x.values.len() / BLOCK, ActBlock::default());
             quantize_rows(self.isa, &self.pool, &x.values, x.width, &mut self.blocks);
         }
-        let x = Activations { rows: x.rows(), floats: &x.values, blocks: &self.blocks };
-        matmul(self.isa, &self.pool, matrix, x, out.shape(x.rows, matrix.outputs()));
+        let x = Activations {
+            rows: x.rows(),
+            floats: &x.values,
+            blocks: &self.blocks,
+        };
+        matmul(
+            self.isa,
+            &self.pool,
+            matrix,
+            x,
+            out.shape(x.rows, matrix.outputs()),
+        );
         Ok(())
     }
 
@@ -127,25 +147,60 @@ impl Device for Cpu {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
-            norms: spec.norms.as_ref().map(|(q, k, eps)| (q.as_slice(), k.as_slice(), *eps)),
+            norms: spec
+                .norms
+                .as_ref()
+                .map(|(q, k, eps)| (q.as_slice(), k.as_slice(), *eps)),
             rotation: spec.rope.map(|i| {
                 let Angles { cos, sin, per_row } = &self.angles[i];
-                Rotation { pairing: spec.pairing, cos, sin, angles: *per_row }
+                Rotation {
+                    pairing: spec.pairing,
+                    cos,
+                    sin,
+                    angles: *per_row,
+                }
             }),
         };
         let (width, rows) = (qkv.width, qkv.rows());
         elementwise::prepare_heads(self.isa, &self.pool, &prep, &mut qkv.values, width);
         let cache = &mut cache[layer];
         let keys = shape.heads * shape.head_dim;
-        cache.store(&self.pool, &batch.spans, &batch.pages, &qkv.values, width, keys);
-        let input = AttentionInput { spans: &batch.spans, pages: &batch.pages, q: &qkv.values, width };
-        attend(self.isa, &self.pool, &mut self.plan, shape, cache, &input, out.shape(rows, keys));
+        cache.store(
+            &self.pool,
+            &batch.spans,
+            &batch.pages,
+            &qkv.values,
+            width,
+            keys,
+        );
+        let input = AttentionInput {
+            spans: &batch.spans,
+            pages: &batch.pages,
+            q: &qkv.values,
+            width,
+        };
+        attend(
+            self.isa,
+            &self.pool,
+            &mut self.plan,
+            shape,
+            cache,
+            &input,
+            out.shape(rows, keys),
+        );
         Ok(())
     }
 
     fn gated(&mut self, activation: Activation, x: &Buffer, out: &mut Buffer) -> Result<()> {
         let width = x.width / 2;
-        elementwise::gated(self.isa, &self.pool, activation, &x.values, width, out.shape(x.rows(), width));
+        elementwise::gated(
+            self.isa,
+            &self.pool,
+            activation,
+            &x.values,
+            width,
+            out.shape(x.rows(), width),
+        );
         Ok(())
     }
 

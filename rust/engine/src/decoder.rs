@@ -35,7 +35,10 @@ pub struct Resident<D: Device> {
 
 /// The shapes of all layers' attention: what a cache is made for.
 pub fn attention_shapes(arch: &Arch) -> Vec<AttentionShape> {
-    arch.layers.iter().map(|l| attention_shape(arch, l)).collect()
+    arch.layers
+        .iter()
+        .map(|l| attention_shape(arch, l))
+        .collect()
 }
 
 fn attention_shape(arch: &Arch, layer: &LayerArch) -> AttentionShape {
@@ -59,7 +62,13 @@ struct Loader<'a, D: Device> {
 
 impl<'a, D: Device> Loader<'a, D> {
     /// The tensor `name` of `layer`, which must be `[rows, cols]`.
-    fn tensor(&mut self, layer: Option<usize>, name: &str, rows: usize, cols: usize) -> Result<Tensor<'a>> {
+    fn tensor(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Tensor<'a>> {
         let name = self.arch.tensor_name(layer, name);
         let tensor = self.weights.require(&name)?;
         let fits = match tensor.shape {
@@ -69,7 +78,9 @@ impl<'a, D: Device> Loader<'a, D> {
         };
         if !fits {
             let got = tensor.shape;
-            return Err(self.weights.problem(format!("tensor {name:?} is {got:?}, wanted [{rows}, {cols}]")));
+            return Err(self.weights.problem(format!(
+                "tensor {name:?} is {got:?}, wanted [{rows}, {cols}]"
+            )));
         }
         self.used.insert(name);
         Ok(tensor)
@@ -95,7 +106,10 @@ impl<'a, D: Device> Loader<'a, D> {
         for &(name, outputs) in parts {
             tensors.push(self.tensor(layer, &format!("{name}.weight"), outputs, inputs)?);
             let bias_name = format!("{name}.bias");
-            let present = self.weights.tensor(&self.arch.tensor_name(layer, &bias_name)).is_some();
+            let present = self
+                .weights
+                .tensor(&self.arch.tensor_name(layer, &bias_name))
+                .is_some();
             if present || needs_bias {
                 bias.extend(self.tensor(layer, &bias_name, 1, outputs)?.dequantize());
                 has_bias = true;
@@ -150,22 +164,36 @@ impl<'a, D: Device> Loader<'a, D> {
             return self.matrix(at, &[("ffn_gate", ff), ("ffn_up", ff)], hidden, false);
         }
         let both = self.arch.tensor_name(at, "ffn_gate_up.weight");
-        let name = if self.weights.tensor(&both).is_some() { "ffn_gate_up" } else { "ffn_up" };
+        let name = if self.weights.tensor(&both).is_some() {
+            "ffn_gate_up"
+        } else {
+            "ffn_up"
+        };
         self.matrix(at, &[(name, 2 * ff)], hidden, false)
     }
 
     /// A tensor that nobody used means that the file is not what its architecture says.
     fn check_all_used(&self) -> Result<()> {
         let known = |name: &str| {
-            let spare = ["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"];
+            let spare = [
+                "rope_freqs.weight",
+                "rope_factors_long.weight",
+                "rope_factors_short.weight",
+            ];
             spare.contains(&name)
                 || name.ends_with("rotary_emb.inv_freq")
                 || name == self.arch.tensor_name(None, "output.weight")
         };
-        let mut unused: Vec<_> =
-            self.weights.tensors.keys().filter(|n| !self.used.contains(*n) && !known(n)).collect();
+        let mut unused: Vec<_> = self
+            .weights
+            .tensors
+            .keys()
+            .filter(|n| !self.used.contains(*n) && !known(n))
+            .collect();
         unused.sort();
-        let Some(first) = unused.first() else { return Ok(()) };
+        let Some(first) = unused.first() else {
+            return Ok(());
+        };
         Err(self.weights.problem(format!(
             "{} tensors have no place in architecture {:?}, {first:?} the first",
             unused.len(),
@@ -185,7 +213,12 @@ impl<D: Device> Resident<D> {
         weights: Arc<Weights>,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self> {
-        let mut loader = Loader { device, arch: &arch, weights: &weights, used: HashSet::new() };
+        let mut loader = Loader {
+            device,
+            arch: &arch,
+            weights: &weights,
+            used: HashSet::new(),
+        };
         let (vocab, hidden) = (arch.vocab_size, arch.hidden_size);
         let embedding = loader.tensor(None, "token_embd.weight", vocab, hidden)?;
         let total = weights.total_bytes();
@@ -204,7 +237,14 @@ impl<D: Device> Resident<D> {
         loader.check_all_used()?;
         progress(total, total);
         let embedding = arch.tensor_name(None, "token_embd.weight");
-        Ok(Self { arch, weights, embedding, layers, output_norm, output })
+        Ok(Self {
+            arch,
+            weights,
+            embedding,
+            layers,
+            output_norm,
+            output,
+        })
     }
 }
 
@@ -246,7 +286,12 @@ impl<D: Device> Decoder<D> {
             last: D::Buffer::default(),
             logits: Vec::new(),
         };
-        Ok(Self { device, model, cache, work })
+        Ok(Self {
+            device,
+            model,
+            cache,
+            work,
+        })
     }
 }
 
@@ -256,7 +301,12 @@ impl<D: Device> Forward for Decoder<D> {
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<&[f32]> {
-        let Self { device, model, cache, work: w } = self;
+        let Self {
+            device,
+            model,
+            cache,
+            work: w,
+        } = self;
         let arch = &model.arch;
         device.begin(batch, &arch.ropes)?;
         embed(model, batch, &mut w.embedded)?;
@@ -264,16 +314,41 @@ impl<D: Device> Forward for Decoder<D> {
         for (i, layer) in model.layers.iter().enumerate() {
             device.norm(&w.x, &layer.attn_norm, arch.norm_eps, &mut w.normed)?;
             device.linear(&layer.qkv, &w.normed, &mut w.qkv)?;
-            device.attention(i, &layer.attention, batch, &mut w.qkv, cache, &mut w.attended)?;
+            device.attention(
+                i,
+                &layer.attention,
+                batch,
+                &mut w.qkv,
+                cache,
+                &mut w.attended,
+            )?;
             device.linear(&layer.attn_output, &w.attended, &mut w.y)?;
-            let residual = Residual { x: &mut w.x, y: &w.y, normed: &mut w.normed };
-            add_normed(device, layer.post_attn_norm.as_ref(), arch.norm_eps, residual)?;
+            let residual = Residual {
+                x: &mut w.x,
+                y: &w.y,
+                normed: &mut w.normed,
+            };
+            add_normed(
+                device,
+                layer.post_attn_norm.as_ref(),
+                arch.norm_eps,
+                residual,
+            )?;
             device.norm(&w.x, &layer.ffn_norm, arch.norm_eps, &mut w.normed)?;
             device.linear(&layer.gate_up, &w.normed, &mut w.gate_up)?;
             device.gated(arch.activation, &w.gate_up, &mut w.gated)?;
             device.linear(&layer.ffn_down, &w.gated, &mut w.y)?;
-            let residual = Residual { x: &mut w.x, y: &w.y, normed: &mut w.normed };
-            add_normed(device, layer.post_ffn_norm.as_ref(), arch.norm_eps, residual)?;
+            let residual = Residual {
+                x: &mut w.x,
+                y: &w.y,
+                normed: &mut w.normed,
+            };
+            add_normed(
+                device,
+                layer.post_ffn_norm.as_ref(),
+                arch.norm_eps,
+                residual,
+            )?;
         }
         w.logits.clear();
         if !batch.outputs.is_empty() {
@@ -282,7 +357,9 @@ impl<D: Device> Forward for Decoder<D> {
             device.linear(&model.output, &w.normed, &mut w.y)?;
             device.download(&w.y, &mut w.logits)?;
             if let Some(cap) = arch.logit_softcap {
-                w.logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+                w.logits
+                    .iter_mut()
+                    .for_each(|x| *x = cap * (*x / cap).tanh());
             }
         }
         Ok(&w.logits)
@@ -297,8 +374,15 @@ struct Residual<'a, B> {
 }
 
 /// `x += y`, or `x += norm(y)` for families that norm what they add.
-fn add_normed<D: Device>(device: &mut D, norm: Option<&D::Vector>, eps: f32, r: Residual<D::Buffer>) -> Result<()> {
-    let Some(weight) = norm else { return device.add(r.x, r.y) };
+fn add_normed<D: Device>(
+    device: &mut D,
+    norm: Option<&D::Vector>,
+    eps: f32,
+    r: Residual<D::Buffer>,
+) -> Result<()> {
+    let Some(weight) = norm else {
+        return device.add(r.x, r.y);
+    };
     device.norm(r.y, weight, eps, r.normed)?;
     device.add(r.x, r.normed)
 }
@@ -312,10 +396,13 @@ fn embed<D: Device>(model: &Resident<D>, batch: &Batch, out: &mut Vec<f32>) -> R
         let token = token as usize;
         if token >= model.arch.vocab_size {
             let size = model.arch.vocab_size;
-            return Err(Error::InvalidRequest(format!("token id must be below {size}, got {token}")));
+            return Err(Error::InvalidRequest(format!(
+                "token id must be below {size}, got {token}"
+            )));
         }
         table.dequantize_row(token, row);
-        row.iter_mut().for_each(|x| *x *= model.arch.embedding_scale);
+        row.iter_mut()
+            .for_each(|x| *x *= model.arch.embedding_scale);
     }
     Ok(())
 }

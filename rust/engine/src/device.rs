@@ -40,9 +40,20 @@ pub trait Device: Send + Sized {
     fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()>;
     fn upload(&mut self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;
     /// `out = x / rms(x) * weight`
-    fn norm(&mut self, x: &Self::Buffer, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn norm(
+        &mut self,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `out = x matrix^T + bias`
-    fn linear(&mut self, matrix: &Self::Matrix, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+    fn linear(
+        &mut self,
+        matrix: &Self::Matrix,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend.
     fn attention(
         &mut self,
@@ -54,7 +65,12 @@ pub trait Device: Send + Sized {
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `out = activation(gate) * up` of rows `[gate | up]`
-    fn gated(&mut self, activation: Activation, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+    fn gated(
+        &mut self,
+        activation: Activation,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `x += y`
     fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
     /// `out` = the chosen rows of `x`

@@ -40,37 +40,39 @@ pub fn open(path: &Path) -> Result<Weights> {
         config: None,
         generation_config: None,
     };
-    for (index, part_path) in paths.iter().enumerate() {
-        let name = part_path.display().to_string();
-        let mapped = Mapped::open(part_path).map_err(|e| {
-            let part = if paths.len() > 1 {
-                format!("part {} of {}: ", index + 1, paths.len())
-            } else {
-                String::new()
-            };
-            Error::ModelFile {
-                path: name.clone(),
-                problem: format!("{part}{e}"),
-            }
-        })?;
-        let mut part = parse(&mapped, &name)?;
-        check_split(&part, index, paths.len(), &name)?;
-        for (tensor, mut info) in part.tensors {
-            info.file = index;
-            if weights.tensors.contains_key(&tensor) {
-                return Err(Error::ModelFile {
-                    path: name,
-                    problem: format!("tensor {tensor:?} is in an earlier part too"),
-                });
-            }
-            weights.tensors.insert(tensor, info);
-        }
-        if index == 0 {
-            weights.metadata = std::mem::take(&mut part.metadata);
-        }
-        weights.files.push(mapped);
+    for (index, part) in paths.iter().enumerate() {
+        add_part(&mut weights, part, index, paths.len())?;
     }
-    check_tensor_count(weights)
+    check_tensor_count(&weights)?;
+    Ok(weights)
+}
+
+fn add_part(weights: &mut Weights, path: &Path, index: usize, count: usize) -> Result<()> {
+    let name = path.display().to_string();
+    let error = |problem: String| Error::ModelFile {
+        path: name.clone(),
+        problem,
+    };
+    let mapped = Mapped::open(path).map_err(|e| match count {
+        1 => error(e.to_string()),
+        _ => error(format!("part {} of {count}: {e}", index + 1)),
+    })?;
+    let part = parse(&mapped, &name)?;
+    check_split(&part, index, count, &name)?;
+    for (tensor, mut info) in part.tensors {
+        if weights.tensors.contains_key(&tensor) {
+            return Err(error(format!(
+                "tensor {tensor:?} is in an earlier part too"
+            )));
+        }
+        info.file = index;
+        weights.tensors.insert(tensor, info);
+    }
+    if index == 0 {
+        weights.metadata = part.metadata;
+    }
+    weights.files.push(mapped);
+    Ok(())
 }
 
 // Split files
@@ -135,17 +137,14 @@ fn check_split(part: &Contents, index: usize, count: usize, path: &str) -> Resul
 }
 
 /// A split model's first part says how many tensors all parts have together.
-fn check_tensor_count(weights: Weights) -> Result<Weights> {
-    let Some(wanted) = weights.get_usize("split.tensors.count")? else {
-        return Ok(weights);
-    };
+fn check_tensor_count(weights: &Weights) -> Result<()> {
     let got = weights.tensors.len();
-    if wanted != got {
-        return Err(weights.problem(format!(
-            "says that the model has {wanted} tensors, its parts hold {got}"
-        )));
+    match weights.get_usize("split.tensors.count")? {
+        Some(n) if n != got => Err(weights.problem(format!(
+            "says that the model has {n} tensors, its parts hold {got}"
+        ))),
+        _ => Ok(()),
     }
-    Ok(weights)
 }
 
 // One file
@@ -277,7 +276,7 @@ impl<'a> Reader<'a> {
         let version = self.u32("the version")?;
         let name = match version {
             2 | 3 => return Ok(()),
-            v if v & 0xffff == 0 => format!("v{}, big-endian", v.swap_bytes()),
+            v if v != 0 && v & 0xffff == 0 => format!("v{}, big-endian", v.swap_bytes()),
             v => format!("v{v}"),
         };
         Err(Error::Unsupported {

@@ -3,6 +3,7 @@
 
 // A ladder: a module uses only modules above it. tests/test_architecture.py guards it.
 pub mod error;
+pub mod memory;
 pub mod options;
 pub mod template;
 pub mod tokenizer;
@@ -23,3 +24,4 @@ pub mod stop;
 pub mod sequence;
 pub mod scheduler;
 pub mod engine;
+pub mod model;

@@ -319,15 +319,19 @@ pub fn dequantize_blocks(
     Ok((out, tensor_type.block_len()))
 }
 
-/// The known name with the fewest edits from `name`, if it is less than half of it.
+/// The known name with the fewest edits from `name`, if they are less than half of it.
 fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
-    let near = known
+    // Bounded, since a hostile file may have a million long names.
+    let close = known
+        .filter(|k| k.len().abs_diff(name.len()) * 2 < name.len())
+        .take(10_000);
+    let near = close
         .map(|k| (edits(name.as_bytes(), k.as_bytes()), k.as_str()))
         .min()?;
     (near.0 * 2 < name.len()).then_some(near.1)
 }
 
-/// Levenshtein distance. Names are short: both readers cap them.
+/// Levenshtein distance.
 fn edits(a: &[u8], b: &[u8]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {

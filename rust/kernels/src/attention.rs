@@ -3,6 +3,11 @@
 //! A query meets its pages in order of position, always 16 positions at a time, whoever else is in the step: its bits
 //! depend on nothing but itself (Milakov and Gimelshein 2018, arXiv:1805.02867, for the softmax).
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays at once"
+)]
+
 use crate::elementwise::exp;
 use crate::pool::{Pool, SendPtr};
 use crate::quant::f16_to_f32;
@@ -63,7 +68,15 @@ impl KvLayer {
     ///
     /// # Panics
     /// When a page number is beyond the cache, or a span beyond the rows: defects of the caller.
-    pub fn store(&mut self, pool: &Pool, spans: &[Span], pages: &[u32], qkv: &[f32], width: usize, offset: usize) {
+    pub fn store(
+        &mut self,
+        pool: &Pool,
+        spans: &[Span],
+        pages: &[u32],
+        qkv: &[f32],
+        width: usize,
+        offset: usize,
+    ) {
         let (dim, padded, kv_heads) = (self.head_dim, self.padded, self.kv_heads);
         check_pages(spans, pages, self.pages);
         let keys = SendPtr(self.keys.as_mut_ptr());
@@ -85,7 +98,9 @@ impl KvLayer {
                         for (d, &x) in k.iter().enumerate() {
                             *key.add(d * PAGE) = f32_to_f16(x);
                         }
-                        let value = values.get().add(((page * kv_heads + head) * PAGE + slot) * padded);
+                        let value = values
+                            .get()
+                            .add(((page * kv_heads + head) * PAGE + slot) * padded);
                         for (d, &x) in v.iter().enumerate() {
                             *value.add(d) = f32_to_f16(x);
                         }
@@ -104,9 +119,16 @@ impl KvLayer {
 fn check_pages(spans: &[Span], pages: &[u32], limit: usize) {
     for span in spans {
         let needed = (span.start + span.rows).div_ceil(PAGE);
-        assert!(needed <= span.pages, "{needed} pages of positions in a table of {}", span.pages);
+        assert!(
+            needed <= span.pages,
+            "{needed} pages of positions in a table of {}",
+            span.pages
+        );
         let table = &pages[span.first_page..span.first_page + span.pages];
-        assert!(table[..needed].iter().all(|&p| (p as usize) < limit), "page beyond the cache of {limit}");
+        assert!(
+            table[..needed].iter().all(|&p| (p as usize) < limit),
+            "page beyond the cache of {limit}"
+        );
     }
 }
 
@@ -154,10 +176,19 @@ impl AttentionPlan {
             let queries = span.rows * group;
             // Few queries: one head each, to have work for every thread; many: whole groups that share what they read.
             let few = queries * shape.kv_heads < 4 * threads * GROUP;
-            let size = if few { queries.div_ceil(threads.max(1)).clamp(1, GROUP) } else { GROUP };
+            let size = if few {
+                queries.div_ceil(threads.max(1)).clamp(1, GROUP)
+            } else {
+                GROUP
+            };
             for kv_head in 0..shape.kv_heads {
                 for first in (0..queries).step_by(size) {
-                    self.0.push(Unit { span: i, kv_head, first, count: size.min(queries - first) });
+                    self.0.push(Unit {
+                        span: i,
+                        kv_head,
+                        first,
+                        count: size.min(queries - first),
+                    });
                 }
             }
         }
@@ -190,9 +221,15 @@ pub fn attend(
     let out_width = shape.heads * shape.head_dim;
     assert_eq!(out.len(), rows * out_width);
     assert!(input.q.len() >= rows * input.width && input.width >= out_width);
-    assert_eq!((cache.kv_heads, cache.head_dim), (shape.kv_heads, shape.head_dim));
+    assert_eq!(
+        (cache.kv_heads, cache.head_dim),
+        (shape.kv_heads, shape.head_dim)
+    );
     check_pages(input.spans, input.pages, cache.pages);
-    assert!(input.spans.iter().all(|s| s.first_row + s.rows <= rows), "a span beyond the {rows} rows");
+    assert!(
+        input.spans.iter().all(|s| s.first_row + s.rows <= rows),
+        "a span beyond the {rows} rows"
+    );
     plan.fill(shape, input.spans, pool.threads());
     let out = SendPtr(out.as_mut_ptr());
     let units = &plan.0;
@@ -253,7 +290,10 @@ unsafe fn queries<S: Simd, const Q: usize>(
     let mut to = [std::ptr::null_mut::<f32>(); Q];
     let mut position = [0usize; Q];
     for i in 0..Q {
-        let (row, head) = ((unit.first + i) / group, unit.kv_head * group + (unit.first + i) % group);
+        let (row, head) = (
+            (unit.first + i) / group,
+            unit.kv_head * group + (unit.first + i) % group,
+        );
         let at = span.first_row + row;
         position[i] = span.start + row;
         // SAFETY: rows and heads are inside `q` and `out`, checked by `attend`.
@@ -265,7 +305,10 @@ unsafe fn queries<S: Simd, const Q: usize>(
     let sees = |p: usize| shape.window.map_or(0, |w| (p + 1).saturating_sub(w));
     let first_page = sees(position[0]) / PAGE;
     let last_page = position[Q - 1] / PAGE;
-    let mut running = [Running { max: -1e30, sum: [0.0; LANES] }; Q];
+    let mut running = [Running {
+        max: -1e30,
+        sum: [0.0; LANES],
+    }; Q];
     // Sums of values, `[query][padded]`: on the stack for ordinary heads.
     let mut small = [0f32; GROUP * 256];
     let mut large = Vec::new();
@@ -280,17 +323,29 @@ unsafe fn queries<S: Simd, const Q: usize>(
         let mut weights = [[0f32; LANES]; Q];
         // SAFETY: the page is inside the cache, checked by `attend`.
         unsafe {
-            let keys = cache.keys.as_ptr().add((number * shape.kv_heads + unit.kv_head) * dim * PAGE);
+            let keys = cache
+                .keys
+                .as_ptr()
+                .add((number * shape.kv_heads + unit.kv_head) * dim * PAGE);
             scores::<S, Q>(&q, keys, dim, &mut weights);
         }
         let mut rescale = [1f32; Q];
         for i in 0..Q {
             let visible = sees(position[i])..position[i] + 1;
-            rescale[i] = soften(shape, &mut weights[i], page * PAGE, visible, &mut running[i]);
+            rescale[i] = soften(
+                shape,
+                &mut weights[i],
+                page * PAGE,
+                visible,
+                &mut running[i],
+            );
         }
         // SAFETY: as above; `acc` is `Q * padded` long.
         unsafe {
-            let values = cache.values.as_ptr().add((number * shape.kv_heads + unit.kv_head) * PAGE * padded);
+            let values = cache
+                .values
+                .as_ptr()
+                .add((number * shape.kv_heads + unit.kv_head) * PAGE * padded);
             add_values::<S, Q>(&weights, &rescale, values, padded, acc.as_mut_ptr());
         }
     }
@@ -310,14 +365,22 @@ unsafe fn queries<S: Simd, const Q: usize>(
 
 /// Dot products of `Q` queries with the sixteen keys of a page.
 #[inline(always)]
-unsafe fn scores<S: Simd, const Q: usize>(q: &[*const f32; Q], keys: *const u16, dim: usize, out: &mut [[f32; LANES]; Q]) {
+unsafe fn scores<S: Simd, const Q: usize>(
+    q: &[*const f32; Q],
+    keys: *const u16,
+    dim: usize,
+    out: &mut [[f32; LANES]; Q],
+) {
     unsafe {
         // Two chains, even and odd dimensions: one alone would wait for its own latency.
         let mut even = [S::splat(0.0); Q];
         let mut odd = [S::splat(0.0); Q];
         let mut d = 0;
         while d + 1 < dim {
-            let (k0, k1) = (S::load_f16(keys.add(d * PAGE)), S::load_f16(keys.add((d + 1) * PAGE)));
+            let (k0, k1) = (
+                S::load_f16(keys.add(d * PAGE)),
+                S::load_f16(keys.add((d + 1) * PAGE)),
+            );
             for i in 0..Q {
                 even[i] = S::fma(k0, S::splat(*q[i].add(d)), even[i]);
                 odd[i] = S::fma(k1, S::splat(*q[i].add(d + 1)), odd[i]);
@@ -357,20 +420,40 @@ fn soften(
     let whole = visible.start <= first && first + PAGE <= visible.end;
     if !whole {
         for (j, s) in scores.iter_mut().enumerate() {
-            *s = if visible.contains(&(first + j)) { *s } else { f32::NEG_INFINITY };
+            *s = if visible.contains(&(first + j)) {
+                *s
+            } else {
+                f32::NEG_INFINITY
+            };
         }
     }
     let mut lanes = *scores;
     for half in [8, 4, 2, 1] {
         for j in 0..half {
-            lanes[j] = if lanes[j + half] > lanes[j] { lanes[j + half] } else { lanes[j] };
+            lanes[j] = if lanes[j + half] > lanes[j] {
+                lanes[j + half]
+            } else {
+                lanes[j]
+            };
         }
     }
-    let max = if lanes[0] > running.max { lanes[0] } else { running.max };
-    let rescale = if max > running.max { exp(running.max - max) } else { 1.0 };
+    let max = if lanes[0] > running.max {
+        lanes[0]
+    } else {
+        running.max
+    };
+    let rescale = if max > running.max {
+        exp(running.max - max)
+    } else {
+        1.0
+    };
     running.max = max;
     for (s, sum) in scores.iter_mut().zip(&mut running.sum) {
-        let weight = if *s == f32::NEG_INFINITY { 0.0 } else { exp(*s - max) };
+        let weight = if *s == f32::NEG_INFINITY {
+            0.0
+        } else {
+            exp(*s - max)
+        };
         *sum = *sum * rescale + weight;
         *s = weight;
     }
@@ -412,18 +495,28 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
     let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
     let mut out = vec![0f64; rows * shape.heads * dim];
     for span in input.spans {
-        let page = |p: usize, kv: usize| input.pages[span.first_page + p / PAGE] as usize * shape.kv_heads + kv;
+        let page = |p: usize, kv: usize| {
+            input.pages[span.first_page + p / PAGE] as usize * shape.kv_heads + kv
+        };
         for i in 0..span.rows {
             let (row, position) = (span.first_row + i, span.start + i);
             let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
             for head in 0..shape.heads {
                 let q = &input.q[row * input.width + head * dim..][..dim];
-                let key = |p: usize, d: usize| cache.keys[(page(p, head / group) * dim + d) * PAGE + p % PAGE];
-                let value = |p: usize, d: usize| cache.values[(page(p, head / group) * PAGE + p % PAGE) * cache.padded + d];
+                let key = |p: usize, d: usize| {
+                    cache.keys[(page(p, head / group) * dim + d) * PAGE + p % PAGE]
+                };
+                let value = |p: usize, d: usize| {
+                    cache.values[(page(p, head / group) * PAGE + p % PAGE) * cache.padded + d]
+                };
                 let score = |p: usize| {
-                    let dot: f64 = (0..dim).map(|d| f64::from(q[d]) * f64::from(f16_to_f32(key(p, d)))).sum();
+                    let dot: f64 = (0..dim)
+                        .map(|d| f64::from(q[d]) * f64::from(f16_to_f32(key(p, d))))
+                        .sum();
                     let s = dot * f64::from(shape.scale);
-                    shape.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+                    shape
+                        .softcap
+                        .map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
                 };
                 let scores: Vec<f64> = (first..=position).map(score).collect();
                 let max = scores.iter().cloned().fold(f64::MIN, f64::max);
@@ -445,7 +538,9 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + seed) * 7919 % 10007) as f32 / 5003.5 - 1.0) * 2.0).collect()
+        (0..n)
+            .map(|i| (((i + seed) * 7919 % 10007) as f32 / 5003.5 - 1.0) * 2.0)
+            .collect()
     }
 
     struct Case {
@@ -458,42 +553,114 @@ mod tests {
     }
 
     /// Two sequences, one with a past, whose pages lie scattered; keys and values of all positions stored.
-    fn case(heads: usize, kv_heads: usize, dim: usize, window: Option<usize>, softcap: Option<f32>) -> Case {
-        let shape = AttentionShape { heads, kv_heads, head_dim: dim, scale: 0.3, softcap, window };
+    fn case(
+        heads: usize,
+        kv_heads: usize,
+        dim: usize,
+        window: Option<usize>,
+        softcap: Option<f32>,
+    ) -> Case {
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: dim,
+            scale: 0.3,
+            softcap,
+            window,
+        };
         let mut cache = KvLayer::new(16, kv_heads, dim);
         let width = (heads + 2 * kv_heads) * dim;
         let pages: Vec<u32> = vec![3, 9, 1, 7, 15, 0, 2, 4, 6];
         let pool = Pool::new(2);
         // The past of the first sequence.
-        let past = Span { first_row: 0, rows: 40, first_page: 0, pages: 5, start: 0, long: false };
-        cache.store(&pool, &[past], &pages, &numbers(40 * width, 5), width, heads * dim);
+        let past = Span {
+            first_row: 0,
+            rows: 40,
+            first_page: 0,
+            pages: 5,
+            start: 0,
+            long: false,
+        };
+        cache.store(
+            &pool,
+            &[past],
+            &pages,
+            &numbers(40 * width, 5),
+            width,
+            heads * dim,
+        );
         let spans = vec![
-            Span { first_row: 0, rows: 21, first_page: 0, pages: 5, start: 40, long: false },
-            Span { first_row: 21, rows: 35, first_page: 5, pages: 4, start: 0, long: false },
+            Span {
+                first_row: 0,
+                rows: 21,
+                first_page: 0,
+                pages: 5,
+                start: 40,
+                long: false,
+            },
+            Span {
+                first_row: 21,
+                rows: 35,
+                first_page: 5,
+                pages: 4,
+                start: 0,
+                long: false,
+            },
         ];
         let qkv = numbers(56 * width, 77);
         cache.store(&pool, &spans, &pages, &qkv, width, heads * dim);
-        Case { shape, cache, spans, pages, qkv, width }
+        Case {
+            shape,
+            cache,
+            spans,
+            pages,
+            qkv,
+            width,
+        }
     }
 
     fn run(c: &Case, isa: Isa, threads: usize) -> Vec<f32> {
-        let input = AttentionInput { spans: &c.spans, pages: &c.pages, q: &c.qkv, width: c.width };
+        let input = AttentionInput {
+            spans: &c.spans,
+            pages: &c.pages,
+            q: &c.qkv,
+            width: c.width,
+        };
         let mut out = vec![0.0; 56 * c.shape.heads * c.shape.head_dim];
-        attend(isa, &Pool::new(threads), &mut AttentionPlan::default(), &c.shape, &c.cache, &input, &mut out);
+        attend(
+            isa,
+            &Pool::new(threads),
+            &mut AttentionPlan::default(),
+            &c.shape,
+            &c.cache,
+            &input,
+            &mut out,
+        );
         out
     }
 
     #[test]
     fn attention_is_the_definition_on_every_path() {
-        for (heads, kv, dim, window, softcap) in
-            [(9, 3, 64, None, None), (4, 2, 24, Some(32), None), (4, 1, 256, Some(7), None), (2, 2, 31, None, Some(5.0))]
-        {
+        for (heads, kv, dim, window, softcap) in [
+            (9, 3, 64, None, None),
+            (4, 2, 24, Some(32), None),
+            (4, 1, 256, Some(7), None),
+            (2, 2, 31, None, Some(5.0)),
+        ] {
             let c = case(heads, kv, dim, window, softcap);
-            let input = AttentionInput { spans: &c.spans, pages: &c.pages, q: &c.qkv, width: c.width };
+            let input = AttentionInput {
+                spans: &c.spans,
+                pages: &c.pages,
+                q: &c.qkv,
+                width: c.width,
+            };
             let want = attend_naive(&c.shape, &c.cache, &input);
             let scalar = run(&c, Isa::Scalar, 2);
             for (got, want) in scalar.iter().zip(&want) {
-                assert!((f64::from(*got) - want).abs() < 2e-5, "{heads}/{kv} x {dim}: {got} for {want}");
+                assert!(
+                    (f64::from(*got) - want).abs() < 2e-5,
+                    "{heads}/{kv} x {dim}: {got} for {want}"
+                );
             }
             for isa in Isa::available() {
                 assert_eq!(run(&c, isa, 2), scalar, "{}", isa.name());
@@ -508,12 +675,30 @@ mod tests {
         assert_eq!(run(&c, Isa::detect(), 5), together);
         let width = c.shape.heads * c.shape.head_dim;
         for row in 0..21 {
-            let span = Span { first_row: 0, rows: 1, start: 40 + row, ..c.spans[0] };
+            let span = Span {
+                first_row: 0,
+                rows: 1,
+                start: 40 + row,
+                ..c.spans[0]
+            };
             let q = &c.qkv[row * c.width..][..c.width];
-            let input = AttentionInput { spans: &[span], pages: &c.pages, q, width: c.width };
+            let input = AttentionInput {
+                spans: &[span],
+                pages: &c.pages,
+                q,
+                width: c.width,
+            };
             let mut alone = vec![0.0; width];
             let plan = &mut AttentionPlan::default();
-            attend(Isa::detect(), &Pool::new(1), plan, &c.shape, &c.cache, &input, &mut alone);
+            attend(
+                Isa::detect(),
+                &Pool::new(1),
+                plan,
+                &c.shape,
+                &c.cache,
+                &input,
+                &mut alone,
+            );
             assert_eq!(alone, together[row * width..][..width], "row {row}");
         }
     }
@@ -528,7 +713,14 @@ mod tests {
     #[should_panic(expected = "beyond the cache")]
     fn a_page_beyond_the_cache_is_refused() {
         let mut cache = KvLayer::new(2, 1, 16);
-        let span = Span { first_row: 0, rows: 1, first_page: 0, pages: 1, start: 0, long: false };
+        let span = Span {
+            first_row: 0,
+            rows: 1,
+            first_page: 0,
+            pages: 1,
+            start: 0,
+            long: false,
+        };
         cache.store(&Pool::new(1), &[span], &[2], &[0.0; 48], 48, 16);
     }
 }

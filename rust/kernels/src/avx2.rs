@@ -6,11 +6,11 @@ use crate::simd::Simd;
 
 /// AVX2 + FMA + F16C; integer dots by `vpmaddubsw` or, where 8-bit codes would overflow it, by widening.
 #[derive(Clone, Copy)]
-pub struct Avx2;
+pub(crate) struct Avx2;
 
 /// The same with `vpdpbusd`.
 #[derive(Clone, Copy)]
-pub struct AvxVnni;
+pub(crate) struct AvxVnni;
 
 /// Four-byte dots of unsigned `codes` with signed `x`, exact: even and odd bytes widened to 16 bits apart,
 /// because `vpmaddubsw` saturates at 2 x 255 x 127.
@@ -21,7 +21,10 @@ unsafe fn dot4_widening(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
         let odd = _mm256_srli_epi16::<8>(codes);
         let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
         let x_odd = _mm256_srai_epi16::<8>(x);
-        let dots = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
+        let dots = _mm256_add_epi32(
+            _mm256_madd_epi16(even, x_even),
+            _mm256_madd_epi16(odd, x_odd),
+        );
         _mm256_add_epi32(sum, dots)
     }
 }
@@ -84,7 +87,12 @@ macro_rules! implement {
 
             #[inline(always)]
             unsafe fn load(p: *const u8) -> Self::I {
-                unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
+                unsafe {
+                    [
+                        _mm256_loadu_si256(p.cast()),
+                        _mm256_loadu_si256(p.add(32).cast()),
+                    ]
+                }
             }
             #[inline(always)]
             unsafe fn and(a: Self::I, mask: u8) -> Self::I {
@@ -115,7 +123,8 @@ macro_rules! implement {
             #[inline(always)]
             unsafe fn lookup(a: Self::I, table: &[u8; 16]) -> Self::I {
                 unsafe {
-                    let t = [_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())); 2];
+                    let t =
+                        [_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())); 2];
                     both!(_mm256_shuffle_epi8, t, a)
                 }
             }

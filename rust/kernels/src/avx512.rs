@@ -6,7 +6,7 @@ use crate::simd::Simd;
 
 /// AVX-512 F/BW/VL/DQ with VNNI.
 #[derive(Clone, Copy)]
-pub struct Avx512;
+pub(crate) struct Avx512;
 
 // SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features were detected.
 impl Simd for Avx512 {
@@ -47,7 +47,13 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn dot4(sum: __m512i, codes: __m512i, x: *const i8) -> __m512i {
-        unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
+        unsafe {
+            _mm512_dpbusd_epi32(
+                sum,
+                codes,
+                _mm512_set1_epi32(x.cast::<i32>().read_unaligned()),
+            )
+        }
     }
     #[inline(always)]
     unsafe fn to_f32(a: __m512i) -> __m512 {
@@ -101,7 +107,10 @@ impl Simd for Avx512 {
         unsafe {
             let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
             let one = _mm512_set1_epi32(1);
-            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_sub_epi32(_mm512_max_epi32(b, one), one)))
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_sub_epi32(
+                _mm512_max_epi32(b, one),
+                one,
+            )))
         }
     }
     #[inline(always)]

@@ -12,7 +12,9 @@ const SERIAL: usize = 8192;
 /// Run `f(i, row)` over the rows of `out`, in parallel when there is enough to do.
 fn over_rows(pool: &Pool, out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     if out.len() < SERIAL {
-        out.chunks_exact_mut(width).enumerate().for_each(|(i, row)| f(i, row));
+        out.chunks_exact_mut(width)
+            .enumerate()
+            .for_each(|(i, row)| f(i, row));
     } else {
         pool.rows(out, width, f);
     }
@@ -68,7 +70,11 @@ unsafe fn rms_norm_body<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut 
 /// `x += y`.
 pub fn add(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32]) {
     assert_eq!(x.len(), y.len());
-    let width = if x.len() < SERIAL { x.len().max(1) } else { x.len().div_ceil(pool.threads() * 4) };
+    let width = if x.len() < SERIAL {
+        x.len().max(1)
+    } else {
+        x.len().div_ceil(pool.threads() * 4)
+    };
     let whole = x.len() / width * width;
     let (body, tail) = x.split_at_mut(whole);
     over_rows(pool, body, width, |i, x| {
@@ -100,7 +106,14 @@ pub enum Activation {
 }
 
 /// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide.
-pub fn gated(isa: Isa, pool: &Pool, activation: Activation, x: &[f32], width: usize, out: &mut [f32]) {
+pub fn gated(
+    isa: Isa,
+    pool: &Pool,
+    activation: Activation,
+    x: &[f32],
+    width: usize,
+    out: &mut [f32],
+) {
     assert_eq!(x.len(), 2 * out.len());
     over_rows(pool, out, width, |i, out| {
         let (gate, up) = x[2 * i * width..2 * (i + 1) * width].split_at(width);
@@ -150,7 +163,11 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r * r, r) + 1.0;
     // SAFETY: n is within -126..=127, or NaN, which x86 and Arm turn into some integer without harm; the NaN itself
     // comes out through p.
-    let n = if n.is_nan() { 0 } else { unsafe { n.to_int_unchecked::<i32>() } };
+    let n = if n.is_nan() {
+        0
+    } else {
+        unsafe { n.to_int_unchecked::<i32>() }
+    };
     p * f32::from_bits(((n + 127) as u32) << 23)
 }
 
@@ -238,7 +255,9 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 97.0).collect()
+        (0..n)
+            .map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 97.0)
+            .collect()
     }
 
     /// Run `f` on every instruction set; all must give the bits of the first, scalar one, which is returned.
@@ -255,9 +274,16 @@ mod tests {
         for i in -8700..8800 {
             let x = i as f32 / 100.0;
             let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((got / want - 1.0).abs() < 3e-7, "exp({x}) = {got}, want {want}");
+            assert!(
+                (got / want - 1.0).abs() < 3e-7,
+                "exp({x}) = {got}, want {want}"
+            );
         }
-        assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(f32::INFINITY).is_finite() && exp(f32::NAN).is_nan());
+        assert!(
+            exp(f32::NEG_INFINITY) < 1e-37
+                && exp(f32::INFINITY).is_finite()
+                && exp(f32::NAN).is_nan()
+        );
     }
 
     #[test]
@@ -290,14 +316,21 @@ mod tests {
             });
             for row in 0..3 {
                 for i in 0..50 {
-                    let (g, u) = (f64::from(x[row * 100 + i]), f64::from(x[row * 100 + 50 + i]));
+                    let (g, u) = (
+                        f64::from(x[row * 100 + i]),
+                        f64::from(x[row * 100 + 50 + i]),
+                    );
                     let a = match activation {
                         Activation::Silu => g / (1.0 + (-g).exp()),
                         Activation::GeluTanh => {
-                            0.5 * g * (1.0 + (0.7978845608028654 * (g + 0.044715 * g.powi(3))).tanh())
+                            0.5 * g
+                                * (1.0 + (0.7978845608028654 * (g + 0.044715 * g.powi(3))).tanh())
                         }
                     };
-                    assert!((f64::from(got[row * 50 + i]) - a * u).abs() < 1e-5, "{activation:?} {g}");
+                    assert!(
+                        (f64::from(got[row * 50 + i]) - a * u).abs() < 1e-5,
+                        "{activation:?} {g}"
+                    );
                 }
             }
         }
@@ -322,17 +355,37 @@ mod tests {
         let pool = Pool::new(1);
         let (cos, sin) = ([0.6, 1.0], [0.8, 0.0]);
         let turned = |pairing| {
-            let rotation = Some(Rotation { pairing, cos: &cos, sin: &sin, angles: 2 });
-            let prep = HeadPrep { heads: 1, kv_heads: 1, head_dim: 4, norms: None, rotation };
+            let rotation = Some(Rotation {
+                pairing,
+                cos: &cos,
+                sin: &sin,
+                angles: 2,
+            });
+            let prep = HeadPrep {
+                heads: 1,
+                kv_heads: 1,
+                head_dim: 4,
+                norms: None,
+                rotation,
+            };
             let mut row: Vec<f32> = (1..=12).map(|x| x as f32).collect();
             prepare_heads(Isa::detect(), &pool, &prep, &mut row, 12);
             row
         };
         let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
         let halves = turned(Pairing::Halves);
-        assert!(close(&halves[..4], &[1.0 * 0.6 - 3.0 * 0.8, 2.0, 3.0 * 0.6 + 1.0 * 0.8, 4.0]), "{halves:?}");
+        assert!(
+            close(
+                &halves[..4],
+                &[1.0 * 0.6 - 3.0 * 0.8, 2.0, 3.0 * 0.6 + 1.0 * 0.8, 4.0]
+            ),
+            "{halves:?}"
+        );
         let neighbours = turned(Pairing::Neighbours);
-        assert!(close(&neighbours[4..8], &[5.0 * 0.6 - 6.0 * 0.8, 6.0 * 0.6 + 5.0 * 0.8, 7.0, 8.0]));
+        assert!(close(
+            &neighbours[4..8],
+            &[5.0 * 0.6 - 6.0 * 0.8, 6.0 * 0.6 + 5.0 * 0.8, 7.0, 8.0]
+        ));
         assert_eq!(halves[8..], [9.0, 10.0, 11.0, 12.0]);
     }
 }

@@ -1,5 +1,10 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays at once"
+)]
+
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
 use crate::simd::{Isa, LANES, Simd, dispatch};
@@ -21,14 +26,19 @@ pub struct ActBlock {
 /// # Panics
 /// When `width` is not a multiple of 32, or the lengths do not agree.
 pub fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [ActBlock]) {
-    assert!(width % BLOCK == 0 && x.len() == out.len() * BLOCK, "activations in rows of {width}");
+    assert!(
+        width.is_multiple_of(BLOCK) && x.len() == out.len() * BLOCK,
+        "activations in rows of {width}"
+    );
     let blocks = width / BLOCK;
     let quantize = |row: usize, out: &mut [ActBlock]| {
         // SAFETY: slices; `isa` was detected.
         unsafe { quantize_blocks(isa, &x[row * width..(row + 1) * width], out) }
     };
     if out.len() < 512 {
-        out.chunks_exact_mut(blocks).enumerate().for_each(|(row, out)| quantize(row, out));
+        out.chunks_exact_mut(blocks)
+            .enumerate()
+            .for_each(|(row, out)| quantize(row, out));
     } else {
         pool.rows(out, blocks, quantize);
     }
@@ -87,7 +97,10 @@ impl Matrix {
     /// When parts disagree on their inputs, or `bias` is not one per output.
     pub fn new(parts: Vec<Tiles>, bias: Option<&[f32]>) -> Self {
         let inputs = parts.first().map_or(0, Tiles::inputs);
-        assert!(parts.iter().all(|p| p.inputs() == inputs), "parts share their inputs");
+        assert!(
+            parts.iter().all(|p| p.inputs() == inputs),
+            "parts share their inputs"
+        );
         let outputs = parts.iter().map(Tiles::rows).sum();
         let bias = bias.map(|bias| {
             assert_eq!(bias.len(), outputs, "one bias per output");
@@ -101,7 +114,12 @@ impl Matrix {
             }
             padded
         });
-        Self { parts, bias, inputs, outputs }
+        Self {
+            parts,
+            bias,
+            inputs,
+            outputs,
+        }
     }
 
     pub fn inputs(&self) -> usize {
@@ -124,11 +142,25 @@ impl Matrix {
 /// # Panics
 /// When the lengths do not agree.
 pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut [f32]) {
-    assert_eq!(out.len(), x.rows * matrix.outputs, "{} rows of {}", x.rows, matrix.outputs);
+    assert_eq!(
+        out.len(),
+        x.rows * matrix.outputs,
+        "{} rows of {}",
+        x.rows,
+        matrix.outputs
+    );
     if matrix.quantised() {
-        assert_eq!(x.blocks.len() * BLOCK, x.rows * matrix.inputs, "quantised activations");
+        assert_eq!(
+            x.blocks.len() * BLOCK,
+            x.rows * matrix.inputs,
+            "quantised activations"
+        );
     }
-    if matrix.parts.iter().any(|p| p.tensor_type().block_len() == 1) {
+    if matrix
+        .parts
+        .iter()
+        .any(|p| p.tensor_type().block_len() == 1)
+    {
         assert_eq!(x.floats.len(), x.rows * matrix.inputs, "float activations");
     }
     let tiles: usize = matrix.parts.iter().map(Tiles::tiles).sum();
@@ -253,8 +285,10 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
                     for i in 0..M {
                         let x = &*acts.add(i * blocks + block);
                         let d = S::splat(x.scale);
-                        total[i] = S::fma(S::to_f32(dots::<S, 0, 4>(&w, x)), S::mul(s0, d), total[i]);
-                        total[i] = S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), S::mul(s1, d), total[i]);
+                        total[i] =
+                            S::fma(S::to_f32(dots::<S, 0, 4>(&w, x)), S::mul(s0, d), total[i]);
+                        total[i] =
+                            S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), S::mul(s1, d), total[i]);
                         total[i] = S::fma(o0, S::splat(x.half_sums[0]), total[i]);
                         total[i] = S::fma(o1, S::splat(x.half_sums[1]), total[i]);
                     }
@@ -390,7 +424,10 @@ mod tests {
     struct Random(u64);
     impl Random {
         fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            self.0 = self
+                .0
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             self.0 >> 33
         }
         fn float(&mut self) -> f32 {
@@ -439,16 +476,29 @@ mod tests {
     }
 
     /// The definition: dequantised weights times dequantised activations, in f64.
-    fn oracle(t: TensorType, data: &[u8], rows: usize, inputs: usize, x: &[f32], blocks: &[ActBlock]) -> Vec<f64> {
+    fn oracle(
+        t: TensorType,
+        data: &[u8],
+        rows: usize,
+        inputs: usize,
+        x: &[f32],
+        blocks: &[ActBlock],
+    ) -> Vec<f64> {
         let mut weights = vec![0f32; rows * inputs];
         dequantize(t, data, &mut weights);
         let x: Vec<f64> = if t.block_len() == 1 {
             x.iter().map(|&x| f64::from(x)).collect()
         } else {
-            blocks.iter().flat_map(|b| b.codes.map(|c| f64::from(c) * f64::from(b.scale))).collect()
+            blocks
+                .iter()
+                .flat_map(|b| b.codes.map(|c| f64::from(c) * f64::from(b.scale)))
+                .collect()
         };
-        let dot = |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum::<f64>();
-        x.chunks(inputs).flat_map(|x| weights.chunks(inputs).map(move |w| dot(x, w))).collect()
+        let dot =
+            |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum::<f64>();
+        x.chunks(inputs)
+            .flat_map(|x| weights.chunks(inputs).map(move |w| dot(x, w)))
+            .collect()
     }
 
     #[test]
@@ -461,12 +511,19 @@ mod tests {
             let (x, blocks) = activations(rows, inputs, r);
             let want = oracle(t, &data, outputs, inputs, &x, &blocks);
             let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
-            let x = Activations { rows, floats: &x, blocks: &blocks };
+            let x = Activations {
+                rows,
+                floats: &x,
+                blocks: &blocks,
+            };
             let size = want.iter().fold(0f64, |a, b| a.max(b.abs()));
             let mut scalar = vec![0.0; want.len()];
             matmul(Isa::Scalar, &pool, &matrix, x, &mut scalar);
             for (got, want) in scalar.iter().zip(&want) {
-                assert!((f64::from(*got) - want).abs() < 1e-5 * size, "{t:?}: {got} for {want}");
+                assert!(
+                    (f64::from(*got) - want).abs() < 1e-5 * size,
+                    "{t:?}: {got} for {want}"
+                );
             }
             for isa in Isa::available() {
                 let mut fast = vec![0.0; want.len()];
@@ -487,7 +544,17 @@ mod tests {
             let (x, blocks) = activations(rows, inputs, r);
             let mut together = vec![0.0; rows * outputs];
             let isa = Isa::detect();
-            matmul(isa, &pool, &matrix, Activations { rows, floats: &x, blocks: &blocks }, &mut together);
+            matmul(
+                isa,
+                &pool,
+                &matrix,
+                Activations {
+                    rows,
+                    floats: &x,
+                    blocks: &blocks,
+                },
+                &mut together,
+            );
             for row in 0..rows {
                 let mut alone = vec![0.0; outputs];
                 let n = inputs / BLOCK;
@@ -497,7 +564,11 @@ mod tests {
                     blocks: &blocks[row * n..][..n],
                 };
                 matmul(isa, &pool, &matrix, one, &mut alone);
-                assert_eq!(alone, together[row * outputs..][..outputs], "{t:?} row {row}");
+                assert_eq!(
+                    alone,
+                    together[row * outputs..][..outputs],
+                    "{t:?} row {row}"
+                );
             }
         }
     }
@@ -507,22 +578,45 @@ mod tests {
         let r = &mut Random(3);
         let pool = Pool::new(2);
         let (inputs, rows) = (64, 3);
-        let parts: Vec<_> = [(TensorType::Q4_0, 20), (TensorType::F32, 16), (TensorType::Q8_0, 5)]
-            .map(|(t, n)| (t, n, random_blocks(t, n, inputs, r)))
-            .into();
+        let parts: Vec<_> = [
+            (TensorType::Q4_0, 20),
+            (TensorType::F32, 16),
+            (TensorType::Q8_0, 5),
+        ]
+        .map(|(t, n)| (t, n, random_blocks(t, n, inputs, r)))
+        .into();
         let bias: Vec<f32> = (0..41).map(|i| i as f32).collect();
-        let tiles = parts.iter().map(|(t, n, d)| Tiles::pack(*t, *n, inputs, d, &pool)).collect();
+        let tiles = parts
+            .iter()
+            .map(|(t, n, d)| Tiles::pack(*t, *n, inputs, d, &pool))
+            .collect();
         let (x, blocks) = activations(rows, inputs, r);
-        let acts = Activations { rows, floats: &x, blocks: &blocks };
+        let acts = Activations {
+            rows,
+            floats: &x,
+            blocks: &blocks,
+        };
         let mut all = vec![0.0; rows * 41];
-        matmul(Isa::detect(), &pool, &Matrix::new(tiles, Some(&bias)), acts, &mut all);
+        matmul(
+            Isa::detect(),
+            &pool,
+            &Matrix::new(tiles, Some(&bias)),
+            acts,
+            &mut all,
+        );
         let mut column = 0;
         for (t, n, data) in &parts {
             let want = oracle(*t, data, *n, inputs, &x, &blocks);
             for row in 0..rows {
                 for i in 0..*n {
-                    let (got, want) = (all[row * 41 + column + i], want[row * n + i] + f64::from(bias[column + i]));
-                    assert!((f64::from(got) - want).abs() < 1e-3, "{t:?} row {row} output {i}: {got} for {want}");
+                    let (got, want) = (
+                        all[row * 41 + column + i],
+                        want[row * n + i] + f64::from(bias[column + i]),
+                    );
+                    assert!(
+                        (f64::from(got) - want).abs() < 1e-3,
+                        "{t:?} row {row} output {i}: {got} for {want}"
+                    );
                 }
             }
             column += n;
@@ -542,7 +636,10 @@ mod tests {
 
     #[test]
     fn silent_activations_quantise_to_zero() {
-        let mut out = [ActBlock { scale: 1.0, ..Default::default() }];
+        let mut out = [ActBlock {
+            scale: 1.0,
+            ..Default::default()
+        }];
         quantize_rows(Isa::detect(), &Pool::new(1), &[0.0; 32], 32, &mut out);
         assert_eq!(out, [ActBlock::default()]);
     }

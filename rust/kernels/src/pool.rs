@@ -53,7 +53,11 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
-            job: std::cell::UnsafeCell::new(Job { call: nothing, context: std::ptr::null(), units: 0 }),
+            job: std::cell::UnsafeCell::new(Job {
+                call: nothing,
+                context: std::ptr::null(),
+                units: 0,
+            }),
             epoch: AtomicU32::new(0),
             next: AtomicUsize::new(0),
             working: AtomicUsize::new(0),
@@ -65,11 +69,19 @@ impl Pool {
             .filter_map(|i| {
                 let shared = shared.clone();
                 // A thread that cannot be had is one fewer, not a failure.
-                thread::Builder::new().name(format!("hfcore-{i}")).spawn(move || work(&shared, i)).ok()
+                thread::Builder::new()
+                    .name(format!("hfcore-{i}"))
+                    .spawn(move || work(&shared, i))
+                    .ok()
             })
             .collect();
         let sleepers = workers.iter().map(|w| w.thread().clone()).collect();
-        Self { shared, workers, sleepers, busy: Mutex::new(()) }
+        Self {
+            shared,
+            workers,
+            sleepers,
+            busy: Mutex::new(()),
+        }
     }
 
     /// The CPUs this process may use: its affinity mask and its cgroup's quota.
@@ -91,7 +103,13 @@ impl Pool {
         let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: no worker is at work (`working` is 0 since the last run), so none reads the job.
-        unsafe { *shared.job.get() = Job { call: call::<F>, context: (&raw const f).cast(), units } };
+        unsafe {
+            *shared.job.get() = Job {
+                call: call::<F>,
+                context: (&raw const f).cast(),
+                units,
+            }
+        };
         shared.next.store(0, Relaxed);
         shared.working.store(self.workers.len(), Relaxed);
         shared.epoch.fetch_add(1, SeqCst);
@@ -105,9 +123,17 @@ impl Pool {
         while shared.working.load(Acquire) != 0 {
             spins += 1;
             // A worker may have lost its CPU to another process: give ours up after a while.
-            if spins % 4096 == 0 { thread::yield_now() } else { std::hint::spin_loop() }
+            if spins.is_multiple_of(4096) {
+                thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
         }
-        let panicked = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let panicked = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(panic) = panicked {
             resume_unwind(panic);
         }
@@ -121,14 +147,20 @@ impl Pool {
         if out.is_empty() {
             return;
         }
-        assert!(width > 0 && out.len() % width == 0, "{} items are not rows of {width}", out.len());
+        assert!(
+            width > 0 && out.len().is_multiple_of(width),
+            "{} items are not rows of {width}",
+            out.len()
+        );
         let count = out.len() / width;
         let chunk = count.div_ceil(self.threads() * 4);
         let base = SendPtr(out.as_mut_ptr());
         self.run(count.div_ceil(chunk), |unit| {
             for row in unit * chunk..count.min((unit + 1) * chunk) {
                 // SAFETY: rows are disjoint, inside `out`, and every unit runs once.
-                f(row, unsafe { std::slice::from_raw_parts_mut(base.get().add(row * width), width) });
+                f(row, unsafe {
+                    std::slice::from_raw_parts_mut(base.get().add(row * width), width)
+                });
             }
         });
     }
@@ -175,7 +207,9 @@ fn take_units(shared: &Shared) {
             return;
         }
         // SAFETY: the closure is alive: `run` waits for us.
-        let done = catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.context, unit) }));
+        let done = catch_unwind(AssertUnwindSafe(|| unsafe {
+            (job.call)(job.context, unit)
+        }));
         if let Err(panic) = done {
             shared.next.store(job.units, Relaxed);
             *shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
@@ -231,7 +265,10 @@ mod tests {
                 pool.run(units, |i| {
                     counts[i].fetch_add(1, Relaxed);
                 });
-                assert!(counts.iter().all(|c| c.load(Relaxed) == 1), "{threads} threads, {units} units");
+                assert!(
+                    counts.iter().all(|c| c.load(Relaxed) == 1),
+                    "{threads} threads, {units} units"
+                );
             }
         }
     }
@@ -268,6 +305,10 @@ mod tests {
         let pool = Pool::new(2);
         let mut out = vec![0; 7 * 13];
         pool.rows(&mut out, 13, |i, row| row.fill(i + 1));
-        assert!(out.chunks(13).enumerate().all(|(i, row)| row.iter().all(|&x| x == i + 1)));
+        assert!(
+            out.chunks(13)
+                .enumerate()
+                .all(|(i, row)| row.iter().all(|&x| x == i + 1))
+        );
     }
 }

@@ -5,7 +5,7 @@ use crate::simd::{LANES, Simd};
 
 /// Plain arrays. Compiled for the baseline CPU; every fast twin gives the same bits.
 #[derive(Clone, Copy)]
-pub struct Scalar;
+pub(crate) struct Scalar;
 
 fn lanes<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
     let mut out = [T::default(); LANES];
@@ -52,7 +52,12 @@ impl Simd for Scalar {
     }
     unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
         let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
-        lanes(|i| sum[i] + (0..4).map(|j| i32::from(codes[4 * i + j]) * i32::from(x[j])).sum::<i32>())
+        lanes(|i| {
+            sum[i]
+                + (0..4)
+                    .map(|j| i32::from(codes[4 * i + j]) * i32::from(x[j]))
+                    .sum::<i32>()
+        })
     }
     unsafe fn to_f32(a: Self::S) -> Self::F {
         lanes(|i| a[i] as f32)

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 /// Rows of a tile, lanes of a vector.
-pub const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Sixteen lanes of 4 bytes (`I`), of 32-bit sums (`S`) and of floats (`F`).
 ///
@@ -12,7 +12,7 @@ pub const LANES: usize = 16;
 /// readable (writable) for the sixteen elements that the name says; alignment is not needed. Methods are
 /// `#[inline(always)]` without `target_feature`, to be inlined into a caller that carries it: closures and trait
 /// methods cannot carry it themselves.
-pub trait Simd: Copy {
+pub(crate) trait Simd: Copy {
     type I: Copy;
     type S: Copy;
     type F: Copy;

@@ -5,9 +5,7 @@
 //! super-blocks put the super-block's scales once before eight blocks. A number is `scale * code + offset`.
 
 use crate::pool::Pool;
-use crate::quant::{
-    E2M1_DOUBLED, IQ4_VALUES, TensorType, iq4_xs_scale, k_scale_min, q3_k_scale,
-};
+use crate::quant::{E2M1_DOUBLED, IQ4_VALUES, TensorType, iq4_xs_scale, k_scale_min, q3_k_scale};
 use crate::simd::{LANES, Simd};
 
 /// Inputs in a block.
@@ -17,7 +15,7 @@ pub const BLOCK: usize = 32;
 ///
 /// # Safety
 /// The pointers are at the start of a super-block, or of a block, of a tile of this type.
-pub trait Format {
+pub(crate) trait Format {
     /// Blocks that share one head.
     const SUPER: usize;
     /// Bytes of that head.
@@ -40,7 +38,12 @@ pub trait Format {
 #[inline(always)]
 unsafe fn nibbles<S: Simd>(p: *const u8) -> [S::I; 8] {
     unsafe {
-        let w = [S::load(p), S::load(p.add(64)), S::load(p.add(128)), S::load(p.add(192))];
+        let w = [
+            S::load(p),
+            S::load(p.add(64)),
+            S::load(p.add(128)),
+            S::load(p.add(192)),
+        ];
         [
             S::and(w[0], 15),
             S::shr_mask::<4>(w[0], 15),
@@ -172,7 +175,7 @@ unsafe fn bytes8<S: Simd>(p: *const u8) -> [S::I; 8] {
 /// A format without super-blocks: an f16 scale per row, and an f16 minimum (`MIN`) or a fixed zero point.
 macro_rules! plain_format {
     ($name:ident, codes $codes:expr, min $min:expr, zero $zero:expr, |$p:ident| $steps:expr) => {
-        pub struct $name;
+        pub(crate) struct $name;
         impl Format for $name {
             const SUPER: usize = 1;
             const HEAD: usize = 0;
@@ -226,7 +229,7 @@ plain_format!(Q5_1, codes 320, min true, zero 0.0, |p| or_all::<S>(nibbles::<S>(
 plain_format!(Q8_0, codes 512, min false, zero 128.0, |p| bytes8::<S>(p));
 plain_format!(Iq4Nl, codes 256, min false, zero IQ4_ZERO, |p| lookup_all::<S>(nibbles::<S>(p), &IQ4_TABLE));
 
-pub struct Mxfp4;
+pub(crate) struct Mxfp4;
 impl Format for Mxfp4 {
     const SUPER: usize = 1;
     const HEAD: usize = 0;
@@ -253,7 +256,7 @@ impl Format for Mxfp4 {
 /// A K-quant whose blocks have an 8-bit scale and an 8-bit minimum per row (Q4_K, Q5_K).
 macro_rules! k_min_format {
     ($name:ident, codes $codes:expr, |$p:ident| $steps:expr) => {
-        pub struct $name;
+        pub(crate) struct $name;
         impl Format for $name {
             const SUPER: usize = 8;
             const HEAD: usize = 64;
@@ -285,7 +288,7 @@ k_min_format!(Q5K, codes 320, |p| or_all::<S>(nibbles::<S>(p), bit_plane::<S>(p.
 /// A K-quant with a signed 8-bit scale per row and half block (`HALVES`) or block, and a fixed zero point.
 macro_rules! k_signed_format {
     ($name:ident, codes $codes:expr, halves $halves:expr, zero $zero:expr, |$p:ident| $steps:expr) => {
-        pub struct $name;
+        pub(crate) struct $name;
         impl Format for $name {
             const SUPER: usize = 8;
             const HEAD: usize = 32;
@@ -314,7 +317,7 @@ k_signed_format!(Q3K, codes 192, halves true, zero 4.0, |p| or_all::<S>(pair_pla
 k_signed_format!(Q6K, codes 384, halves true, zero 32.0, |p| or_all::<S>(nibbles::<S>(p), pair_plane_high::<S>(p.add(256))));
 k_signed_format!(Iq4Xs, codes 256, halves false, zero IQ4_ZERO, |p| lookup_all::<S>(nibbles::<S>(p), &IQ4_TABLE));
 
-pub struct Q2K;
+pub(crate) struct Q2K;
 impl Format for Q2K {
     const SUPER: usize = 8;
     const HEAD: usize = 64;
@@ -388,9 +391,21 @@ impl Tiles {
     ///
     /// # Panics
     /// When `data` is not `rows * row_bytes(inputs)` long: the reader of the file checked that.
-    pub fn pack(tensor_type: TensorType, rows: usize, inputs: usize, data: &[u8], pool: &Pool) -> Self {
-        let row_bytes = tensor_type.row_bytes(inputs).expect("inputs are whole blocks");
-        assert_eq!(data.len(), rows * row_bytes, "bytes of a {rows} x {inputs} {tensor_type:?} matrix");
+    pub fn pack(
+        tensor_type: TensorType,
+        rows: usize,
+        inputs: usize,
+        data: &[u8],
+        pool: &Pool,
+    ) -> Self {
+        let row_bytes = tensor_type
+            .row_bytes(inputs)
+            .expect("inputs are whole blocks");
+        assert_eq!(
+            data.len(),
+            rows * row_bytes,
+            "bytes of a {rows} x {inputs} {tensor_type:?} matrix"
+        );
         let (step, bytes) = geometry(tensor_type);
         let tile_bytes = (inputs / step * bytes).next_multiple_of(64);
         let tiles = rows.div_ceil(LANES);
@@ -402,7 +417,13 @@ impl Tiles {
             let rows = &data[first * row_bytes..(first + count) * row_bytes];
             pack_tile(tensor_type, rows, row_bytes, inputs, line_bytes(lines));
         });
-        Self { tensor_type, rows, inputs, tile_bytes, lines }
+        Self {
+            tensor_type,
+            rows,
+            inputs,
+            tile_bytes,
+            lines,
+        }
     }
 
     pub fn tensor_type(&self) -> TensorType {
@@ -437,7 +458,13 @@ fn line_bytes(lines: &mut [Line]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 64) }
 }
 
-fn pack_tile(tensor_type: TensorType, rows: &[u8], row_bytes: usize, inputs: usize, out: &mut [u8]) {
+fn pack_tile(
+    tensor_type: TensorType,
+    rows: &[u8],
+    row_bytes: usize,
+    inputs: usize,
+    out: &mut [u8],
+) {
     match tensor_type {
         TensorType::F32 => transpose::<4>(rows, row_bytes, inputs, out),
         TensorType::F16 | TensorType::BF16 => transpose::<2>(rows, row_bytes, inputs, out),
@@ -465,12 +492,21 @@ struct Unpacked {
     scales: [[u8; 4]; 8],
 }
 
-fn pack_quantised(tensor_type: TensorType, rows: &[u8], row_bytes: usize, inputs: usize, out: &mut [u8]) {
+fn pack_quantised(
+    tensor_type: TensorType,
+    rows: &[u8],
+    row_bytes: usize,
+    inputs: usize,
+    out: &mut [u8],
+) {
     let (step, bytes) = geometry(tensor_type);
     let layout = Layout::of(tensor_type);
     let file_bytes = tensor_type.block_bytes() * step / tensor_type.block_len();
-    let mut unpacked =
-        Unpacked { codes: [[0; BLOCK]; 8], head: [[0; 2]; 2], scales: [[0; 4]; 8] };
+    let mut unpacked = Unpacked {
+        codes: [[0; BLOCK]; 8],
+        head: [[0; 2]; 2],
+        scales: [[0; 4]; 8],
+    };
     for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
         for (s, block) in row.chunks_exact(file_bytes).take(inputs / step).enumerate() {
             take_apart(tensor_type, block, &mut unpacked);
@@ -507,7 +543,13 @@ impl Layout {
             T::IQ4_XS => (8, 1, 4, 1, 1),
             T::F32 | T::F16 | T::BF16 => unreachable!("float types are transposed"),
         };
-        Self { blocks, head_halves, bits, scale_bytes, scale_width }
+        Self {
+            blocks,
+            head_halves,
+            bits,
+            scale_bytes,
+            scale_width,
+        }
     }
 
     fn put(&self, from: &Unpacked, row: usize, out: &mut [u8]) {
@@ -521,7 +563,10 @@ impl Layout {
             let (codes, scales) = out[at..at + block_bytes].split_at_mut(codes_bytes);
             put_codes(self.bits, &from.codes[b], row, codes);
             let width = self.scale_width;
-            for (i, scale) in from.scales[b][..self.scale_bytes].chunks_exact(width).enumerate() {
+            for (i, scale) in from.scales[b][..self.scale_bytes]
+                .chunks_exact(width)
+                .enumerate()
+            {
                 scales[(i * LANES + row) * width..][..width].copy_from_slice(scale);
             }
             at += block_bytes;
@@ -667,7 +712,8 @@ fn q6_k(b: &[u8], out: &mut Unpacked) {
         let (n, quarter) = (block / 4, block % 4);
         let low = &ql[64 * n + 32 * (quarter % 2)..][..32];
         for (l, code) in out.codes[block].iter_mut().enumerate() {
-            *code = (low[l] >> (4 * (quarter / 2)) & 15) | (qh[32 * n + l] >> (2 * quarter) & 3) << 4;
+            *code =
+                (low[l] >> (4 * (quarter / 2)) & 15) | (qh[32 * n + l] >> (2 * quarter) & 3) << 4;
         }
         out.scales[block][..2].copy_from_slice(&scales[2 * block..2 * block + 2]);
     }
