@@ -11,6 +11,7 @@
         UnknownOptionError  TypeError           an option that nobody knows
         ContextOverflowError                    the prompt does not fit into the context
       RequestTimeoutError TimeoutError          the request took longer than its timeout=
+      EngineOverloadedError RuntimeError        too many requests wait already; try again later
       EngineClosedError   RuntimeError          the engine was closed before the request ended
       InternalError       RuntimeError          a defect of hfcore, caught; the engine lives on
 
@@ -128,6 +129,15 @@ class RequestTimeoutError(HfcoreError, TimeoutError):
     def __init__(self, message: str = "", *, timeout: float = 0.0) -> None:
         super().__init__(message)
         self.timeout = timeout
+
+
+class EngineOverloadedError(HfcoreError, RuntimeError):
+    """`waiting` requests wait already and the queue holds `limit`; a later attempt may do."""
+
+    def __init__(self, message: str = "", *, waiting: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.waiting = waiting
+        self.limit = limit
 
 
 class EngineClosedError(HfcoreError, RuntimeError):
