@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .errors import (
         ContextOverflowError,
         EngineClosedError,
+        EngineOverloadedError,
         HfcoreError,
         InternalError,
         InvalidRequestError,
@@ -37,7 +38,7 @@ _HOMES = {
     "_core": ("ChatTemplate", "Tokenizer", "__version__"),
     "engine": ("Completion", "Delta", "Engine", "TokenLogprob", "Usage"),
     "errors": (
-        "ContextOverflowError", "EngineClosedError", "HfcoreError", "InternalError",
+        "ContextOverflowError", "EngineClosedError", "EngineOverloadedError", "HfcoreError", "InternalError",
         "InvalidRequestError", "ModelFileError", "ModelNotFoundError", "ModelTooLargeError",
         "NoChatTemplateError", "RequestTimeoutError", "TemplateError", "UnknownOptionError",
         "UnsupportedModelError",
@@ -49,7 +50,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ChatHuggingFace", "ChatTemplate", "Completion", "ContextOverflowError", "Delta", "Engine",
-    "EngineClosedError", "HfcoreError", "HuggingFacePipeline", "InternalError",
+    "EngineClosedError", "EngineOverloadedError", "HfcoreError", "HuggingFacePipeline", "InternalError",
     "InvalidRequestError", "ModelFileError", "ModelNotFoundError", "ModelTooLargeError",
     "NoChatTemplateError", "RequestTimeoutError", "TemplateError", "TokenLogprob", "Tokenizer",
     "UnknownOptionError", "UnsupportedModelError", "Usage", "__version__",

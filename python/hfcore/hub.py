@@ -228,19 +228,37 @@ def _from_hub(
     place: dict[str, Any] = {"repo_id": repo, "revision": revision, "cache_dir": cache_dir}
 
     def cached() -> Path:
-        folder = Path(hub.snapshot_download(**place, local_files_only=True))
+        folder = _snapshot(repo, revision, cache_dir)
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         return _root(folder, choose(names, quantization, repo))
 
     def online() -> Path:
-        api = hub.HfApi(token=token)
-        chosen = choose(api.list_repo_files(repo, revision=revision), quantization, repo)
+        # Not list_repo_files: that tries for 23 seconds before it says that nobody answers.
+        listing = hub.HfApi(token=token).model_info(repo, revision=revision).siblings or ()
+        chosen = choose((file.rfilename for file in listing), quantization, repo)
         folder = hub.snapshot_download(**place, token=token, allow_patterns=chosen)
         return _root(Path(folder), chosen)
 
     if offline:
         return _translated(cached, repo, " (offline: only the local cache was looked at)")
     return _translated(lambda: _online_or_cached(online, cached), repo, "")
+
+
+def _snapshot(repo: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """A repository's folder in the cache, complete or not; LocalEntryNotFoundError without one.
+
+    huggingface_hub itself gives out complete snapshots only, and one GGUF of a repository is none.
+    The layout is documented: models--owner--name/refs/REVISION names the folder under snapshots/.
+    """
+    from huggingface_hub import constants, errors
+
+    wanted = revision or constants.DEFAULT_REVISION
+    home = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    ref = home / "refs" / wanted
+    folder = home / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else wanted)
+    if not folder.is_dir():
+        raise errors.LocalEntryNotFoundError(f"{repo} at {wanted} is not in {home.parent}")
+    return folder
 
 
 def _online_or_cached(online: Callable[[], Path], cached: Callable[[], Path]) -> Path:
@@ -267,7 +285,7 @@ def _unreachable(error: BaseException) -> bool:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """What a failed download raises; HTTPError is of the client that huggingface_hub happens to use."""
+    """What a failed download raises; HTTPError is that of huggingface_hub's HTTP client."""
     from huggingface_hub import errors
 
     return (OSError, errors.HfHubHTTPError, getattr(errors, "HTTPError", OSError))

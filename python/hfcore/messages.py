@@ -25,7 +25,7 @@ _TEXT = {"text": "text", "refusal": "refusal", "text-plain": "text"}
 _REASONING = ("thinking", "reasoning")
 _ELSEWHERE = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",
-    "input_json_delta", "redacted_thinking",
+    "input_json_delta", "redacted_thinking", "tool_result",
 }  # fmt: skip
 """Block types whose substance a message also holds elsewhere (tool_calls), or that have none."""
 
@@ -48,11 +48,29 @@ def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         converted = _to_dict(message, position)
         for call in converted.get("tool_calls", ()):
             called[call["id"]] = call["function"]["name"]
-        if converted["role"] == "tool" and "name" not in converted:
-            name = called.get(converted.get("tool_call_id", ""))
-            converted |= {"name": name} if name else {}
-        result.append(converted)
+        results = _tool_results(message.content, position)
+        result += results
+        if converted["content"] or not results:
+            result.append(converted)
+    for tool in (message for message in result if message["role"] == "tool"):
+        name = tool.get("name") or called.get(tool.get("tool_call_id", ""))
+        tool |= {"name": name} if name else {}
     return result
+
+
+def _tool_results(content: Any, position: int) -> list[dict[str, Any]]:
+    """Anthropic's way: results as blocks of a user's message. Each becomes a message before it."""
+    return [
+        {
+            "role": "tool",
+            "tool_call_id": str(block.get("tool_use_id", "")),
+            "content": _result_text(
+                _text(block.get("content"), position), failed=bool(block.get("is_error"))
+            ),
+        }
+        for block in _blocks(content)
+        if isinstance(block, Mapping) and block.get("type") == "tool_result"
+    ]
 
 
 def _to_dict(message: BaseMessage, position: int) -> dict[str, Any]:
@@ -66,7 +84,7 @@ def _to_dict(message: BaseMessage, position: int) -> dict[str, Any]:
     text = _text(message.content, position)
     if isinstance(message, ToolMessage):
         return {"role": "tool", **name, "tool_call_id": message.tool_call_id,
-                "content": _error_text(text) if message.status == "error" else text}  # fmt: skip
+                "content": _result_text(text, failed=message.status == "error")}  # fmt: skip
     if isinstance(message, FunctionMessage):
         return {"role": "tool", **name, "content": text}
     return {"role": _role(message, position), **name, "content": text}
@@ -169,5 +187,6 @@ def _block_texts(blocks: Iterable[Any], position: int) -> Iterable[str]:
         yield text
 
 
-def _error_text(text: str) -> str:
-    return text if text.lower().startswith("error") else f"Error: {text}"
+def _result_text(text: str, *, failed: bool) -> str:
+    """A tool's result; a failure says so, for templates have no other way to tell."""
+    return f"Error: {text}" if failed and not text.lower().startswith("error") else text

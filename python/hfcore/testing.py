@@ -189,7 +189,8 @@ def _weights(seed: int) -> dict[str, NDArray[Any]]:
     vocab = 256 + len(_MERGES) + len(_SPECIALS)
 
     def noise(rows: int, columns: int, keep_first: bool = False) -> NDArray[np.float32]:
-        matrix = random.standard_normal((rows, columns), np.float32) * np.float32(columns**-0.5)
+        matrix = random.standard_normal((rows, columns), np.float32)
+        matrix *= columns**-0.5
         if keep_first:
             matrix[0] = 0
         return matrix
