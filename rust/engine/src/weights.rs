@@ -291,6 +291,34 @@ impl std::fmt::Debug for Weights {
     }
 }
 
+/// The numbers of `count` blocks of the GGUF type `type_name`, and how many numbers a block has.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an unknown type, [`Error::InvalidRequest`] for bytes of another number.
+pub fn dequantize_blocks(
+    type_name: &str,
+    count: usize,
+    blocks: &[u8],
+) -> Result<(Vec<f32>, usize)> {
+    let Some(tensor_type) = TensorType::from_name(type_name) else {
+        return Err(Error::Unsupported {
+            what: "tensor type",
+            name: type_name.to_owned(),
+            supported: TensorType::ALL.map(TensorType::name).join(", "),
+        });
+    };
+    let wanted = tensor_type.block_bytes();
+    if count.checked_mul(wanted) != Some(blocks.len()) {
+        return Err(Error::InvalidRequest(format!(
+            "a block of {type_name} has {wanted} bytes, got {} for {count}",
+            blocks.len()
+        )));
+    }
+    let mut out = vec![0.0; count * tensor_type.block_len()];
+    quant::dequantize(tensor_type, blocks, &mut out);
+    Ok((out, tensor_type.block_len()))
+}
+
 /// The known name with the fewest edits from `name`, if they are less than half of it.
 fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
     // Bounded, since a hostile file may have a million long names.

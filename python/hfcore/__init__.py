@@ -1,0 +1,70 @@
+"""Hugging Face models in Python and LangChain, in the process, without torch.
+
+    Engine, ChatTemplate, Tokenizer, Completion, Delta   for Python programs
+    ChatHuggingFace, HuggingFacePipeline                 for LangChain (langchain-core is needed)
+    hfcore.errors, hfcore.options, hfcore.testing        exceptions, option names, test helpers
+
+Everything is imported at first use: `import hfcore` loads neither numpy nor LangChain.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._core import ChatTemplate, Tokenizer, __version__
+    from .chat_models import ChatHuggingFace
+    from .engine import Completion, Delta, Engine, TokenLogprob, Usage
+    from .errors import (
+        ContextOverflowError,
+        EngineClosedError,
+        EngineOverloadedError,
+        HfcoreError,
+        InternalError,
+        InvalidRequestError,
+        ModelFileError,
+        ModelNotFoundError,
+        ModelTooLargeError,
+        NoChatTemplateError,
+        RequestTimeoutError,
+        TemplateError,
+        UnknownOptionError,
+        UnsupportedModelError,
+    )
+    from .llms import HuggingFacePipeline
+
+_HOMES = {
+    "_core": ("ChatTemplate", "Tokenizer", "__version__"),
+    "engine": ("Completion", "Delta", "Engine", "TokenLogprob", "Usage"),
+    "errors": (
+        "ContextOverflowError", "EngineClosedError", "EngineOverloadedError", "HfcoreError", "InternalError",
+        "InvalidRequestError", "ModelFileError", "ModelNotFoundError", "ModelTooLargeError",
+        "NoChatTemplateError", "RequestTimeoutError", "TemplateError", "UnknownOptionError",
+        "UnsupportedModelError",
+    ),
+    "chat_models": ("ChatHuggingFace",),
+    "llms": ("HuggingFacePipeline",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ChatHuggingFace", "ChatTemplate", "Completion", "ContextOverflowError", "Delta", "Engine",
+    "EngineClosedError", "EngineOverloadedError", "HfcoreError", "HuggingFacePipeline", "InternalError",
+    "InvalidRequestError", "ModelFileError", "ModelNotFoundError", "ModelTooLargeError",
+    "NoChatTemplateError", "RequestTimeoutError", "TemplateError", "TokenLogprob", "Tokenizer",
+    "UnknownOptionError", "UnsupportedModelError", "Usage", "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hfcore' has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,8 @@
+"""`python -m hfcore` is the command `hfcore`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,540 @@
+"""The engine for Python programs: hub names, option aliases, async, and one engine per model.
+
+The work is done by the compiled `hfcore._core.Engine`; here is only what Python does better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import _core, hub, options
+from .errors import InvalidRequestError, RequestTimeoutError
+
+if TYPE_CHECKING:
+    import asyncio
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+Prompt = Any
+"""A str (text), a list of message dicts, or token ids (a sequence of int, or an integer array)."""
+
+_HUB = ("quantization", "revision", "cache_dir", "token", "local_files_only")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its natural log probability; `top`: the likeliest as (id, token, logprob)."""
+
+    token: str
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost: counts in tokens, times in seconds since it was submitted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float = 0.0
+    total_time: float = 0.0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate of decoding: tokens after the first, by the time after the first; 0 for one."""
+        seconds = self.total_time - self.time_to_first_token
+        return (self.completion_tokens - 1) / seconds if seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one decoded token adds. The last one alone has `finish_reason` and `usage`.
+
+    `text` may be empty: a character may take several tokens, and text that might begin a stop
+    string is held back until it is known not to.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `finish_reason`: "stop" (end token or stop string) or "length"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: str | None
+    usage: Usage | None
+
+
+def total(deltas: Sequence[Delta]) -> Completion:
+    """The deltas of one stream, summed.
+
+    >>> total([Delta("he", (1,)), Delta("y", (2,), finish_reason="stop")]).text
+    'hey'
+    """
+    last = deltas[-1] if deltas else Delta()
+    logprobs = [p for d in deltas for p in d.logprobs or ()]
+    return Completion(
+        text="".join(d.text for d in deltas),
+        token_ids=tuple(i for d in deltas for i in d.token_ids),
+        logprobs=tuple(logprobs) if any(d.logprobs is not None for d in deltas) else None,
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+    )
+
+
+class Stream(Iterator[Delta]):
+    """An iterator over the deltas of one request. Closing or dropping it cancels the request."""
+
+    def __init__(self, stream: _core.Stream, timeout: float | None = None) -> None:
+        self._stream = stream
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._notifier = None if timeout is None else _core.Notifier()
+        if self._notifier is not None:
+            stream.subscribe(self._notifier, 0)
+
+    def __next__(self) -> Delta:
+        if self._deadline is None:
+            return _delta(next(self._stream))
+        return self._next_in_time(self._deadline)
+
+    def close(self) -> None:
+        """Cancel the request, if it is still running."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _next_in_time(self, deadline: float) -> Delta:
+        assert self._notifier is not None  # noqa: S101  # set with the deadline
+        while (delta := self._stream.try_next()) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.close()
+                raise _too_slow(self._timeout)
+            if select.select([self._notifier.fileno()], [], [], left)[0]:
+                self._notifier.drain()
+        return _delta(delta)
+
+
+class Engine:
+    """A model in this process.
+
+    Args:
+        model: a .gguf file, a directory, "owner/name" or "owner/name:Q4_K_M".
+        device: "cpu" (fast), or "reference" (float32, slow, exact).
+        context_size: most tokens of a prompt and its completion; None: what the model was made for.
+        threads: threads of the CPU device; None: one for each core that this process may use.
+        chat_template: Jinja source to use instead of the model's own.
+        kv_cache_bytes: memory for the cache; None: enough for one full context.
+        max_sequences: most requests decoded together; more wait their turn.
+        quantization, revision, cache_dir, token, local_files_only: which files of the hub.
+        progress: called as progress(bytes done, bytes in all) while loading.
+        others: aliases of these (n_ctx, n_threads, ...).
+
+    Options of `generate`, `stream`, `agenerate` and `astream` (see `hfcore.options`): max_tokens,
+    temperature (0 is greedy), top_k, top_p, min_p, typical_p, repetition_penalty,
+    frequency_penalty, presence_penalty, logit_bias, seed, do_sample, stop, ignore_eos, logprobs,
+    top_logprobs, timeout; for messages also tools, documents, add_generation_prompt,
+    continue_final_message, template_variables; for text add_special_tokens. What is not given is
+    as the model's generation_config says.
+
+    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, ModelTooLargeError.
+
+    >>> import tempfile
+    >>> from hfcore.testing import tiny_model
+    >>> with Engine(tiny_model(tempfile.mkdtemp())) as engine:
+    ...     completion = engine.generate("Hello", max_tokens=4, temperature=0)
+    >>> completion.finish_reason, completion.usage.completion_tokens
+    ('length', 4)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        device: str | int | None = "cpu",
+        context_size: int | None = None,
+        threads: int | None = None,
+        chat_template: str | None = None,
+        kv_cache_bytes: int | None = None,
+        max_sequences: int = 32,
+        quantization: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: Any = None,
+        local_files_only: bool | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        **others: Any,
+    ) -> None:
+        given: dict[str, Any] = {
+            "context_size": context_size, "threads": threads, "chat_template": chat_template,
+            "kv_cache_bytes": kv_cache_bytes, "quantization": quantization, "revision": revision,
+            "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+        }  # fmt: skip
+        opening = options.canonical(given | others, options.MODEL)
+        path = hub.resolve(model, **{n: opening.pop(n) for n in _HUB if n in opening})
+        self._closed = False
+        self._core = _core.Engine(
+            path,
+            device=options.device(device),
+            max_sequences=max_sequences,
+            progress=progress,
+            **opening,
+        )
+        self.path = path
+
+    def stream(self, prompt: Prompt, **request: Any) -> Stream:
+        """Submit now; an iterator of Delta, one for each decoded token.
+
+        `prompt`: str, list of message dicts, or token ids. Raises InvalidRequestError and its
+        kinds, TemplateError, NoChatTemplateError, at once.
+        """
+        wishes = options.canonical(request)
+        timeout = check_timeout(wishes.pop("timeout", None))
+        return Stream(self._core.submit(_checked(prompt), wishes), timeout)
+
+    def generate(self, prompt: Prompt, **request: Any) -> Completion:
+        """The whole completion. See `stream`."""
+        with self.stream(prompt, **request) as stream:
+            return total(list(stream))
+
+    async def astream(self, prompt: Prompt, **request: Any) -> AsyncGenerator[Delta, None]:
+        """As `stream`, without blocking the event loop.
+
+        `aclose()`, or cancelling the task that iterates, cancels the request.
+        """
+        import asyncio
+
+        wishes = options.canonical(request)
+        timeout = check_timeout(wishes.pop("timeout", None))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # Rendering and encoding a long prompt takes a while: not on the loop's thread.
+        stream = await asyncio.to_thread(self._core.submit, _checked(prompt), wishes)
+        try:
+            async with contextlib.aclosing(_pumped(stream)) as deltas:
+                while True:
+                    try:
+                        yield _delta(await _in_time(deltas.__anext__(), deadline))
+                    except StopAsyncIteration:
+                        return
+                    except asyncio.TimeoutError:
+                        raise _too_slow(timeout) from None
+        finally:
+            stream.close()
+
+    async def agenerate(self, prompt: Prompt, **request: Any) -> Completion:
+        """As `generate`, without blocking the event loop."""
+        async with contextlib.aclosing(self.astream(prompt, **request)) as deltas:
+            return total([delta async for delta in deltas])
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> str:
+        """Messages as the model's prompt: what `generate` would encode."""
+        return self._core.render(messages, **template_options)
+
+    def logits(
+        self, ids: Sequence[int] | NDArray[Any], *, last_only: bool = True
+    ) -> NDArray[np.float32]:
+        """Logits after the last of `ids`: float32 [vocab]; or after each: [len(ids), vocab]."""
+        return self._core.logits(ids, last_only=last_only)
+
+    @property
+    def tokenizer(self) -> _core.Tokenizer:
+        """The model's tokenizer."""
+        return self._core.tokenizer
+
+    @property
+    def chat_template(self) -> _core.ChatTemplate | None:
+        """The template that messages go through, or None."""
+        return self._core.chat_template
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Path, architecture, sizes, quantisation, device, generation defaults."""
+        return self._core.info
+
+    def metrics(self) -> dict[str, int | float]:
+        """Counters since the engine was opened."""
+        return self._core.metrics()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """End the engine and free its memory; running requests get EngineClosedError."""
+        self._closed = True
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Engine({str(self.path)!r}{', closed' if self._closed else ''})"
+
+
+# One engine per model -----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class SharedEngine:
+    """A model by name, opened at first use, and once per process for equal names and options.
+
+    Cheap to make, to copy and to pickle: a copy finds the same engine again, another process opens
+    its own (so does a child after fork). The engine lives as long as some holder that used it.
+    """
+
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    _engine: Engine | None = field(default=None, init=False, repr=False)
+    _pid: int = field(default=0, init=False, repr=False)
+
+    def get(self) -> Engine:
+        """The engine; opened now if nobody did before. Raises what `Engine` does."""
+        if self._engine is None or self._pid != os.getpid() or self._engine.closed:
+            self._engine, self._pid = _open_shared(self.model, self.options), os.getpid()
+        return self._engine
+
+    @property
+    def loaded(self) -> bool:
+        """Whether `get` would return at once."""
+        return self._engine is not None and self._pid == os.getpid() and not self._engine.closed
+
+    def identity(self) -> dict[str, Any]:
+        """The model's files and what else of its opening can change an answer.
+
+        Opens nothing and asks no network: files that are not here yet are named only.
+        """
+        where = {n: v for n, v in self.options.items() if n in _HUB and n != "token"}
+        where.pop("local_files_only", None)
+        shape = {n: v for n, v in self.options.items() if n in _SHAPES_ANSWERS}
+        try:
+            path = (
+                self._engine.path
+                if self._engine
+                else hub.resolve(self.model, **{**self._hub_options(), "local_files_only": True})
+            )
+            files = hub.identity(path)
+        except (OSError, ValueError):
+            files = {}
+        return {"model": self.model, **{n: str(v) for n, v in where.items()}, **shape, **files}
+
+    def _hub_options(self) -> dict[str, Any]:
+        return {n: v for n, v in self.options.items() if n in _HUB}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self.options, "_engine": None, "_pid": 0}
+
+
+_SHAPES_ANSWERS = ("device", "context_size", "chat_template")
+
+
+def shared_engine(model: str | os.PathLike[str], **opening: Any) -> SharedEngine:
+    """A holder for a model that is opened at first use and shared (names as for `Engine`).
+
+    >>> shared_engine("owner/name", n_ctx=512)
+    SharedEngine(model='owner/name', options={'context_size': 512})
+    """
+    named = options.canonical(opening, options.MODEL)
+    if "device" in named:
+        named["device"] = options.device(named["device"])
+    return SharedEngine(os.fspath(model), named)
+
+
+_registry: weakref.WeakValueDictionary[Any, Engine] = weakref.WeakValueDictionary()
+_locks: dict[Any, threading.Lock] = {}
+_registry_lock = threading.Lock()
+_inherited: list[Any] = []
+
+
+def _open_shared(model: str, opening: Mapping[str, Any]) -> Engine:
+    """The one engine for these files and options; others who want the same wait for it."""
+    path = hub.resolve(model, **{n: v for n, v in opening.items() if n in _HUB})
+    rest = {n: v for n, v in opening.items() if n not in _HUB}
+    key = (os.path.realpath(path), tuple(sorted(rest.items())))
+    with _registry_lock:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        engine = _registry.get(key)
+        if engine is None or engine.closed:
+            engine = Engine(path, **rest)
+            _registry[key] = engine
+        return engine
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads: it opens its own engines, and never frees those."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _locks.clear()
+    _inherited.extend(_registry.values())
+    _registry.clear()
+    _inherited.append(dict(_pumps))
+    _pumps.clear()
+
+
+# Event loops --------------------------------------------------------------------------------------
+
+
+class _Pump:
+    """One event loop's wake-ups: a file descriptor that is readable when streams have deltas."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.notifier = _core.Notifier()
+        self.waiting: dict[int, asyncio.Event] = {}
+        self.next_key = 0
+        loop.add_reader(self.notifier.fileno(), self._wake)
+
+    def subscribe(self, stream: _core.Stream, event: asyncio.Event) -> int:
+        self.next_key += 1
+        self.waiting[self.next_key] = event
+        stream.subscribe(self.notifier, self.next_key)
+        return self.next_key
+
+    def _wake(self) -> None:
+        for key in self.notifier.drain():
+            event = self.waiting.get(key)
+            if event is not None:
+                event.set()
+
+
+_pumps: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pump] = weakref.WeakKeyDictionary()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+async def _pumped(stream: _core.Stream) -> AsyncGenerator[_core.Delta, None]:
+    """The deltas of a stream on this event loop; no thread, where the loop watches descriptors."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    try:
+        pump = _pumps.get(loop) or _pumps.setdefault(loop, _Pump(loop))
+    except NotImplementedError:  # e.g. the proactor loop of Windows
+        async for delta in _threaded(stream):
+            yield delta
+        return
+    event = asyncio.Event()
+    key = pump.subscribe(stream, event)
+    try:
+        while True:
+            try:
+                delta_or_none = stream.try_next()
+            except StopIteration:
+                return
+            if delta_or_none is not None:
+                yield delta_or_none
+                continue
+            await event.wait()
+            event.clear()
+    finally:
+        del pump.waiting[key]
+
+
+async def _threaded(stream: _core.Stream) -> AsyncGenerator[_core.Delta, None]:
+    """As `_pumped` for loops that cannot watch a descriptor: each wait is in the thread pool."""
+    import asyncio
+
+    while (delta := await asyncio.to_thread(next, stream, None)) is not None:
+        yield delta
+
+
+async def _in_time(next_delta: Awaitable[_core.Delta], deadline: float | None) -> _core.Delta:
+    """Await, but not beyond the deadline; raises asyncio.TimeoutError."""
+    import asyncio
+
+    if deadline is None:
+        return await next_delta
+    left = max(deadline - time.monotonic(), 0)
+    return await asyncio.wait_for(next_delta, left)
+
+
+# Small conversions --------------------------------------------------------------------------------
+
+
+def check_timeout(timeout: Any) -> float | None:
+    """Seconds for the whole request, or None for as long as it takes."""
+    if timeout is None:
+        return None
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout < float("inf"):
+        raise InvalidRequestError(f"timeout must be seconds above 0, got {timeout!r}")
+    return float(timeout)
+
+
+def _too_slow(timeout: float | None) -> RequestTimeoutError:
+    return RequestTimeoutError(
+        f"the request took longer than its timeout of {timeout} s", timeout=timeout or 0.0
+    )
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """Refuse what is no prompt; what one holds is checked by the engine."""
+    if isinstance(prompt, str | Mapping) or not hasattr(prompt, "__len__"):
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(
+                "a prompt is a str, a list of message dicts or token ids,"
+                f" got {type(prompt).__name__}"
+            )
+        return prompt
+    if len(prompt) == 0:
+        raise InvalidRequestError("the prompt is empty: no messages, no tokens")
+    return prompt
+
+
+def _delta(delta: _core.Delta) -> Delta:
+    usage = delta.usage
+    return Delta(
+        delta.text,
+        tuple(delta.token_ids),
+        None if delta.logprobs is None else tuple(map(_logprob, delta.logprobs)),
+        delta.finish_reason,
+        usage
+        and Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.time_to_first_token,
+            usage.total_time,
+        ),
+    )
+
+
+def _logprob(p: _core.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(p.token, p.token_id, p.logprob, tuple(p.top))

@@ -1,0 +1,358 @@
+"""HuggingFacePipeline: LangChain's text-completion interface to a model in this process.
+
+Constructor and `from_model_id` are those of langchain-huggingface; there is no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import Runnable
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
+from typing_extensions import override
+
+from . import options
+from .backends import Backend, Local
+from .engine import Completion, Delta, TokenLogprob, Usage, shared_engine, total
+from .errors import InvalidRequestError
+
+TASKS = ("text-generation",)
+ECHO = ("return_full_text", "skip_prompt")
+_KNOWN = (*options.TEXT_REQUEST, *ECHO)
+
+
+class HuggingFacePipeline(BaseLLM):
+    """A Hugging Face model, run in this process, that continues a text.
+
+    Args:
+        model_id (or model, repo_id): a .gguf file, a directory, "owner/name", "owner/name:Q4_K_M".
+        task: "text-generation", the only one.
+        device: None, -1 or "cpu". device_map: None, "auto" or "cpu".
+        model_kwargs: how to open the model: context_size, threads, chat_template, revision,
+            cache_dir, token, local_files_only, quantization, kv_cache_bytes, max_sequences.
+        pipeline_kwargs: options of every request: max_new_tokens, temperature, top_p, stop, ...
+            (all of `hfcore.options`), and return_full_text (or skip_prompt, its opposite): whether
+            the answer begins with the prompt, default False.
+        batch_size: how many prompts of one `generate` or `batch` are in the engine at a time.
+        pipeline: must be None; a transformers pipeline would need torch.
+
+    Options may also be given directly, and with every call; a call's win. Names nobody knows raise
+    UnknownOptionError, those that cannot act here InvalidRequestError with the reason. The model
+    is opened at first use, and shared by all that name it with the same options.
+
+    >>> import tempfile
+    >>> from hfcore.testing import tiny_model
+    >>> llm = HuggingFacePipeline(
+    ...     model_id=str(tiny_model(tempfile.mkdtemp())), pipeline_kwargs={"max_new_tokens": 4}
+    ... )
+    >>> llm.get_num_tokens("Hello")
+    4
+    """
+
+    pipeline: Any = None
+    model_id: str
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    pipeline_kwargs: dict[str, Any] = Field(default_factory=dict)
+    batch_size: int = Field(default=4, ge=1)
+    task: str = "text-generation"
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    _backend: Backend = PrivateAttr()
+
+    def __init__(self, **kwargs: Any) -> None:
+        given = _named(kwargs, type(self).model_fields)
+        _check_kind(given)
+        device = _device(given.pop("device", None), given.pop("device_map", None))
+        loose = {n: given.pop(n) for n in list(given) if n not in type(self).model_fields}
+        opening, asking = _sorted_out(
+            given.pop("model_kwargs", {}), given.pop("pipeline_kwargs", {}), loose
+        )
+        device = _device(opening.pop("device", None), None) if device == "cpu" else device
+        opening |= {"device": device} if device != "cpu" else {}
+        with plain_errors():
+            super().__init__(**given | {"model_kwargs": opening, "pipeline_kwargs": asking})
+        self._backend = Local(shared_engine(self.model_id, **opening))
+
+    @classmethod
+    def from_model_id(
+        cls,
+        model_id: str,
+        task: str = "text-generation",
+        backend: str = "default",
+        device: int | str | None = None,
+        device_map: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        pipeline_kwargs: dict[str, Any] | None = None,
+        batch_size: int = 4,
+        **kwargs: Any,
+    ) -> HuggingFacePipeline:
+        """The same as the constructor. `backend`: "default", the only one."""
+        if backend != "default":
+            raise InvalidRequestError(f"backend must be 'default', got {backend!r}")
+        return cls(
+            model_id=model_id, task=task, device=device, device_map=device_map,
+            model_kwargs=model_kwargs, pipeline_kwargs=pipeline_kwargs, batch_size=batch_size,
+            **kwargs,
+        )  # fmt: skip
+
+    @property
+    def backend(self) -> Backend:
+        """Where the completions come from."""
+        return self._backend
+
+    def bind(self, **kwargs: Any) -> Runnable[Any, str]:
+        """As in LangChain. A bound option gives way to a call's, by whichever name either goes."""
+        return super().bind(**options.mark_bound(kwargs))
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The model's own tokens of a text, without special ones around it."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self._backend.token_ids(text)
+
+    @property
+    def _llm_type(self) -> str:
+        return "huggingface_pipeline"
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """All that an answer depends on, so that caches never mix two models up."""
+        return {**self._backend.identity(), "model_id": self.model_id, **self.pipeline_kwargs}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        wishes = self._call(stop, kwargs).options
+        params |= {"ls_provider": "huggingface", "ls_model_name": self._backend.model_name}
+        for name in ("temperature", "max_tokens"):
+            if name in wishes:
+                params[f"ls_{name}"] = wishes[name]  # type: ignore[literal-required]
+        return params
+
+    def _call(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
+        call, bound = options.call_layers(kwargs, stop)
+        layers = (_flat(call), _flat(bound), self.pipeline_kwargs)
+        echo = next((e for e in map(_echo, layers) if e is not None), False)
+        wishes = options.merge(*layers, known=_KNOWN)
+        return _Call({n: v for n, v in wishes.items() if n not in ECHO}, echo)
+
+    @override
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        call = self._call(stop, kwargs)
+        running: deque[Any] = deque()
+        waiting = iter(prompts)
+        completions: list[Completion] = []
+
+        def submit(count: int) -> None:
+            for prompt in islice(waiting, count):
+                running.append(self._backend.stream(prompt, None, call.options))
+
+        try:
+            submit(self.batch_size)
+            while running:
+                completions.append(total(list(running[0])))
+                running.popleft()
+                submit(1)
+        finally:
+            for stream in running:
+                stream.close()
+        return self._result(prompts, completions, call)
+
+    @override
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        call = self._call(stop, kwargs)
+        turn = asyncio.Semaphore(self.batch_size)
+
+        async def complete(prompt: str) -> Completion:
+            stream = self._backend.astream(prompt, None, call.options)
+            async with turn, contextlib.aclosing(stream) as deltas:
+                return total([delta async for delta in deltas])
+
+        tasks = [asyncio.create_task(complete(prompt)) for prompt in prompts]
+        try:
+            completions = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return self._result(prompts, completions, call)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        call = self._call(stop, kwargs)
+        with contextlib.closing(self._backend.stream(prompt, None, call.options)) as deltas:
+            if call.echo:
+                yield GenerationChunk(text=prompt)
+            for delta in deltas:
+                chunk = self._chunk(delta)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        call = self._call(stop, kwargs)
+        stream = self._backend.astream(prompt, None, call.options)
+        async with contextlib.aclosing(stream) as deltas:
+            if call.echo:
+                yield GenerationChunk(text=prompt)
+            async for delta in deltas:
+                chunk = self._chunk(delta)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    def _chunk(self, delta: Delta) -> GenerationChunk:
+        info: dict[str, Any] = {}
+        if delta.logprobs is not None:
+            info["logprobs"] = logprobs_dict(delta.logprobs)
+        if delta.finish_reason is not None:
+            info |= {"finish_reason": delta.finish_reason, "model_name": self._backend.model_name}
+            info |= {"usage": usage_dict(delta.usage)} if delta.usage else {}
+        return GenerationChunk(text=delta.text, generation_info=info or None)
+
+    def _result(self, prompts: list[str], completions: list[Completion], call: _Call) -> LLMResult:
+        generations = [
+            [Generation(text=prompt * call.echo + done.text, generation_info=self._info(done))]
+            for prompt, done in zip(prompts, completions, strict=True)
+        ]
+        usages = [usage_dict(done.usage) for done in completions if done.usage]
+        token_usage = {n: sum(u[n] for u in usages) for n in (usages[0] if usages else ())}
+        output = {"token_usage": token_usage, "model_name": self._backend.model_name}
+        return LLMResult(generations=generations, llm_output=output)
+
+    def _info(self, done: Completion) -> dict[str, Any]:
+        whole = Delta(done.text, done.token_ids, done.logprobs, done.finish_reason, done.usage)
+        return self._chunk(whole).generation_info or {}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call asks of the backend, and whether its prompt is to be in the answer."""
+
+    options: dict[str, Any]
+    echo: bool
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Pydantic's ValidationError as ours: the field, what was wanted, what came."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        wanted = first["msg"][:1].lower() + first["msg"][1:]
+        shown = "" if first["type"] == "missing" else f", got {first['input']!r:.200}"
+        raise InvalidRequestError(f"{name}: {wanted}{shown}") from None
+
+
+def usage_dict(usage: Usage) -> dict[str, int]:
+    """Counts under OpenAI's names."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def logprobs_dict(logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    """Log probabilities in OpenAI's form: {"content": [{token, logprob, top_logprobs}]}."""
+    return {
+        "content": [
+            {
+                "token": p.token,
+                "logprob": p.logprob,
+                "top_logprobs": [{"token": t, "logprob": lp} for _, t, lp in p.top],
+            }
+            for p in logprobs
+        ]
+    }
+
+
+def _named(kwargs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments under one name each; `model` and its aliases are `model_id`."""
+    known = (*fields, "model", "device_map", *options.MODEL, *_KNOWN)
+    given = options.canonical(kwargs, known)
+    if "model" not in given:
+        raise InvalidRequestError("model_id is needed: a .gguf file, a directory, or owner/name")
+    given["model_id"] = str(given.pop("model"))
+    return given
+
+
+def _check_kind(given: dict[str, Any]) -> None:
+    if given.get("pipeline") is not None:
+        raise InvalidRequestError(
+            "pipeline= takes a transformers pipeline, which needs torch; give model_id= instead"
+        )
+    task = given.get("task", TASKS[0])
+    if task not in TASKS:
+        raise InvalidRequestError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+
+
+def _device(device: Any, device_map: Any) -> str:
+    """One device out of both arguments."""
+    if isinstance(device_map, Mapping):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise InvalidRequestError(f"device_map must name one device, got {device_map!r}")
+        device_map = places.pop()
+    return options.device(device if device is not None else device_map)
+
+
+def _sorted_out(*layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """However they were given: how to open the model, what every request asks for."""
+    for layer in layers:
+        if not isinstance(layer, Mapping):
+            raise InvalidRequestError(f"expected a dict of options, got {layer!r:.200}")
+    both = options.combine(*layers, known=(*options.MODEL, *_KNOWN))
+    if isinstance(both.get("token"), str):
+        both["token"] = SecretStr(both["token"])
+    opening = {n: v for n, v in both.items() if n in options.MODEL}
+    return opening, {n: v for n, v in both.items() if n not in options.MODEL}
+
+
+def _flat(layer: dict[str, Any]) -> dict[str, Any]:
+    """A call's options, those that it nests under pipeline_kwargs included."""
+    nested = layer.pop("pipeline_kwargs", None) or {}
+    return options.combine(layer, nested, known=_KNOWN)
+
+
+def _echo(layer: Mapping[str, Any]) -> bool | None:
+    """What a layer says about the prompt in the answer; None when it says nothing."""
+    full, skip = layer.get("return_full_text"), layer.get("skip_prompt")
+    if full is not None and skip is not None and bool(full) == bool(skip):
+        raise InvalidRequestError(f"return_full_text={full} and skip_prompt={skip} contradict")
+    if full is not None:
+        return bool(full)
+    return None if skip is None else not skip

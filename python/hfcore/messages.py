@@ -1,0 +1,192 @@
+"""LangChain messages -> OpenAI-shaped dicts, in the form that chat templates take: content is text.
+
+Images, audio and files are refused by the name of their block: a text model cannot read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from .errors import InvalidRequestError
+
+_TEXT = {"text": "text", "refusal": "refusal", "text-plain": "text"}
+_REASONING = ("thinking", "reasoning")
+_ELSEWHERE = {
+    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",
+    "input_json_delta", "redacted_thinking", "tool_result",
+}  # fmt: skip
+"""Block types whose substance a message also holds elsewhere (tool_calls), or that have none."""
+
+
+def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """A conversation as dicts with role and text content.
+
+    Text blocks of one message are joined by line breaks, an assistant's without. Tool calls carry
+    their arguments as objects; a tool result names its tool, and says so when it is an error.
+    Raises InvalidRequestError for no messages, unknown classes, and blocks that are not text.
+
+    >>> to_dicts([HumanMessage([{"type": "text", "text": "Hi"}])])
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    if not messages:
+        raise InvalidRequestError("the conversation is empty: at least one message is needed")
+    called: dict[str, str] = {}
+    result = []
+    for position, message in enumerate(messages):
+        converted = _to_dict(message, position)
+        for call in converted.get("tool_calls", ()):
+            called[call["id"]] = call["function"]["name"]
+        results = _tool_results(message.content, position)
+        result += results
+        if converted["content"] or not results:
+            result.append(converted)
+    for tool in (message for message in result if message["role"] == "tool"):
+        name = tool.get("name") or called.get(tool.get("tool_call_id", ""))
+        tool |= {"name": name} if name else {}
+    return result
+
+
+def _tool_results(content: Any, position: int) -> list[dict[str, Any]]:
+    """Anthropic's way: results as blocks of a user's message. Each becomes a message before it."""
+    return [
+        {
+            "role": "tool",
+            "tool_call_id": str(block.get("tool_use_id", "")),
+            "content": _result_text(
+                _text(block.get("content"), position), failed=bool(block.get("is_error"))
+            ),
+        }
+        for block in _blocks(content)
+        if isinstance(block, Mapping) and block.get("type") == "tool_result"
+    ]
+
+
+def _to_dict(message: BaseMessage, position: int) -> dict[str, Any]:
+    if not isinstance(message, BaseMessage):
+        raise InvalidRequestError(
+            f"message {position} must be a LangChain message, got {type(message).__name__}"
+        )
+    name = {"name": message.name} if message.name else {}
+    if isinstance(message, AIMessage):
+        return {"role": "assistant", **name, **_assistant(message, position)}
+    text = _text(message.content, position)
+    if isinstance(message, ToolMessage):
+        return {"role": "tool", **name, "tool_call_id": message.tool_call_id,
+                "content": _result_text(text, failed=message.status == "error")}  # fmt: skip
+    if isinstance(message, FunctionMessage):
+        return {"role": "tool", **name, "content": text}
+    return {"role": _role(message, position), **name, "content": text}
+
+
+def _role(message: BaseMessage, position: int) -> str:
+    if isinstance(message, ChatMessage):
+        return message.role
+    if isinstance(message, HumanMessage):
+        return "user"
+    if isinstance(message, SystemMessage):
+        return "system"
+    raise InvalidRequestError(
+        f"message {position} is a {type(message).__name__}, which no chat template knows"
+    )
+
+
+def _assistant(message: AIMessage, position: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"content": _text(message.content, position, joint="")}
+    reasoning = _reasoning(message)
+    if reasoning:
+        result["reasoning_content"] = reasoning
+    calls = _calls(message)
+    if calls:
+        result["tool_calls"] = calls
+    return result
+
+
+def _calls(message: AIMessage) -> list[dict[str, Any]]:
+    """Valid and invalid calls; else those that only the content blocks tell of."""
+    calls = [_call(c["name"], c["args"], c["id"]) for c in message.tool_calls]
+    calls += [_call(c["name"], c["args"], c["id"]) for c in message.invalid_tool_calls]
+    if calls:
+        return calls
+    blocks = [b for b in _blocks(message.content) if isinstance(b, Mapping)]
+    calls = [
+        _call(b.get("name"), b.get("input", b.get("args")), b.get("id"))
+        for b in blocks
+        if b.get("type") in ("tool_use", "tool_call")
+    ]
+    legacy = message.additional_kwargs.get("function_call")
+    if not calls and isinstance(legacy, Mapping):
+        calls = [_call(legacy.get("name"), legacy.get("arguments"), None)]
+    return calls
+
+
+def _call(name: Any, arguments: Any, call_id: Any) -> dict[str, Any]:
+    """Arguments as an object, which templates write as JSON; as text if they are not one."""
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    function = {"name": name or "", "arguments": {} if arguments is None else arguments}
+    return {"id": call_id or "", "type": "function", "function": function}
+
+
+def _reasoning(message: AIMessage) -> str:
+    kept = message.additional_kwargs.get("reasoning_content")
+    if isinstance(kept, str):
+        return kept
+    blocks = (b for b in _blocks(message.content) if isinstance(b, Mapping))
+    return "".join(_thought(b) for b in blocks if b.get("type") in _REASONING)
+
+
+def _thought(block: Mapping[str, Any]) -> str:
+    text = block.get(block["type"])
+    if isinstance(text, str):
+        return text
+    summary = block.get("summary")
+    parts = summary if isinstance(summary, list) else []
+    return "".join(p.get("text", "") for p in parts if isinstance(p, Mapping))
+
+
+def _text(content: Any, position: int, joint: str = "\n") -> str:
+    return joint.join(_block_texts(_blocks(content), position))
+
+
+def _blocks(content: Any) -> list[Any]:
+    if isinstance(content, list):
+        return content
+    return [] if content is None or content == "" else [content]
+
+
+def _block_texts(blocks: Iterable[Any], position: int) -> Iterable[str]:
+    for block in blocks:
+        if isinstance(block, str):
+            yield block
+            continue
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind in _REASONING or kind in _ELSEWHERE:
+            continue
+        text = block.get(_TEXT[kind]) if kind in _TEXT else None
+        if not isinstance(text, str):
+            what = f"a block of type {kind!r}" if kind not in _TEXT else f"a {kind} block, no text"
+            raise InvalidRequestError(
+                f"message {position} holds {what}; this model reads text only"
+            )
+        yield text
+
+
+def _result_text(text: str, *, failed: bool) -> str:
+    """A tool's result; a failure says so, for templates have no other way to tell."""
+    return f"Error: {text}" if failed and not text.lower().startswith("error") else text

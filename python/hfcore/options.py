@@ -1,0 +1,320 @@
+"""The names of all options, their aliases, and who wins when several layers set one.
+
+Values are checked by the engine, once; here only names are. Layers, strongest first: the call, what
+was bound to it, the constructor, the model's own generation defaults (which the engine knows). An
+option counts as set in a layer when it is there and not None, so `temperature=0` beats a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import InvalidRequestError, UnknownOptionError, UnsupportedModelError
+
+CHOOSING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
+"""How the next token is chosen; a layer that says greedy says so about all of them."""
+
+SAMPLING = (
+    *CHOOSING, "max_tokens", "min_tokens", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs",
+    "top_logprobs", "skip_special_tokens",
+)  # fmt: skip
+"""What the sampler and the stop rule know."""
+
+TEMPLATE = (
+    "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "template_variables", "add_special_tokens",
+)  # fmt: skip
+"""How a prompt is made of messages (or of text: `add_special_tokens`)."""
+
+TEXT_REQUEST = (*SAMPLING, "add_special_tokens", "timeout")
+"""What a text prompt may ask for."""
+
+CHAT_REQUEST = (*SAMPLING, "documents", "add_generation_prompt", "continue_final_message",
+                "template_variables", "timeout")  # fmt: skip
+"""What a LangChain conversation may ask for."""
+
+REQUEST = (*SAMPLING, *TEMPLATE, "timeout")
+"""Everything that one request may carry. `timeout`: seconds for the whole request."""
+
+MODEL = (
+    "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "max_sequences",
+    "quantization", "revision", "cache_dir", "token", "local_files_only",
+)  # fmt: skip
+"""How a model is found and opened."""
+
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "random_seed": "seed",
+    "chat_template_kwargs": "template_variables",
+    "request_timeout": "timeout",
+    "num_return_sequences": "n",
+    "model_id": "model",
+    "model_name": "model",
+    "repo_id": "model",
+    "n_ctx": "context_size",
+    "num_ctx": "context_size",
+    "n_threads": "threads",
+    "num_threads": "threads",
+    "cache_folder": "cache_dir",
+    "huggingfacehub_api_token": "token",
+    "use_auth_token": "token",
+}
+"""Other libraries' names -> ours. The only such table."""
+
+_BEAMS = "one sequence is decoded, by sampling or greedily; beam search is not supported"
+_PROCESSOR = "custom Python processors do not run inside the engine"
+_MASKS = "this processor is not supported; logit_bias can forbid or favour single tokens"
+_FREE_OF_PAD = "nothing is ever padded, so no pad token is needed: leave it out"
+_OWN_TYPES = (
+    "weights are used in the types of their file; choose another file, e.g. owner/name:Q8_0"
+)
+
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "n": ((1,), "one completion a request; send the request n times with different seeds"),
+    "best_of": ((1,), "one completion a request"),
+    "num_beams": ((1,), _BEAMS),
+    "num_beam_groups": ((1,), _BEAMS),
+    "diversity_penalty": ((0, 0.0), _BEAMS),
+    "length_penalty": ((1, 1.0), _BEAMS),
+    "early_stopping": ((False,), _BEAMS),
+    "penalty_alpha": ((0, 0.0), "contrastive search is not supported"),
+    "no_repeat_ngram_size": ((0,), "use repetition_penalty or frequency_penalty"),
+    "encoder_no_repeat_ngram_size": ((0,), "there is no encoder"),
+    "encoder_repetition_penalty": ((1, 1.0), "there is no encoder"),
+    "bad_words_ids": ((), _MASKS),
+    "force_words_ids": ((), _MASKS),
+    "suppress_tokens": ((), _MASKS),
+    "begin_suppress_tokens": ((), _MASKS),
+    "sequence_bias": ((), _MASKS),
+    "forced_bos_token_id": ((), _MASKS),
+    "forced_eos_token_id": ((), _MASKS),
+    "exponential_decay_length_penalty": ((), "not supported"),
+    "epsilon_cutoff": ((0, 0.0), "use min_p"),
+    "eta_cutoff": ((0, 0.0), "use min_p"),
+    "top_h": ((), "use top_p or min_p"),
+    "guidance_scale": ((1, 1.0), "classifier-free guidance is not supported"),
+    "watermark": ((False,), "watermarks are not supported"),
+    "watermarking_config": ((), "watermarks are not supported"),
+    "logits_processor": ((), _PROCESSOR),
+    "stopping_criteria": ((), f"{_PROCESSOR}; use stop"),
+    "prefix_allowed_tokens_fn": ((), _PROCESSOR),
+    "streamer": ((), "use stream()"),
+    "generation_config": ((), "give its values as options"),
+    "assistant_model": ((), "assisted generation is not supported"),
+    "prompt_lookup_num_tokens": ((), "assisted generation is not supported"),
+    "max_length": ((), "it counts the prompt too; use max_tokens, which counts new tokens"),
+    "min_length": ((0,), "it counts the prompt too; use min_tokens, which counts new tokens"),
+    "max_time": ((), "use timeout"),
+    "eos_token_id": (
+        (),
+        "the model's own end tokens end a completion; use stop_token_ids for more",
+    ),
+    "pad_token_id": ((), _FREE_OF_PAD),
+    "use_cache": ((True,), "there is always a cache"),
+    "cache_implementation": ((), "there is one cache"),
+    "truncate": ((), "prompts are never cut; shorten it yourself"),
+    "truncation": ((False,), "prompts are never cut; shorten it yourself"),
+    "padding": ((False,), _FREE_OF_PAD),
+    "return_tensors": ((), "completions are text"),
+    "clean_up_tokenization_spaces": ((False,), "text is what the tokens say"),
+    "output_scores": ((False,), "use logprobs"),
+    "output_logits": ((False,), "use logprobs, or Engine.logits()"),
+    "return_dict_in_generate": ((False,), "completions are text"),
+    "torch_dtype": (("auto",), _OWN_TYPES),
+    "dtype": (("auto",), _OWN_TYPES),
+    "quantization_config": ((), _OWN_TYPES),
+    "load_in_8bit": ((False,), _OWN_TYPES),
+    "load_in_4bit": ((False,), _OWN_TYPES),
+    "trust_remote_code": ((False,), "code that comes with a model is never run"),
+    "attn_implementation": ((), "there is one implementation"),
+    "low_cpu_mem_usage": ((True, False), "files are memory-mapped"),
+    "max_memory": ((), "use context_size or kv_cache_bytes"),
+    "offload_folder": ((), "weights stay in memory"),
+    "use_safetensors": ((True,), "pickled weights are never read"),
+    "use_fast": ((True,), "there is one tokenizer"),
+    "tokenizer": ((), "the tokenizer comes with the model"),
+}
+"""Options of other libraries that do not run here: the values that ask for nothing, and why not."""
+
+BOUND = "bound_options"
+"""The keyword under which `mark_bound` notes names."""
+
+_NOT_YET = (
+    "tools",
+    "tool_choice",
+    "response_format",
+    "parallel_tool_calls",
+    "functions",
+    "function_call",
+)
+
+
+def canonical(options: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[str, Any]:
+    """One layer's options under their own names, without those that are None.
+
+    Raises UnknownOptionError (with the nearest known name) for a name outside `known`, and
+    InvalidRequestError for a known one that is not supported, or for two names of one option with
+    different values.
+
+    >>> canonical({"max_new_tokens": 5, "stop": "END", "seed": None})
+    {'max_tokens': 5, 'stop': ['END']}
+    """
+    known = tuple(known)
+    result: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for name, value in options.items():
+        option = ALIASES.get(name, name)
+        if option not in known:
+            _refuse(name, option, value, known)
+            continue
+        if value is None:
+            continue
+        value = _stops(value) if option == "stop" else value
+        if option in result and not _same(result[option], value):
+            raise InvalidRequestError(
+                f"{given_as[option]}={result[option]!r} and {name}={value!r}"
+                f" are the same option, {option}, with different values"
+            )
+        result[option] = value
+        given_as[option] = name
+    return result
+
+
+def merge(*layers: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[str, Any]:
+    """The layers as one, strongest first: each option from the first layer that sets it.
+
+    A layer that decides whether to sample (do_sample, or a temperature) overrules what weaker ones
+    say against it: greedy in a call drops the constructor's top_p, a call's temperature its
+    do_sample=False.
+
+    >>> merge({"max_new_tokens": 5}, {"max_tokens": 9, "temperature": 0.7}, {"do_sample": False})
+    {'max_tokens': 5, 'temperature': 0.7}
+    """
+    known = tuple(known)
+    result: dict[str, Any] = {}
+    sampled: bool | None = None
+    for layer in layers:
+        named = canonical(layer, known)
+        if sampled is not None:
+            named = {n: v for n, v in named.items() if not _against(sampled, n, v)}
+        sampled = _decision(named) if sampled is None else sampled
+        result = named | result
+    return result
+
+
+def _decision(layer: Mapping[str, Any]) -> bool | None:
+    """Whether a layer wants sampling; None when it leaves that open."""
+    temperature = layer.get("temperature")
+    if layer.get("do_sample") is False or temperature == 0:
+        return False
+    return True if layer.get("do_sample") or temperature is not None else None
+
+
+def _against(sampled: bool, name: str, value: object) -> bool:
+    """Whether an option of a weaker layer contradicts the decision of a stronger one."""
+    if not sampled:
+        return name in CHOOSING
+    return (name == "do_sample" and value is False) or (name == "temperature" and value == 0)
+
+
+def combine(*parts: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[str, Any]:
+    """Parts of one layer as one; the same option twice with different values is an error."""
+    known = tuple(known)
+    result: dict[str, Any] = {}
+    for part in parts:
+        for name, value in canonical(part, known).items():
+            if name in result and not _same(result[name], value):
+                raise InvalidRequestError(
+                    f"{name} is given twice, as {result[name]!r} and as {value!r}"
+                )
+            result[name] = value
+    return result
+
+
+def mark_bound(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `bind`, with a note of their names.
+
+    LangChain mixes them with those of the call, and a call's max_new_tokens must win over a bound
+    max_tokens.
+    """
+    return {**kwargs, BOUND: tuple(kwargs)}
+
+
+def call_layers(
+    kwargs: Mapping[str, Any], stop: Any = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a LangChain model is called with -> (the call's own, what was bound)."""
+    everything = {**kwargs} if stop is None else {**kwargs, "stop": stop}
+    bound_names = everything.pop(BOUND, ())
+    bound = {name: everything.pop(name) for name in bound_names if name in everything}
+    return everything, bound
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None when none is."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown(name: str, known: Iterable[str]) -> UnknownOptionError:
+    """The error for a name that nobody knows."""
+    guess = nearest(name, known)
+    hint = f"; did you mean {guess!r}?" if guess else ""
+    return UnknownOptionError(f"unknown option {name!r}{hint}", name=name, nearest=guess)
+
+
+def device(value: object) -> str:
+    """A device as other libraries write it -> ours: None, -1 and "cpu" are "cpu"."""
+    if value is None or value == "auto" or value == -1:
+        return "cpu"
+    if value in ("cpu", "reference"):
+        return str(value)
+    name = str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        name = f"cuda:{value}"
+    if name.startswith("cuda"):
+        raise UnsupportedModelError(
+            f"device {name!r} comes with the package hfcore-cuda; supported here: 'cpu'",
+            what="device",
+            name=name,
+        )
+    raise UnsupportedModelError(
+        f"unsupported device {name!r}; supported: 'cpu', 'reference'", what="device", name=name
+    )
+
+
+def _refuse(name: str, option: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise for an option outside `known`, unless its value asks for nothing."""
+    if name in _NOT_YET:
+        if value:
+            raise InvalidRequestError(f"{name} is not supported yet, got {value!r:.200}")
+        return
+    if option not in UNSUPPORTED:
+        raise unknown(name, (*known, *(a for a, o in ALIASES.items() if o in known)))
+    neutral, reason = UNSUPPORTED[option]
+    if value is None or any(value is n or (_plain(value) and value == n) for n in neutral):
+        return
+    raise InvalidRequestError(f"{name}={value!r:.200} is not supported: {reason}")
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def _same(one: object, other: object) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # a value whose == is not a bool (an array): equal only if it is the same
+        return one is other
+
+
+def _stops(value: object) -> object:
+    """A single stop string is a list of one. What is neither is left for the engine to refuse."""
+    return [value] if isinstance(value, str) else value

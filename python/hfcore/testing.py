@@ -1,0 +1,266 @@
+"""For tests and documentation examples, offline: a tiny seeded model, and a scripted backend.
+
+The model knows nothing. It is a llama of 170 kB whose weights are noise, made to prefer printable
+characters; the same seed gives the same bytes. It runs through the real engine.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .engine import Delta, Prompt, Usage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The tiny model's own chat template."""
+
+_MERGES = ["\u0120 t", "h e", "i n", "e r", "a n", "\u0120 a", "r e", "o n", "a t", "\u0120 s",
+           "i s", "o r", "e n"]  # fmt: skip
+_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_LAYERS, _WIDTH, _HEADS, _KV_HEADS, _FFN = 2, 64, 4, 2, 128
+
+
+def tiny_model(
+    directory: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    context_size: int = 2048,
+    chat_template: str | None = CHATML,
+    name: str = "tiny",
+) -> Path:
+    """Write `tiny.gguf` (or another name) into a directory, and return its path.
+
+    A byte-level vocabulary of 272 tokens, 2 layers, 64 wide, Q8_0 weights. `chat_template` None
+    leaves it without one.
+
+    >>> import tempfile
+    >>> tiny_model(tempfile.mkdtemp()).name
+    'tiny.gguf'
+    """
+    path = Path(directory) / f"{name}.gguf"
+    path.write_bytes(_gguf(_metadata(name, context_size, chat_template), _weights(seed)))
+    return path
+
+
+class Canned:
+    """A backend that plays answers from a script, one a request, from the start again at the end.
+
+    An answer is a text (one delta for each word), a list of Delta, or an exception to raise.
+    `requests` holds what was asked, as (prompt, tools, options). A token is a byte of UTF-8.
+
+    >>> backend = Canned("Good day")
+    >>> [delta.text for delta in backend.stream("Hello?", None, {})]
+    ['Good', ' day']
+    """
+
+    def __init__(
+        self, *answers: str | Sequence[Delta] | Exception, model_name: str = "canned"
+    ) -> None:
+        self.answers = answers or ("ok",)
+        self.model_name = model_name
+        self.requests: list[tuple[Prompt, Any, dict[str, Any]]] = []
+        self.closed = 0
+
+    def stream(
+        self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
+    ) -> _Played:
+        """Note the request; play the next answer."""
+        answer = self.answers[len(self.requests) % len(self.answers)]
+        self.requests.append((prompt, tools, dict(options)))
+        if isinstance(answer, Exception):
+            raise answer
+        deltas = _words(prompt, answer) if isinstance(answer, str) else list(answer)
+        return _Played(self, deltas)
+
+    async def astream(
+        self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
+    ) -> AsyncGenerator[Delta, None]:
+        """The same for an event loop."""
+        import asyncio
+
+        played = self.stream(prompt, tools, options)
+        try:
+            for delta in played:
+                await asyncio.sleep(0)
+                yield delta
+        finally:
+            played.close()
+
+    def token_ids(self, text: str) -> list[int]:
+        """The bytes of the text."""
+        return list(text.encode())
+
+    def count_tokens(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> int:
+        """The bytes of prompt and tools, as Python writes them."""
+        return len(f"{prompt}{list(tools or [])}".encode())
+
+    def identity(self) -> dict[str, Any]:
+        """Its name."""
+        return {"model": self.model_name}
+
+    def sibling(self, model: str) -> Canned:
+        """The same script under another name."""
+        return Canned(*self.answers, model_name=model)
+
+
+class _Played(Iterator[Delta]):
+    def __init__(self, backend: Canned, deltas: list[Delta]) -> None:
+        self._backend = backend
+        self._left = iter(deltas)
+
+    def __next__(self) -> Delta:
+        return next(self._left)
+
+    def close(self) -> None:
+        if next(self._left, None) is not None:
+            self._backend.closed += 1
+        self._left = iter(())
+
+
+def _words(prompt: Prompt, answer: str) -> list[Delta]:
+    words = answer.split(" ")
+    texts = words[:1] + [f" {word}" for word in words[1:]]
+    usage = Usage(len(str(prompt).split()), len(texts), 0.01, 0.02)
+    deltas = [Delta(text, (i,)) for i, text in enumerate(texts)]
+    last = deltas[-1]
+    return [*deltas[:-1], Delta(last.text, last.token_ids, None, "stop", usage)]
+
+
+# The tiny model -----------------------------------------------------------------------------------
+
+
+def _metadata(name: str, context_size: int, chat_template: str | None) -> dict[str, Any]:
+    tokens = [*_byte_characters(), *(m.replace(" ", "") for m in _MERGES), *_SPECIALS]
+    values: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.name": name,
+        "llama.context_length": context_size,
+        "llama.embedding_length": _WIDTH,
+        "llama.block_count": _LAYERS,
+        "llama.feed_forward_length": _FFN,
+        "llama.attention.head_count": _HEADS,
+        "llama.attention.head_count_kv": _KV_HEADS,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": _WIDTH // _HEADS,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": len(tokens),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - len(_SPECIALS)) + [3] * len(_SPECIALS),
+        "tokenizer.ggml.merges": _MERGES,
+        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    if chat_template is not None:
+        values["tokenizer.chat_template"] = chat_template
+    return values
+
+
+def _byte_characters() -> list[str]:
+    """The 256 characters that stand for bytes in a GPT-2 vocabulary, in the order of the bytes."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
+
+
+def _weights(seed: int) -> dict[str, NDArray[Any]]:
+    """Noise, but for coordinate 0.
+
+    The residual stream keeps that constant, so that the output can hold a bias per token there:
+    printable ones are likely, the end token is rare.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    kv_width = _WIDTH // _HEADS * _KV_HEADS
+    vocab = 256 + len(_MERGES) + len(_SPECIALS)
+
+    def noise(rows: int, columns: int, keep_first: bool = False) -> NDArray[np.float32]:
+        matrix = random.standard_normal((rows, columns), np.float32)
+        matrix *= columns**-0.5
+        if keep_first:
+            matrix[0] = 0
+        return matrix
+
+    embedding = noise(vocab, _WIDTH) * 8
+    embedding[:, 0] = 4
+    output = noise(vocab, _WIDTH) * 2
+    output[:, 0] = -8
+    output[[10, *range(32, 127), *range(256, 256 + len(_MERGES))], 0] = 0
+    output[vocab - 1, 0] = -1
+    tensors = {"token_embd.weight": embedding}
+    for i in range(_LAYERS):
+        tensors |= {
+            f"blk.{i}.attn_norm.weight": np.ones(_WIDTH, np.float32),
+            f"blk.{i}.attn_q.weight": noise(_WIDTH, _WIDTH),
+            f"blk.{i}.attn_k.weight": noise(kv_width, _WIDTH),
+            f"blk.{i}.attn_v.weight": noise(kv_width, _WIDTH),
+            f"blk.{i}.attn_output.weight": noise(_WIDTH, _WIDTH, keep_first=True),
+            f"blk.{i}.ffn_norm.weight": np.ones(_WIDTH, np.float32),
+            f"blk.{i}.ffn_gate.weight": noise(_FFN, _WIDTH),
+            f"blk.{i}.ffn_up.weight": noise(_FFN, _WIDTH),
+            f"blk.{i}.ffn_down.weight": noise(_WIDTH, _FFN, keep_first=True),
+        }
+    return tensors | {"output_norm.weight": np.ones(_WIDTH, np.float32), "output.weight": output}
+
+
+def _gguf(metadata: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """A GGUF file of version 3: matrices as Q8_0, vectors as F32, data aligned to 32 bytes."""
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    body = b""
+    for name, tensor in tensors.items():
+        kind, block = (8, _q8_0(tensor)) if tensor.ndim == 2 else (0, tensor.tobytes())
+        dims = struct.pack(f"<{tensor.ndim}Q", *reversed(tensor.shape))
+        place = struct.pack("<IQ", kind, len(body))
+        head += _string(name) + struct.pack("<I", tensor.ndim) + dims + place
+        body += block + bytes(-len(block) % 32)
+    return head + bytes(-len(head) % 32) + body
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> bytes:
+    """A metadata value with its type tag: bool 7, uint32 4, float32 6, string 8, array 9."""
+    if isinstance(value, list):
+        items = [_value(item) for item in value]
+        return (
+            struct.pack("<I", 9)
+            + items[0][:4]
+            + struct.pack("<Q", len(items))
+            + b"".join(item[4:] for item in items)
+        )
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    return struct.pack("<I", 8) + _string(value)
+
+
+def _q8_0(matrix: NDArray[Any]) -> bytes:
+    """Blocks of 32 values: a float16 scale, then 32 int8."""
+    import numpy as np
+
+    blocks = matrix.reshape(-1, 32)
+    scales = (np.abs(blocks).max(axis=1, keepdims=True) / 127).astype(np.float16)
+    safe = np.where(scales == 0, 1, scales).astype(np.float32)
+    codes = np.clip(np.round(blocks / safe), -127, 127).astype(np.int8)
+    return np.hstack([scales.view(np.int8).reshape(-1, 2), codes]).tobytes()

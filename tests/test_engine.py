@@ -1,0 +1,330 @@
+"""hfcore.Engine: streams, asyncio, timeouts, and engines that are shared."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage, engine as engine_module
+from hfcore.engine import shared_engine, total
+from hfcore.errors import EngineClosedError, HfcoreError, RequestTimeoutError
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Iterator[Engine]:
+    with Engine(tiny) as opened:
+        yield opened
+
+
+def waited_for(truth: Callable[[], bool], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not truth() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return truth()
+
+
+def idle(engine: Engine) -> bool:
+    return engine.metrics()["running"] == 0
+
+
+def test_a_stream_gives_one_delta_for_each_token_and_usage_at_the_end(engine: Engine) -> None:
+    deltas = list(engine.stream("Hello", max_tokens=5, temperature=0, ignore_eos=True))
+    assert [len(d.token_ids) for d in deltas] == [1] * 5
+    assert [d.finish_reason for d in deltas] == [None] * 4 + ["length"]
+    assert [d.usage is None for d in deltas] == [True] * 4 + [False]
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == 5
+
+
+def test_generate_is_the_stream_summed(engine: Engine) -> None:
+    request = {"max_tokens": 8, "temperature": 0, "logprobs": True}
+    done = engine.generate(MESSAGES, **request)
+    summed = total(list(engine.stream(MESSAGES, **request)))
+    assert (done.text, done.token_ids, done.logprobs, done.finish_reason) == (
+        summed.text, summed.token_ids, summed.logprobs, summed.finish_reason,
+    )  # fmt: skip
+
+
+def test_text_and_ids_are_prompts_too(engine: Engine) -> None:
+    ids = engine.tokenizer.encode("Hello")
+    same = {"max_tokens": 4, "temperature": 0}
+    text = engine.generate("Hello", **same).text
+    assert engine.generate(ids, **same).text == text
+    assert engine.generate([int(i) for i in ids], **same).text == text
+
+
+def test_logits_are_numpy_rows(engine: Engine) -> None:
+    vocabulary = engine.tokenizer.vocab_size
+    assert engine.logits([1, 2, 3]).shape == (vocabulary,)
+    rows = engine.logits(np.array([1, 2, 3]), last_only=False)
+    assert (rows.shape, rows.dtype) == ((3, vocabulary), np.float32)
+
+
+def test_a_dropped_stream_cancels_its_request(engine: Engine) -> None:
+    stream = engine.stream("Hello", **ENDLESS)
+    next(stream)
+    del stream
+    gc.collect()
+    assert waited_for(lambda: idle(engine))
+
+
+def test_a_closed_stream_ends(engine: Engine) -> None:
+    stream = engine.stream("Hello", **ENDLESS)
+    next(stream)
+    stream.close()
+    stream.close()
+    assert waited_for(lambda: idle(engine))
+
+
+def test_a_request_that_takes_too_long_is_ended(engine: Engine) -> None:
+    with pytest.raises(RequestTimeoutError, match=r"timeout of 0\.001 s"):
+        engine.generate("Hello", **ENDLESS, timeout=0.001)
+    assert waited_for(lambda: idle(engine))
+    assert engine.generate("Hello", max_tokens=2, timeout=60).finish_reason is not None
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", True])
+def test_a_timeout_is_seconds(engine: Engine, timeout: object) -> None:
+    with pytest.raises(InvalidRequestError, match="timeout must be seconds above 0"):
+        engine.stream("Hello", timeout=timeout)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user"}, iter("ab")])
+def test_what_is_no_prompt_is_refused(engine: Engine, prompt: object) -> None:
+    with pytest.raises(InvalidRequestError, match="a prompt is a str"):
+        engine.generate(prompt)
+
+
+def test_rates_are_of_decoding_alone() -> None:
+    usage = Usage(10, 5, time_to_first_token=1.0, total_time=3.0)
+    assert (usage.total_tokens, usage.tokens_per_second) == (15, 2.0)
+    assert Usage(1, 1, 1.0, 1.0).tokens_per_second == 0
+
+
+def test_no_deltas_sum_to_nothing() -> None:
+    assert total([]) == Completion("", (), None, None, None)
+    assert total([Delta("a"), Delta("b")]).text == "ab"
+
+
+# asyncio
+
+
+async def test_async_is_the_same_answer(engine: Engine) -> None:
+    request = {"max_tokens": 8, "temperature": 0}
+    done = await engine.agenerate(MESSAGES, **request)
+    assert done.text == engine.generate(MESSAGES, **request).text
+
+
+async def test_many_streams_share_one_loop_without_a_thread_each(engine: Engine) -> None:
+    await engine.agenerate("Hello", max_tokens=1)
+    most = 0
+
+    async def one(n: int) -> str:
+        nonlocal most
+        text = ""
+        async for delta in engine.astream(f"Hello {n}", max_tokens=20, temperature=0):
+            most = max(most, threading.active_count())
+            text += delta.text
+        return text
+
+    before = threading.active_count()
+    together = await asyncio.gather(*(one(n) for n in range(24)))
+    # Submitting uses the loop's own pool of workers; no more than that.
+    assert most - before <= (os.cpu_count() or 1) + 4
+    assert together == [await one(n) for n in range(24)]
+
+
+async def test_a_loop_goes_on_while_a_model_runs(engine: Engine) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    await engine.agenerate("Hello", max_tokens=100, ignore_eos=True)
+    ticking.cancel()
+    assert ticks > 10
+
+
+async def test_closing_an_async_stream_cancels_its_request(engine: Engine) -> None:
+    deltas = engine.astream("Hello", **ENDLESS)
+    await anext(deltas)
+    await deltas.aclose()
+    assert waited_for(lambda: idle(engine))
+
+
+async def test_cancelling_a_task_cancels_its_request(engine: Engine) -> None:
+    task = asyncio.create_task(engine.agenerate("Hello", **ENDLESS))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert waited_for(lambda: idle(engine))
+
+
+async def test_a_slow_async_request_is_ended(engine: Engine) -> None:
+    with pytest.raises(RequestTimeoutError):
+        await engine.agenerate("Hello", **ENDLESS, timeout=0.001)
+    assert waited_for(lambda: idle(engine))
+
+
+def test_every_event_loop_gets_its_own_wake_ups(engine: Engine) -> None:
+    texts = {
+        asyncio.run(engine.agenerate("Hello", max_tokens=5, temperature=0)).text for _ in range(3)
+    }
+    assert len(texts) == 1
+    gc.collect()
+    assert not engine_module._pumps
+
+
+def test_a_loop_that_cannot_watch_descriptors_works_too(engine: Engine) -> None:
+    class Plain(asyncio.SelectorEventLoop):
+        def add_reader(self, *_: object) -> None:  # type: ignore[override]  # as on Windows
+            raise NotImplementedError
+
+    loop = Plain()
+    try:
+        done = loop.run_until_complete(engine.agenerate("Hello", max_tokens=5, temperature=0))
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+    assert done.text == engine.generate("Hello", max_tokens=5, temperature=0).text
+
+
+# shared engines
+
+
+def test_equal_names_and_options_share_one_engine(tiny: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.gguf"
+    link.symlink_to(tiny)
+    one = shared_engine(tiny)
+    assert not one.loaded
+    assert shared_engine(link).get() is one.get() is shared_engine(str(tiny)).get()
+    assert shared_engine(tiny, n_ctx=64).get() is not one.get()
+
+
+def test_copies_and_pickles_find_the_same_engine(tiny: Path) -> None:
+    one = shared_engine(tiny)
+    engine = one.get()
+    assert copy.deepcopy(one).get() is engine
+    assert pickle.loads(pickle.dumps(one)).get() is engine
+
+
+def test_an_engine_goes_with_its_last_holder(tiny: Path) -> None:
+    holder = shared_engine(tiny, context_size=100)
+    holder.get()
+    before = len(engine_module._registry)
+    del holder
+    gc.collect()
+    assert len(engine_module._registry) == before - 1
+
+
+def test_threads_that_ask_at_once_load_once(tiny: Path) -> None:
+    holders = [shared_engine(tiny, context_size=200) for _ in range(8)]
+    threads = [threading.Thread(target=holder.get) for holder in holders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(holder.get()) for holder in holders}) == 1
+
+
+def test_a_closed_engine_is_opened_again(tiny: Path) -> None:
+    holder = shared_engine(tiny, context_size=300)
+    first = holder.get()
+    first.close()
+    with pytest.raises(EngineClosedError):
+        first.generate("Hello")
+    assert holder.get().generate("Hello", max_tokens=1).usage is not None
+
+
+def test_identity_tells_files_and_openings_apart(tiny: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy.gguf"
+    copied.write_bytes(tiny.read_bytes())
+    identities = [
+        shared_engine(tiny).identity(), shared_engine(copied).identity(),
+        shared_engine(tiny, context_size=64).identity(),
+    ]  # fmt: skip
+    assert len({str(identity) for identity in identities}) == 3
+    os.utime(copied, ns=(1, 1))
+    assert shared_engine(copied).identity() != identities[1]
+    assert shared_engine("owner/none").identity() == {"model": "owner/none"}
+
+
+def test_identity_and_repr_never_show_a_token() -> None:
+    from pydantic import SecretStr
+
+    holder = shared_engine("owner/none", token=SecretStr("hf_s3cret"), local_files_only=True)
+    assert "s3cret" not in f"{holder!r} {holder.identity()}"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_child_after_fork_opens_its_own_engine(tiny: Path) -> None:
+    holder = shared_engine(tiny, context_size=400)
+    text = holder.get().generate("Hello", max_tokens=4, temperature=0).text
+    child = os.fork()
+    if child == 0:
+        same = False
+        try:
+            same = holder.get().generate("Hello", max_tokens=4, temperature=0).text == text
+        finally:
+            os._exit(0 if same else 1)
+    ended: list[int] = []
+
+    def has_ended() -> bool:
+        if not ended:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            ended.extend([os.waitstatus_to_exitcode(status)] if pid else [])
+        return bool(ended)
+
+    if not waited_for(has_ended, 20):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hung")
+    assert ended == [0]
+    assert holder.get().generate("Hello", max_tokens=4, temperature=0).text == text
+
+
+def test_ctrl_c_interrupts_a_wait_and_the_process_ends(tiny: Path) -> None:
+    program = (
+        "import sys, hfcore\n"
+        "engine = hfcore.Engine(sys.argv[1], context_size=2000)\n"
+        "print('up', flush=True)\n"
+        "while True: engine.generate('Hello', max_tokens=1500, ignore_eos=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tiny)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert b"KeyboardInterrupt" in errors
+    assert process.returncode != 0
+
+
+def test_errors_are_of_one_tree_and_at_once(engine: Engine) -> None:
+    for request in ({"max_tokens": 0}, {"temperature": -1}, {"topp": 1}, {"num_beams": 2}):
+        with pytest.raises(HfcoreError):
+            engine.stream("Hello", **request)

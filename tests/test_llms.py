@@ -1,0 +1,242 @@
+"""HuggingFacePipeline: the text interface of LangChain."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfcore import Engine, HuggingFacePipeline
+from hfcore.errors import InvalidRequestError, UnknownOptionError, UnsupportedModelError
+from hfcore.testing import Canned
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def canned(*answers: Any, **kwargs: Any) -> tuple[HuggingFacePipeline, Canned]:
+    llm = HuggingFacePipeline(model_id="owner/canned", **kwargs)
+    backend = Canned(*answers)
+    llm._backend = backend
+    return llm, backend
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Path) -> HuggingFacePipeline:
+    return HuggingFacePipeline.from_model_id(
+        str(tiny), "text-generation", device=-1, pipeline_kwargs=GREEDY, batch_size=2
+    )
+
+
+def test_the_completion_is_the_engines_and_does_not_echo(
+    llm: HuggingFacePipeline, tiny: Path
+) -> None:
+    with Engine(tiny) as engine:
+        expected = engine.generate("Once upon", max_tokens=6, temperature=0).text
+    assert llm.invoke("Once upon") == expected
+    assert "".join(llm.stream("Once upon")) == expected
+    assert asyncio.run(llm.ainvoke("Once upon")) == expected
+    assert llm.invoke("Once upon", return_full_text=True) == f"Once upon{expected}"
+    assert llm.invoke("Once upon", skip_prompt=False) == f"Once upon{expected}"
+    assert "".join(llm.stream("Once upon", return_full_text=True)) == f"Once upon{expected}"
+
+
+async def test_async_streams_and_batches_are_the_same(llm: HuggingFacePipeline) -> None:
+    prompts = [f"Number {n}" for n in range(5)]
+    alone = [llm.invoke(prompt) for prompt in prompts]
+    assert llm.batch(prompts) == alone
+    assert await llm.abatch(prompts) == alone
+    assert [g[0].text for g in llm.generate(prompts).generations] == alone
+    assert "".join([chunk async for chunk in llm.astream(prompts[0])]) == alone[0]
+    events = [e async for e in llm.astream_events(prompts[0], version="v2")]
+    streamed = [e["data"]["chunk"] for e in events if e["event"] == "on_llm_stream"]
+    assert "".join(map(str, streamed)) == alone[0]
+
+
+def test_a_result_says_why_it_ended_and_what_it_took(llm: HuggingFacePipeline) -> None:
+    result = llm.generate(["Hello", "Hi"], ignore_eos=True)
+    info = result.generations[0][0].generation_info
+    assert info is not None
+    assert info["finish_reason"] == "length"
+    assert info["usage"]["completion_tokens"] == 6
+    assert result.llm_output is not None
+    assert result.llm_output["token_usage"]["completion_tokens"] == 12
+    assert result.llm_output["model_name"] == llm.model_id
+
+
+def test_tokens_are_counted_by_the_models_tokenizer(llm: HuggingFacePipeline, tiny: Path) -> None:
+    with Engine(tiny) as engine:
+        ids = engine.tokenizer.encode("the end", add_special_tokens=False)
+    assert llm.get_token_ids("the end") == [int(i) for i in ids]
+    assert llm.get_num_tokens("the end") == len(ids)
+    own = HuggingFacePipeline(model_id=str(tiny), custom_get_token_ids=lambda text: [1, 2, 3])
+    assert own.get_num_tokens("the end") == 3
+
+
+def test_only_batch_size_prompts_are_in_the_engine_at_a_time() -> None:
+    class Counting(Canned):
+        running = most = 0
+
+        def stream(self, *args: Any) -> Any:
+            inner = super().stream(*args)
+            self.running += 1
+            self.most = max(self.most, self.running)
+
+            class Counted:
+                def __iter__(self) -> Any:
+                    yield from inner
+                    outer.running -= 1
+
+                def close(self) -> None:
+                    inner.close()
+
+            outer = self
+            return Counted()
+
+    llm, _ = canned(batch_size=3)
+    backend = Counting("a b")
+    llm._backend = backend
+    llm.batch(["p"] * 8)
+    assert (backend.most, len(backend.requests)) == (3, 8)
+
+
+def test_one_failure_closes_the_other_requests() -> None:
+    llm, backend = canned("a b c", ValueError("broken"), batch_size=2)
+    with pytest.raises(ValueError, match="broken"):
+        llm.generate(["x", "y"])
+    assert backend.closed == 1
+
+
+def test_leaving_a_stream_closes_the_request() -> None:
+    llm, backend = canned("a b c")
+    for _ in llm.stream("x"):
+        break
+    assert backend.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("constructor", "call", "asked"),
+    [
+        ({"pipeline_kwargs": {"max_new_tokens": 5}}, {}, {"max_tokens": 5}),
+        ({"model_kwargs": {"temperature": 0.5}}, {}, {"temperature": 0.5}),
+        ({"top_p": 0.5}, {}, {"top_p": 0.5}),
+        ({"top_p": 0.5}, {"top_p": 0.7}, {"top_p": 0.7}),
+        ({"max_tokens": 5}, {"pipeline_kwargs": {"max_new_tokens": 9}}, {"max_tokens": 9}),
+        ({"stop_sequences": ["x"]}, {"stop": ["y"]}, {"stop": ["y"]}),
+        ({"stop": "x"}, {}, {"stop": ["x"]}),
+        ({"do_sample": False}, {"temperature": 0.3}, {"temperature": 0.3}),
+    ],
+)
+def test_options_reach_the_engine_from_wherever_they_are_given(
+    constructor: dict[str, Any], call: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    llm, backend = canned(**constructor)
+    llm.invoke("x", **call)
+    list(llm.stream("x", **call))
+    asyncio.run(llm.ainvoke("x", **call))
+    assert [options for _, _, options in backend.requests] == [asked] * 3
+
+
+def test_a_bound_option_gives_way_to_the_calls_by_any_name() -> None:
+    llm, backend = canned(max_tokens=3)
+    bound = llm.bind(max_tokens=5, seed=1)
+    bound.invoke("x")
+    bound.invoke("x", max_new_tokens=7)
+    assert [o for _, _, o in backend.requests] == [
+        {"max_tokens": 5, "seed": 1}, {"max_tokens": 7, "seed": 1},
+    ]  # fmt: skip
+
+
+def test_how_the_model_is_opened_reaches_the_engine(tiny: Path) -> None:
+    llm = HuggingFacePipeline(model_id=str(tiny), model_kwargs={"n_ctx": 64}, threads=1)
+    assert llm.model_kwargs == {"context_size": 64, "threads": 1}
+    with pytest.raises(InvalidRequestError, match="the context holds 64"):
+        llm.invoke("x" * 100)
+
+
+def test_the_constructor_opens_nothing() -> None:
+    HuggingFacePipeline(model_id="/no/such/model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({}, InvalidRequestError, "model_id is needed"),
+        ({"model": "a.gguf", "model_id": "b.gguf"}, InvalidRequestError, "with different values"),
+        ({"model": "m", "pipeline": object()}, InvalidRequestError, "needs torch"),
+        ({"model": "m", "task": "summarization"}, InvalidRequestError, "must be one of text-gen"),
+        ({"model": "m", "batch_size": 0}, InvalidRequestError, "batch_size: .*, got 0"),
+        ({"model": "m", "batchsize": 2}, UnknownOptionError, "did you mean 'batch_size'"),
+        ({"model": "m", "model_kwargs": {"thread": 1}}, UnknownOptionError, "mean 'threads'"),
+        ({"model": "m", "pipeline_kwargs": {"temp": 1}}, UnknownOptionError, "'temp'"),
+        (
+            {"model": "m", "model_kwargs": {"torch_dtype": "f"}},
+            InvalidRequestError,
+            "of their file",
+        ),
+        ({"model": "m", "trust_remote_code": True}, InvalidRequestError, "never run"),
+        ({"model": "m", "pipeline_kwargs": {"num_beams": 4}}, InvalidRequestError, "beam search"),
+        ({"model": "m", "model_kwargs": 5}, InvalidRequestError, "expected a dict of options"),
+        ({"model": "m", "device": 0}, UnsupportedModelError, "hfcore-cuda"),
+        ({"model": "m", "device_map": "cuda:0"}, UnsupportedModelError, "hfcore-cuda"),
+        ({"model": "m", "model_kwargs": {"device": "mps"}}, UnsupportedModelError, "'mps'"),
+        ({"model": "m", "tools": [1]}, InvalidRequestError, "tools is not supported yet"),
+    ],
+)
+def test_what_cannot_act_is_refused_by_the_constructor(
+    kwargs: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        HuggingFacePipeline(**kwargs)
+
+
+def test_only_the_default_backend_is_there() -> None:
+    with pytest.raises(InvalidRequestError, match="backend must be 'default', got 'openvino'"):
+        HuggingFacePipeline.from_model_id("m", "text-generation", backend="openvino")
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ({"temprature": 1}, UnknownOptionError),
+        ({"max_tokens": 1, "max_new_tokens": 2}, InvalidRequestError),
+        ({"return_full_text": True, "skip_prompt": True}, InvalidRequestError),
+        ({"num_return_sequences": 2}, InvalidRequestError),
+        ({"tools": [{}]}, InvalidRequestError),
+    ],
+)
+def test_what_cannot_act_is_refused_by_the_call(
+    call: dict[str, Any], error: type[Exception]
+) -> None:
+    llm, _ = canned()
+    with pytest.raises(error):
+        llm.invoke("x", **call)
+
+
+def test_a_token_is_never_shown(tiny: Path) -> None:
+    llm = HuggingFacePipeline(model_id=str(tiny), model_kwargs={"token": "hf_s3cret"})
+    assert "s3cret" not in f"{llm!r} {llm} {llm._identifying_params} {llm.asdict()}"
+
+
+def test_cache_keys_differ_whenever_answers_may(tiny: Path) -> None:
+    variants: list[dict[str, Any]] = [
+        {}, {"temperature": 0.5}, {"seed": 1}, {"context_size": 64}, {"chat_template": "x"},
+        {"return_full_text": True}, {"stop": "x"},
+    ]  # fmt: skip
+    keys = {str(HuggingFacePipeline(model_id=str(tiny), **v)._identifying_params) for v in variants}
+    assert len(keys) == len(variants)
+
+
+def test_copies_and_pickles_answer_the_same(llm: HuggingFacePipeline) -> None:
+    expected = llm.invoke("Hello")
+    assert copy.deepcopy(llm).invoke("Hello") == expected
+    assert pickle.loads(pickle.dumps(llm)).invoke("Hello") == expected
+
+
+def test_tracing_gets_the_models_name(llm: HuggingFacePipeline) -> None:
+    params = llm._get_ls_params(max_tokens=9)
+    assert params["ls_model_name"] == llm.model_id
+    assert (params["ls_provider"], params["ls_max_tokens"]) == ("huggingface", 9)
