@@ -631,7 +631,17 @@ mod tests {
         assert!(error("{{ '%999999999d' % 1 }}").contains("above"));
         assert!(error("{{ 'a'.center(999999999999) }}").contains("used up"));
         assert!(error("{{ 2 ** 9999 }}").contains("128 bits"));
-        assert!(error("{{ 'a' | map(*(['map'] * 50000)) }}").contains("recursion depth"));
+        assert!(error("{{ 'a' | map(*(['map'] * 3000)) }}").contains("recursion depth"));
+    }
+
+    #[test]
+    fn the_deepest_nesting_allowed_fits_into_a_small_stack() {
+        let nested = format!("{}m(x){}", "(not ".repeat(60), ")".repeat(60));
+        let source = format!("{{% macro m(x) %}}{{{{ {nested} }}}}{{% endmacro %}}{{{{ m(1) }}}}");
+        let run = move || error(&source);
+        let thread = std::thread::Builder::new().stack_size(1 << 20).spawn(run);
+        let message = thread.unwrap().join().unwrap();
+        assert!(message.contains("recursion depth"), "{message}");
     }
 
     #[test]

@@ -93,12 +93,12 @@ impl Now {
         };
         if thursday < 1 {
             return (
-                self.year - 1,
-                (thursday + length(self.year - 1) - 1) / 7 + 1,
+                self.year.saturating_sub(1),
+                (thursday + length(self.year.saturating_sub(1)) - 1) / 7 + 1,
             );
         }
         if thursday > length(self.year) {
-            return (self.year + 1, 1);
+            return (self.year.saturating_add(1), 1);
         }
         (self.year, (thursday - 1) / 7 + 1)
     }

@@ -902,7 +902,7 @@ fn map(run: &mut Run<'_>, value: &Value, mut args: CallArgs) -> Res<Value> {
             positional: args.positional.clone(),
             named: args.named.clone(),
         };
-        out.push(run.deeper(|run| apply(run, &filter, item, args))?);
+        out.push(run.nested_call(|run| apply(run, &filter, item, args))?);
     }
     Value::iter("generator", out, &mut run.budget)
 }

@@ -3,8 +3,8 @@
 use super::run::{CallArgs, Run, index};
 use super::value::{Budget, Res, Str, Value, fault, float_repr, html_escape};
 
-/// Widths and precisions beyond this are refused.
-const MAX_WIDTH: usize = 100_000;
+/// Widths and precisions beyond this are refused; Rust's own formatting ends at 65,535.
+const MAX_WIDTH: usize = 50_000;
 
 /// A parsed format specification: `[[fill]align][sign][#][0][width][,][.precision][type]`.
 #[derive(Default)]

@@ -131,7 +131,7 @@ impl<'p> Run<'p> {
     }
 
     /// One level down: everything that recurses goes through here.
-    pub fn deeper<T>(&mut self, inner: impl FnOnce(&mut Self) -> Res<T>) -> Res<T> {
+    fn deeper<T>(&mut self, inner: impl FnOnce(&mut Self) -> Res<T>) -> Res<T> {
         self.budget.steps(1)?;
         self.nesting += 1;
         if self.nesting > MAX_NESTING {
@@ -617,7 +617,8 @@ impl<'p> Run<'p> {
         }
     }
 
-    fn nested_call(&mut self, inner: impl FnOnce(&mut Self) -> Res<Value>) -> Res<Value> {
+    /// A call that can come back to itself: macros, recursive loops, filters that apply filters.
+    pub fn nested_call(&mut self, inner: impl FnOnce(&mut Self) -> Res<Value>) -> Res<Value> {
         self.calls += 1;
         if self.calls > MAX_CALLS {
             return fault("maximum recursion depth exceeded");
