@@ -16,6 +16,10 @@ use crate::scheduler::{self, Job};
 use crate::sequence::{Sequence, Text};
 use crate::stream::{Sender, Stream, channel, lock};
 
+/// Rows whose logits are made at a time where those of every position are wanted: a large vocabulary
+/// makes a megabyte of each.
+const LOGIT_ROWS: usize = 64;
+
 /// Makes the decoder with its cache, on the engine's thread: at the first request, and again after
 /// a panic or in a forked process.
 pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Forward>> + Send + Sync>;
@@ -23,7 +27,7 @@ pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Forward>> + Send + Sync>;
 /// The sizes of an engine.
 ///
 /// A step never has more than `token_budget` rows, nor asks for the logits of more than
-/// `max_sequences` of them.
+/// `max_sequences` of them, or of `LOGIT_ROWS` where all are wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Logits per row, as the decoder has them.
@@ -508,6 +512,9 @@ impl Core {
         self.admit();
         self.publish();
         let plan = scheduler::plan(&self.jobs(), self.config.token_budget);
+        if plan.is_empty() {
+            return;
+        }
         if let Err(error) = self.guarded(|core| core.run(&plan)) {
             self.fail(&plan, &error);
         }
@@ -639,10 +646,9 @@ impl Core {
     fn logits(&mut self, job: &LogitsJob, table: &[u32]) -> Result<Vec<f32>> {
         let lost = || Error::Internal("the decoder was lost in the same step".into());
         let forward = self.forward.as_mut().ok_or_else(lost)?;
-        // All logits of a chunk are wanted: no more of them than a decoding step has.
         let chunk = match job.last_only {
             true => self.config.token_budget,
-            false => self.config.max_sequences,
+            false => LOGIT_ROWS.min(self.config.token_budget),
         };
         let mut logits = Vec::new();
         let mut start = 0;
@@ -1052,7 +1058,7 @@ mod tests {
             }
             assert_nothing_held(&engine);
             let (rows, outputs) = *lock(&plan.most);
-            assert!(rows <= token_budget && outputs <= config.max_sequences);
+            assert!(rows <= token_budget && outputs <= config.max_sequences.max(LOGIT_ROWS));
             assert!(outputs > 1, "nothing ran together");
             assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
         }
