@@ -48,6 +48,14 @@ pub enum Error {
     #[error("prompt has {prompt} tokens, the context holds {limit}")]
     ContextOverflow { prompt: usize, limit: usize },
 
+    /// The request's own `timeout` passed before it ended.
+    #[error("the request took longer than its timeout of {seconds} s")]
+    Timeout { seconds: f64 },
+
+    /// Too many requests wait already; a later attempt may do.
+    #[error("{waiting} requests are waiting, the queue holds {limit}")]
+    Overloaded { waiting: usize, limit: usize },
+
     /// The engine was closed before the request ended.
     #[error("the engine is closed")]
     Closed,

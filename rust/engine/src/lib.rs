@@ -23,5 +23,6 @@ pub mod sampling;
 pub mod stop;
 pub mod sequence;
 pub mod scheduler;
+pub mod stream;
 pub mod engine;
 pub mod model;

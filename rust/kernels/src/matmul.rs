@@ -238,6 +238,19 @@ dispatch! {
     unsafe fn float_tile<W: FloatType>(task: &Task) = float_body
 }
 
+/// `for i in 0..M`, written out: a loop that the compiler keeps puts its sums on the stack.
+macro_rules! each_row {
+    ($m:expr, $i:ident, $body:block) => {
+        each_row!(@ $m, $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $m:expr, $i:ident, $body:block, $($n:literal)*) => {
+        $(if $m > $n {
+            let $i = $n;
+            $body
+        })*
+    };
+}
+
 /// All rows in groups of 16, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
 #[inline(always)]
 unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
@@ -282,7 +295,7 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
                 if F::HALVES {
                     let (s0, o0) = F::scale::<S>(scales, head, 0);
                     let (s1, o1) = F::scale::<S>(scales, head, 1);
-                    for i in 0..M {
+                    each_row!(M, i, {
                         let x = &*acts.add(i * blocks + block);
                         let d = S::splat(x.scale);
                         total[i] =
@@ -291,15 +304,15 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
                             S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), S::mul(s1, d), total[i]);
                         total[i] = S::fma(o0, S::splat(x.half_sums[0]), total[i]);
                         total[i] = S::fma(o1, S::splat(x.half_sums[1]), total[i]);
-                    }
+                    });
                 } else {
                     let (s, o) = F::scale::<S>(scales, head, 0);
-                    for i in 0..M {
+                    each_row!(M, i, {
                         let x = &*acts.add(i * blocks + block);
                         let dot = S::to_f32(dots::<S, 0, 8>(&w, x));
                         total[i] = S::fma(dot, S::mul(s, S::splat(x.scale)), total[i]);
                         total[i] = S::fma(o, S::splat(x.sum), total[i]);
-                    }
+                    });
                 }
                 p = p.add(F::CODES + F::SCALES);
                 block += 1;
@@ -314,11 +327,11 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
 unsafe fn dots<S: Simd, const FROM: usize, const TO: usize>(w: &[S::I; 8], x: &ActBlock) -> S::S {
     unsafe {
         let mut sum = S::sums_zero();
-        let mut s = FROM;
-        while s < TO {
-            sum = S::dot4(sum, w[s], x.codes.as_ptr().add(4 * s));
-            s += 1;
-        }
+        each_row!(TO, s, {
+            if s >= FROM {
+                sum = S::dot4(sum, w[s & 7], x.codes.as_ptr().add(4 * s));
+            }
+        });
         sum
     }
 }
@@ -406,9 +419,9 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize>(task: &Task, row: us
         let mut p = task.tile.as_ptr();
         for k in 0..task.inputs {
             let w = W::load::<S>(p);
-            for i in 0..M {
+            each_row!(M, i, {
                 total[i] = S::fma(w, S::splat(*x.add(i * task.inputs + k)), total[i]);
-            }
+            });
             p = p.add(W::BYTES * LANES);
         }
         finish::<S, M>(task, row, total);
