@@ -2,23 +2,7 @@
 
 use crate::error::Result;
 
-/// Positions per cache page.
-pub const PAGE: usize = 16;
-
-/// The rows of one sequence in a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// Its first row in `tokens` and `positions`, and how many.
-    pub first_row: usize,
-    pub rows: usize,
-    /// Its block table inside `pages`: page `i` holds positions `i * PAGE ..`.
-    pub first_page: usize,
-    pub pages: usize,
-    /// The position of its first row; everything before is already in the cache.
-    pub start: usize,
-    /// The sequence counts as long for rope scalings that distinguish (longrope).
-    pub long: bool,
-}
+pub use hfcore_kernels::attention::{PAGE, Span};
 
 /// One step: the rows of all running sequences, one after the other.
 #[derive(Debug, Default, Clone)]
@@ -53,7 +37,8 @@ impl Batch {
             long,
         });
         self.tokens.extend_from_slice(tokens);
-        self.positions.extend((start..start + tokens.len()).map(|p| p as u32));
+        self.positions
+            .extend((start..start + tokens.len()).map(|p| p as u32));
         self.pages.extend_from_slice(pages);
     }
 }

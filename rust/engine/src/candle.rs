@@ -1,1 +1,439 @@
-//! (to come)
+//! [`Device`] over candle tensors, f32 throughout: the readable reference of the other devices. Plain operations only,
+//! which round as the gemm below them does: unlike the CPU device's, a row's last bits may depend on its company.
+
+use candle_core::{D, DType, Device as Place, Tensor};
+use hfcore_kernels::elementwise::{Activation, Pairing};
+
+use crate::arch::Rope;
+use crate::batch::{Batch, PAGE, Span};
+use crate::device::{Angles, AttentionLayer, AttentionShape, Device};
+use crate::error::{Error, Result};
+use crate::weights;
+
+/// A place that candle computes on. Clones share it: weights and decoder must be on clones of one.
+#[derive(Clone)]
+pub struct Candle {
+    device: Place,
+    step: Step,
+}
+
+/// What all layers of a step share.
+#[derive(Clone, Default)]
+struct Step {
+    /// Cosines and sines of each rope, `[rows, 1, angles]`.
+    rotations: Vec<(Tensor, Tensor)>,
+    /// Where each row's keys and values go, `[rows, 1]`.
+    slots: Option<Tensor>,
+    /// The spans' views for every window met so far.
+    views: Vec<(Option<usize>, Vec<View>)>,
+}
+
+/// What the rows of one span see.
+#[derive(Clone)]
+struct View {
+    first_row: usize,
+    rows: usize,
+    /// Slots of the `n` positions that any row sees, ascending by position.
+    slots: Tensor,
+    /// `[rows, n]`: 0 where a row sees a position, else minus infinity. `None`: a single row, which sees all.
+    mask: Option<Tensor>,
+}
+
+/// `[outputs, inputs]`, and the bias.
+pub struct Matrix {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+/// Rows of f32; nothing before it is first written.
+#[derive(Default)]
+pub struct Buffer(Option<Tensor>);
+
+/// One layer's keys and values, `[pages * PAGE, kv_heads * head_dim]` each. A slot is a row of them.
+pub struct KvLayer {
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl Candle {
+    /// On the CPU, with candle's own threads.
+    pub fn cpu() -> Self {
+        Self {
+            device: Place::Cpu,
+            step: Step::default(),
+        }
+    }
+}
+
+impl Buffer {
+    fn get(&self) -> candle_core::Result<&Tensor> {
+        match &self.0 {
+            Some(tensor) => Ok(tensor),
+            None => candle_core::bail!("a buffer was read before it was written"),
+        }
+    }
+
+    /// Keep what an operation gave.
+    fn set(&mut self, operation: &str, value: candle_core::Result<Tensor>) -> Result<()> {
+        self.0 = Some(value.map_err(failed(operation))?);
+        Ok(())
+    }
+}
+
+/// The engine's error for a failure inside candle.
+fn failed(operation: &str) -> impl FnOnce(candle_core::Error) -> Error {
+    move |error| Error::Internal(format!("candle, {operation}: {error}"))
+}
+
+impl Device for Candle {
+    type Matrix = Matrix;
+    type Vector = Tensor;
+    type Buffer = Buffer;
+    type Cache = Vec<KvLayer>;
+
+    fn matrix(&self, parts: &[weights::Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
+        let values: Vec<f32> = parts.iter().flat_map(|part| part.dequantize()).collect();
+        let cols = parts.first().map_or(0, |part| part.cols());
+        let rows = parts.iter().map(|part| part.rows()).sum::<usize>();
+        let weight = Tensor::from_vec(values, (rows, cols), &self.device);
+        let bias = bias.map(|bias| Tensor::new(bias, &self.device)).transpose();
+        Ok(Matrix {
+            weight: weight.map_err(failed("matrix"))?,
+            bias: bias.map_err(failed("bias"))?,
+        })
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Tensor> {
+        Tensor::new(values, &self.device).map_err(failed("vector"))
+    }
+
+    fn cache(&self, pages: usize, shapes: &[AttentionShape]) -> Result<Vec<KvLayer>> {
+        let layer = |shape: &AttentionShape| {
+            let size = (pages * PAGE, shape.kv_heads * shape.head_dim);
+            let keys = Tensor::zeros(size, DType::F32, &self.device)?;
+            let values = Tensor::zeros(size, DType::F32, &self.device)?;
+            Ok(KvLayer { keys, values })
+        };
+        let layers = shapes.iter().map(layer).collect::<candle_core::Result<_>>();
+        layers.map_err(failed("cache"))
+    }
+
+    fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()> {
+        self.step = Step::new(batch, ropes, &self.device).map_err(failed("begin"))?;
+        Ok(())
+    }
+
+    fn upload(&mut self, values: &[f32], width: usize, out: &mut Buffer) -> Result<()> {
+        let shape = (values.len() / width, width);
+        out.set("upload", Tensor::from_slice(values, shape, &self.device))
+    }
+
+    fn norm(&mut self, x: &Buffer, weight: &Tensor, eps: f32, out: &mut Buffer) -> Result<()> {
+        out.set("norm", x.get().and_then(|x| rms_norm(x, weight, eps)))
+    }
+
+    fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        let product = |x: &Tensor| {
+            let y = x.matmul(&matrix.weight.t()?)?;
+            match &matrix.bias {
+                Some(bias) => y.broadcast_add(bias),
+                None => Ok(y),
+            }
+        };
+        out.set("linear", x.get().and_then(product))
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        spec: &AttentionLayer<Tensor>,
+        batch: &Batch,
+        qkv: &mut Buffer,
+        cache: &mut Vec<KvLayer>,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let Some(cache) = cache.get(layer) else {
+            let layers = cache.len();
+            return Err(Error::Internal(format!(
+                "layer {layer} in a cache of {layers}"
+            )));
+        };
+        let attended = qkv
+            .get()
+            .and_then(|qkv| self.attend(spec, batch, qkv, cache));
+        out.set("attention", attended)
+    }
+
+    fn gated(&mut self, activation: Activation, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        let product = |x: &Tensor| {
+            let width = x.dim(1)? / 2;
+            let gate = x.narrow(1, 0, width)?;
+            let gate = match activation {
+                Activation::Silu => gate.silu()?,
+                // candle's `gelu` is the tanh form; the exact one is `gelu_erf`.
+                Activation::GeluTanh => gate.gelu()?,
+            };
+            gate * x.narrow(1, width, width)?
+        };
+        out.set("gated", x.get().and_then(product))
+    }
+
+    fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
+        let sum = x.get().and_then(|x| x + y.get()?);
+        x.set("add", sum)
+    }
+
+    fn rows(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<()> {
+        let chosen = |x: &Tensor| x.index_select(&Tensor::new(rows, x.device())?, 0);
+        out.set("rows", x.get().and_then(chosen))
+    }
+
+    fn download(&mut self, x: &Buffer, out: &mut Vec<f32>) -> Result<()> {
+        let values = x.get().and_then(|x| x.flatten_all()?.to_vec1::<f32>());
+        out.clear();
+        out.extend(values.map_err(failed("download"))?);
+        Ok(())
+    }
+}
+
+impl Candle {
+    /// Attention of one layer over `qkv`, `[rows, (heads + 2 * kv_heads) * head_dim]`; gives `[rows, heads * head_dim]`.
+    fn attend(
+        &mut self,
+        spec: &AttentionLayer<Tensor>,
+        batch: &Batch,
+        qkv: &Tensor,
+        cache: &KvLayer,
+    ) -> candle_core::Result<Tensor> {
+        let shape = &spec.shape;
+        let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
+        let rows = qkv.dim(0)?;
+        let part = |first: usize, count: usize| {
+            qkv.narrow(1, first * dim, count * dim)?
+                .reshape((rows, count, dim))
+        };
+        let (mut q, mut k) = (part(0, heads)?, part(heads, kv_heads)?);
+        let v = part(heads + kv_heads, kv_heads)?;
+        if let Some((q_weight, k_weight, eps)) = &spec.norms {
+            q = rms_norm(&q, q_weight, *eps)?;
+            k = rms_norm(&k, k_weight, *eps)?;
+        }
+        if let Some((cos, sin)) = spec.rope.and_then(|i| self.step.rotations.get(i)) {
+            q = rotate(&q, spec.pairing, cos, sin)?;
+            k = rotate(&k, spec.pairing, cos, sin)?;
+        }
+        cache.check(batch)?;
+        self.step.store(&k, &v, cache)?;
+        let views = self.step.views(shape.window, batch, &self.device)?;
+        let outputs = views.iter().map(|view| view.attend(shape, &q, cache));
+        Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 0)
+    }
+}
+
+impl KvLayer {
+    /// candle's CUDA kernels do not look where they write.
+    fn check(&self, batch: &Batch) -> candle_core::Result<()> {
+        let pages = self.keys.dim(0)? / PAGE;
+        match batch.pages.iter().find(|&&page| page as usize >= pages) {
+            Some(page) => candle_core::bail!("page {page} in a cache of {pages}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Step {
+    fn new(batch: &Batch, ropes: &[Rope], device: &Place) -> candle_core::Result<Self> {
+        let rows = batch.tokens.len();
+        let mut rotations = Vec::with_capacity(ropes.len());
+        for rope in ropes {
+            let mut angles = Angles::default();
+            angles.fill(batch, rope);
+            let shape = (rows, 1, angles.per_row);
+            let cos = Tensor::from_vec(angles.cos, shape, device)?;
+            rotations.push((cos, Tensor::from_vec(angles.sin, shape, device)?));
+        }
+        let mut slots = Vec::with_capacity(rows);
+        for span in &batch.spans {
+            slots.extend(span_slots(batch, span, span.start)?);
+        }
+        let slots = Tensor::from_vec(slots, (rows, 1), device)?;
+        Ok(Self {
+            rotations,
+            slots: Some(slots),
+            views: Vec::new(),
+        })
+    }
+
+    /// Write the rows' keys and values, `[rows, kv_heads, head_dim]`, to their slots.
+    fn store(&self, k: &Tensor, v: &Tensor, cache: &KvLayer) -> candle_core::Result<()> {
+        let Some(slots) = &self.slots else {
+            candle_core::bail!("attention before the step began")
+        };
+        let (k, v) = (k.flatten_from(1)?, v.flatten_from(1)?);
+        let slots = slots.broadcast_as(k.shape())?.contiguous()?;
+        cache.keys.scatter_set(&slots, &k.contiguous()?, 0)?;
+        cache.values.scatter_set(&slots, &v.contiguous()?, 0)
+    }
+
+    /// The views for this window, made when a layer first asks.
+    fn views(
+        &mut self,
+        window: Option<usize>,
+        batch: &Batch,
+        device: &Place,
+    ) -> candle_core::Result<&[View]> {
+        let known = self.views.iter().position(|(of, _)| *of == window);
+        let i = match known {
+            Some(i) => i,
+            None => {
+                let spans = batch.spans.iter();
+                let views = spans.map(|span| View::new(batch, span, window, device));
+                self.views
+                    .push((window, views.collect::<candle_core::Result<_>>()?));
+                self.views.len() - 1
+            }
+        };
+        Ok(&self.views[i].1)
+    }
+}
+
+/// Slots of a span's positions from `from` to its last row.
+fn span_slots(batch: &Batch, span: &Span, from: usize) -> candle_core::Result<Vec<u32>> {
+    let end = span.start + span.rows;
+    let table = batch
+        .pages
+        .get(span.first_page..span.first_page + span.pages);
+    let Some(table) = table.filter(|table| end <= table.len() * PAGE) else {
+        let pages = span.pages;
+        candle_core::bail!("{end} positions in {pages} pages of {PAGE}")
+    };
+    let slot = |position: usize| match (table[position / PAGE] as usize * PAGE)
+        .checked_add(position % PAGE)
+    {
+        Some(slot) => u32::try_from(slot).map_err(candle_core::Error::wrap),
+        None => candle_core::bail!("page {} is out of reach", table[position / PAGE]),
+    };
+    (from..end).map(slot).collect()
+}
+
+impl View {
+    fn new(
+        batch: &Batch,
+        span: &Span,
+        window: Option<usize>,
+        device: &Place,
+    ) -> candle_core::Result<Self> {
+        let end = span.start + span.rows;
+        let first_seen = |row: usize| window.map_or(0, |w| (row + 1).saturating_sub(w));
+        let from = first_seen(span.start);
+        let mask = || {
+            let seen = |row: usize, at: usize| (first_seen(row)..=row).contains(&at);
+            let bias = |row, at| {
+                if seen(row, at) {
+                    0.0
+                } else {
+                    f32::NEG_INFINITY
+                }
+            };
+            let rows = span.start..end;
+            let values: Vec<f32> = rows
+                .flat_map(|row| (from..end).map(move |at| bias(row, at)))
+                .collect();
+            Tensor::from_vec(values, (span.rows, end - from), device)
+        };
+        Ok(Self {
+            first_row: span.first_row,
+            rows: span.rows,
+            slots: Tensor::new(span_slots(batch, span, from)?, device)?,
+            mask: (span.rows > 1).then(mask).transpose()?,
+        })
+    }
+
+    /// `softmax(q k^T * scale) v` of this span's rows of `q`, `[all rows, heads, dim]`; gives `[rows, heads * dim]`.
+    fn attend(
+        &self,
+        shape: &AttentionShape,
+        q: &Tensor,
+        cache: &KvLayer,
+    ) -> candle_core::Result<Tensor> {
+        let (rows, n) = (self.rows, self.slots.dim(0)?);
+        let (kv_heads, dim) = (shape.kv_heads, shape.head_dim);
+        // The query heads that share a key head stand together: they become rows of one multiplication.
+        let group = shape.heads / kv_heads;
+        let seen = |of: &Tensor| {
+            let of = of.index_select(&self.slots, 0)?;
+            of.reshape((n, kv_heads, dim))?
+                .transpose(0, 1)?
+                .contiguous()
+        };
+        let (k, v) = (seen(&cache.keys)?, seen(&cache.values)?);
+        let q = q.narrow(0, self.first_row, rows)?;
+        let q = q
+            .reshape((rows, kv_heads, group, dim))?
+            .permute((1, 2, 0, 3))?;
+        let q = q.reshape((kv_heads, group * rows, dim))?;
+        let mut scores = (q.matmul(&k.transpose(1, 2)?)? * f64::from(shape.scale))?;
+        if let Some(cap) = shape.softcap.map(f64::from) {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
+        if let Some(mask) = &self.mask {
+            let by_row = scores.reshape((kv_heads, group, rows, n))?;
+            scores = by_row
+                .broadcast_add(mask)?
+                .reshape((kv_heads, group * rows, n))?;
+        }
+        let attended = softmax(&scores)?.matmul(&v)?;
+        let attended = attended.reshape((kv_heads, group, rows, dim))?;
+        attended
+            .permute((2, 0, 1, 3))?
+            .reshape((rows, shape.heads * dim))
+    }
+}
+
+/// Over the last dimension. Every row has a finite number: a position sees itself.
+fn softmax(scores: &Tensor) -> candle_core::Result<Tensor> {
+    let shifted = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?;
+    let exps = shifted.exp()?;
+    exps.broadcast_div(&exps.sum_keepdim(D::Minus1)?)
+}
+
+/// `x / rms(x) * weight` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> candle_core::Result<Tensor> {
+    let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+    let scale = (mean + f64::from(eps))?.sqrt()?.recip()?;
+    x.broadcast_mul(&scale)?.broadcast_mul(weight)
+}
+
+/// Rotate the first `2 * angles` numbers of every head of `x`, `[rows, heads, dim]`, by `cos` and `sin`,
+/// `[rows, 1, angles]` (Su et al. 2021, arXiv:2104.09864).
+fn rotate(x: &Tensor, pairing: Pairing, cos: &Tensor, sin: &Tensor) -> candle_core::Result<Tensor> {
+    let (rows, heads, dim) = x.dims3()?;
+    let angles = cos.dim(2)?;
+    let turned = x.narrow(2, 0, 2 * angles)?.contiguous()?;
+    let (a, b) = match pairing {
+        Pairing::Halves => (
+            turned.narrow(2, 0, angles)?,
+            turned.narrow(2, angles, angles)?,
+        ),
+        Pairing::Neighbours => {
+            let pairs = turned.reshape((rows, heads, angles, 2))?;
+            (
+                pairs.narrow(3, 0, 1)?.squeeze(3)?,
+                pairs.narrow(3, 1, 1)?.squeeze(3)?,
+            )
+        }
+    };
+    let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
+    let second = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
+    let turned = match pairing {
+        Pairing::Halves => Tensor::cat(&[first, second], 2)?,
+        Pairing::Neighbours => {
+            Tensor::stack(&[first, second], 3)?.reshape((rows, heads, 2 * angles))?
+        }
+    };
+    if dim == 2 * angles {
+        return Ok(turned);
+    }
+    let rest = x.narrow(2, 2 * angles, dim - 2 * angles)?;
+    Tensor::cat(&[turned, rest.contiguous()?], 2)
+}

@@ -1,1 +1,226 @@
-//! (to come)
+//! [`Device`] over the kernels crate: f32 activations, weights in tiles, a cache of f16 pages, threads of its own.
+
+use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, attend};
+use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation};
+use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, matmul, quantize_rows};
+use hfcore_kernels::pool::Pool;
+use hfcore_kernels::simd::Isa;
+use hfcore_kernels::tile::{BLOCK, Tiles};
+
+use crate::arch::Rope;
+use crate::batch::Batch;
+use crate::device::{Angles, AttentionLayer, AttentionShape, Device};
+use crate::error::Result;
+use crate::weights::Tensor;
+
+/// The CPU. Keeps its workspace, so that a step allocates nothing once the largest has been seen.
+pub struct Cpu {
+    isa: Isa,
+    pool: Pool,
+    angles: Vec<Angles>,
+    blocks: Vec<ActBlock>,
+    plan: AttentionPlan,
+}
+
+/// Rows of f32.
+#[derive(Default)]
+pub struct Buffer {
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl Buffer {
+    fn rows(&self) -> usize {
+        self.values.len().checked_div(self.width).unwrap_or(0)
+    }
+    fn shape(&mut self, rows: usize, width: usize) -> &mut [f32] {
+        self.width = width;
+        self.values.resize(rows * width, 0.0);
+        &mut self.values
+    }
+}
+
+impl Cpu {
+    /// On `threads` threads; `None`: as many CPUs as this process may use.
+    pub fn new(threads: Option<usize>) -> Self {
+        Self {
+            isa: Isa::detect(),
+            pool: Pool::new(threads.unwrap_or_else(Pool::available)),
+            angles: Vec::new(),
+            blocks: Vec::new(),
+            plan: AttentionPlan::default(),
+        }
+    }
+
+    /// Its instruction set and threads, for reports.
+    pub fn describe(&self) -> (&'static str, usize) {
+        (self.isa.name(), self.pool.threads())
+    }
+
+    /// Bytes that a page takes over all layers.
+    pub fn page_bytes(shapes: &[AttentionShape]) -> usize {
+        shapes
+            .iter()
+            .map(|s| KvLayer::page_bytes(s.kv_heads, s.head_dim))
+            .sum()
+    }
+}
+
+impl Device for Cpu {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Buffer = Buffer;
+    type Cache = Vec<KvLayer>;
+
+    fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
+        let tiles = parts
+            .iter()
+            .map(|t| Tiles::pack(t.tensor_type, t.rows(), t.cols(), t.data, &self.pool))
+            .collect();
+        Ok(Matrix::new(tiles, bias))
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn cache(&self, pages: usize, shapes: &[AttentionShape]) -> Result<Vec<KvLayer>> {
+        Ok(shapes
+            .iter()
+            .map(|s| KvLayer::new(pages, s.kv_heads, s.head_dim))
+            .collect())
+    }
+
+    fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()> {
+        self.angles.resize(ropes.len(), Angles::default());
+        for (angles, rope) in self.angles.iter_mut().zip(ropes) {
+            angles.fill(batch, rope);
+        }
+        Ok(())
+    }
+
+    fn upload(&mut self, values: &[f32], width: usize, out: &mut Buffer) -> Result<()> {
+        out.shape(values.len() / width, width)
+            .copy_from_slice(values);
+        Ok(())
+    }
+
+    fn norm(&mut self, x: &Buffer, weight: &Vec<f32>, eps: f32, out: &mut Buffer) -> Result<()> {
+        let out = out.shape(x.rows(), x.width);
+        elementwise::rms_norm(self.isa, &self.pool, &x.values, weight, eps, out);
+        Ok(())
+    }
+
+    fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        self.blocks.clear();
+        if matrix.quantised() {
+            self.blocks
+                .resize(x.values.len() / BLOCK, ActBlock::default());
+            quantize_rows(self.isa, &self.pool, &x.values, x.width, &mut self.blocks);
+        }
+        let x = Activations {
+            rows: x.rows(),
+            floats: &x.values,
+            blocks: &self.blocks,
+        };
+        matmul(
+            self.isa,
+            &self.pool,
+            matrix,
+            x,
+            out.shape(x.rows, matrix.outputs()),
+        );
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        spec: &AttentionLayer<Vec<f32>>,
+        batch: &Batch,
+        qkv: &mut Buffer,
+        cache: &mut Vec<KvLayer>,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let shape = &spec.shape;
+        let prep = HeadPrep {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            norms: spec
+                .norms
+                .as_ref()
+                .map(|(q, k, eps)| (q.as_slice(), k.as_slice(), *eps)),
+            rotation: spec.rope.map(|i| {
+                let Angles { cos, sin, per_row } = &self.angles[i];
+                Rotation {
+                    pairing: spec.pairing,
+                    cos,
+                    sin,
+                    angles: *per_row,
+                }
+            }),
+        };
+        let (width, rows) = (qkv.width, qkv.rows());
+        elementwise::prepare_heads(self.isa, &self.pool, &prep, &mut qkv.values, width);
+        let cache = &mut cache[layer];
+        let keys = shape.heads * shape.head_dim;
+        cache.store(
+            &self.pool,
+            &batch.spans,
+            &batch.pages,
+            &qkv.values,
+            width,
+            keys,
+        );
+        let input = AttentionInput {
+            spans: &batch.spans,
+            pages: &batch.pages,
+            q: &qkv.values,
+            width,
+        };
+        attend(
+            self.isa,
+            &self.pool,
+            &mut self.plan,
+            shape,
+            cache,
+            &input,
+            out.shape(rows, keys),
+        );
+        Ok(())
+    }
+
+    fn gated(&mut self, activation: Activation, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        let width = x.width / 2;
+        elementwise::gated(
+            self.isa,
+            &self.pool,
+            activation,
+            &x.values,
+            width,
+            out.shape(x.rows(), width),
+        );
+        Ok(())
+    }
+
+    fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
+        elementwise::add(self.isa, &self.pool, &mut x.values, &y.values);
+        Ok(())
+    }
+
+    fn rows(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<()> {
+        let width = x.width;
+        let out = out.shape(rows.len(), width);
+        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+            out.copy_from_slice(&x.values[row as usize * width..][..width]);
+        }
+        Ok(())
+    }
+
+    fn download(&mut self, x: &Buffer, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(&x.values);
+        Ok(())
+    }
+}

@@ -1,1 +1,408 @@
-//! (to come)
+//! The one transformer, generic over its device: a batch of tokens in, logits out. Knows no request.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use crate::arch::{Arch, LayerArch};
+use crate::batch::{Batch, Forward};
+use crate::device::{AttentionLayer, AttentionShape, Device};
+use crate::error::{Error, Result};
+use crate::weights::{Tensor, Weights};
+
+/// A layer's weights on a device.
+struct Layer<D: Device> {
+    attn_norm: D::Vector,
+    qkv: D::Matrix,
+    attention: AttentionLayer<D::Vector>,
+    attn_output: D::Matrix,
+    post_attn_norm: Option<D::Vector>,
+    ffn_norm: D::Vector,
+    gate_up: D::Matrix,
+    ffn_down: D::Matrix,
+    post_ffn_norm: Option<D::Vector>,
+}
+
+/// A model's weights on a device, shared by every decoder that runs it.
+pub struct Resident<D: Device> {
+    pub arch: Arch,
+    weights: Arc<Weights>,
+    /// Name of the embedding's tensor, read row by row from the file.
+    embedding: String,
+    layers: Vec<Layer<D>>,
+    output_norm: D::Vector,
+    output: D::Matrix,
+}
+
+/// The shapes of all layers' attention: what a cache is made for.
+pub fn attention_shapes(arch: &Arch) -> Vec<AttentionShape> {
+    arch.layers
+        .iter()
+        .map(|l| attention_shape(arch, l))
+        .collect()
+}
+
+fn attention_shape(arch: &Arch, layer: &LayerArch) -> AttentionShape {
+    AttentionShape {
+        heads: arch.heads,
+        kv_heads: arch.kv_heads,
+        head_dim: arch.head_dim,
+        scale: arch.attention_scale,
+        softcap: arch.attention_softcap,
+        window: layer.window,
+    }
+}
+
+/// Reads tensors by their role, checks their shapes, remembers which were used.
+struct Loader<'a, D: Device> {
+    device: &'a D,
+    arch: &'a Arch,
+    weights: &'a Weights,
+    used: HashSet<String>,
+}
+
+impl<'a, D: Device> Loader<'a, D> {
+    /// The tensor `name` of `layer`, which must be `[rows, cols]`.
+    fn tensor(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Tensor<'a>> {
+        let name = self.arch.tensor_name(layer, name);
+        let tensor = self.weights.require(&name)?;
+        let fits = match tensor.shape {
+            [n] => rows == 1 && *n == cols,
+            [m, n] => *m == rows && *n == cols,
+            _ => false,
+        };
+        if !fits {
+            let got = tensor.shape;
+            return Err(self.weights.problem(format!(
+                "tensor {name:?} is {got:?}, wanted [{rows}, {cols}]"
+            )));
+        }
+        self.used.insert(name);
+        Ok(tensor)
+    }
+
+    fn norm(&mut self, layer: Option<usize>, name: &str, width: usize) -> Result<D::Vector> {
+        let mut values = self.tensor(layer, name, 1, width)?.dequantize();
+        values.iter_mut().for_each(|x| *x += self.arch.norm_offset);
+        self.device.vector(values)
+    }
+
+    /// Matrices that share their inputs, `(name, outputs)`, with their biases if the file has them.
+    fn matrix(
+        &mut self,
+        layer: Option<usize>,
+        parts: &[(&str, usize)],
+        inputs: usize,
+        needs_bias: bool,
+    ) -> Result<D::Matrix> {
+        let mut tensors = Vec::new();
+        let mut bias = Vec::new();
+        let mut has_bias = false;
+        for &(name, outputs) in parts {
+            tensors.push(self.tensor(layer, &format!("{name}.weight"), outputs, inputs)?);
+            let bias_name = format!("{name}.bias");
+            let present = self
+                .weights
+                .tensor(&self.arch.tensor_name(layer, &bias_name))
+                .is_some();
+            if present || needs_bias {
+                bias.extend(self.tensor(layer, &bias_name, 1, outputs)?.dequantize());
+                has_bias = true;
+            } else {
+                bias.extend(std::iter::repeat_n(0.0, outputs));
+            }
+        }
+        self.device.matrix(&tensors, has_bias.then_some(&bias))
+    }
+
+    fn layer(&mut self, i: usize) -> Result<Layer<D>> {
+        let (arch, at) = (self.arch, Some(i));
+        let (hidden, ff) = (arch.hidden_size, arch.intermediate_size);
+        let (q, kv) = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim);
+        let qkv: &[(&str, usize)] = match arch.fused {
+            true => &[("attn_qkv", q + 2 * kv)],
+            false => &[("attn_q", q), ("attn_k", kv), ("attn_v", kv)],
+        };
+        let norms = match arch.qk_norm {
+            true => Some((
+                self.norm(at, "attn_q_norm.weight", arch.head_dim)?,
+                self.norm(at, "attn_k_norm.weight", arch.head_dim)?,
+                arch.norm_eps,
+            )),
+            false => None,
+        };
+        let post = |this: &mut Self, name: &str| match arch.post_norms {
+            true => this.norm(at, name, hidden).map(Some),
+            false => Ok(None),
+        };
+        Ok(Layer {
+            attn_norm: self.norm(at, "attn_norm.weight", hidden)?,
+            qkv: self.matrix(at, qkv, hidden, arch.qkv_bias)?,
+            attention: AttentionLayer {
+                shape: attention_shape(arch, &arch.layers[i]),
+                norms,
+                rope: arch.layers[i].rope,
+                pairing: arch.pairing,
+            },
+            attn_output: self.matrix(at, &[("attn_output", hidden)], q, false)?,
+            post_attn_norm: post(self, "post_attention_norm.weight")?,
+            ffn_norm: self.norm(at, "ffn_norm.weight", hidden)?,
+            gate_up: self.gate_up(at, hidden, ff)?,
+            ffn_down: self.matrix(at, &[("ffn_down", hidden)], ff, false)?,
+            post_ffn_norm: post(self, "post_ffw_norm.weight")?,
+        })
+    }
+
+    /// Gate and up side by side. Fused ones are one tensor: GGUF calls it `ffn_up`, transformers `gate_up_proj`.
+    fn gate_up(&mut self, at: Option<usize>, hidden: usize, ff: usize) -> Result<D::Matrix> {
+        if !self.arch.fused {
+            return self.matrix(at, &[("ffn_gate", ff), ("ffn_up", ff)], hidden, false);
+        }
+        let both = self.arch.tensor_name(at, "ffn_gate_up.weight");
+        let name = if self.weights.tensor(&both).is_some() {
+            "ffn_gate_up"
+        } else {
+            "ffn_up"
+        };
+        self.matrix(at, &[(name, 2 * ff)], hidden, false)
+    }
+
+    /// A tensor that nobody used means that the file is not what its architecture says.
+    fn check_all_used(&self) -> Result<()> {
+        let known = |name: &str| {
+            let spare = [
+                "rope_freqs.weight",
+                "rope_factors_long.weight",
+                "rope_factors_short.weight",
+            ];
+            spare.contains(&name)
+                || name.ends_with("rotary_emb.inv_freq")
+                || name == self.arch.tensor_name(None, "output.weight")
+        };
+        let mut unused: Vec<_> = self
+            .weights
+            .tensors
+            .keys()
+            .filter(|n| !self.used.contains(*n) && !known(n))
+            .collect();
+        unused.sort();
+        let Some(first) = unused.first() else {
+            return Ok(());
+        };
+        Err(self.weights.problem(format!(
+            "{} tensors have no place in architecture {:?}, {first:?} the first",
+            unused.len(),
+            self.arch.family
+        )))
+    }
+}
+
+impl<D: Device> Resident<D> {
+    /// Make a model resident, layer by layer; `progress(done, total)` is told in bytes of the file.
+    ///
+    /// # Errors
+    /// A missing tensor, one of another shape, one that the architecture has no place for.
+    pub fn load(
+        device: &D,
+        arch: Arch,
+        weights: Arc<Weights>,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self> {
+        let mut loader = Loader {
+            device,
+            arch: &arch,
+            weights: &weights,
+            used: HashSet::new(),
+        };
+        let (vocab, hidden) = (arch.vocab_size, arch.hidden_size);
+        let embedding = loader.tensor(None, "token_embd.weight", vocab, hidden)?;
+        let total = weights.total_bytes();
+        let steps = arch.layers.len() as u64 + 1;
+        progress(0, total);
+        let mut layers = Vec::with_capacity(arch.layers.len());
+        for i in 0..arch.layers.len() {
+            layers.push(loader.layer(i)?);
+            progress(total * (i as u64 + 1) / steps, total);
+        }
+        let output_norm = loader.norm(None, "output_norm.weight", hidden)?;
+        let output = match arch.tied {
+            true => device.matrix(&[embedding], None)?,
+            false => loader.matrix(None, &[("output", vocab)], hidden, false)?,
+        };
+        loader.check_all_used()?;
+        progress(total, total);
+        let embedding = arch.tensor_name(None, "token_embd.weight");
+        Ok(Self {
+            arch,
+            weights,
+            embedding,
+            layers,
+            output_norm,
+            output,
+        })
+    }
+}
+
+/// Activations of a step, kept for the next one.
+struct Workspace<D: Device> {
+    embedded: Vec<f32>,
+    x: D::Buffer,
+    normed: D::Buffer,
+    qkv: D::Buffer,
+    attended: D::Buffer,
+    y: D::Buffer,
+    gate_up: D::Buffer,
+    gated: D::Buffer,
+    last: D::Buffer,
+    logits: Vec<f32>,
+}
+
+/// A resident model with a device's threads, its workspace and a cache.
+pub struct Decoder<D: Device> {
+    device: D,
+    model: Arc<Resident<D>>,
+    cache: D::Cache,
+    work: Workspace<D>,
+}
+
+impl<D: Device> Decoder<D> {
+    /// With room for `pages` pages of keys and values.
+    pub fn new(device: D, model: Arc<Resident<D>>, pages: usize) -> Result<Self> {
+        let cache = device.cache(pages, &attention_shapes(&model.arch))?;
+        let work = Workspace {
+            embedded: Vec::new(),
+            x: D::Buffer::default(),
+            normed: D::Buffer::default(),
+            qkv: D::Buffer::default(),
+            attended: D::Buffer::default(),
+            y: D::Buffer::default(),
+            gate_up: D::Buffer::default(),
+            gated: D::Buffer::default(),
+            last: D::Buffer::default(),
+            logits: Vec::new(),
+        };
+        Ok(Self {
+            device,
+            model,
+            cache,
+            work,
+        })
+    }
+}
+
+impl<D: Device> Forward for Decoder<D> {
+    fn vocab_size(&self) -> usize {
+        self.model.arch.vocab_size
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<&[f32]> {
+        let Self {
+            device,
+            model,
+            cache,
+            work: w,
+        } = self;
+        let arch = &model.arch;
+        device.begin(batch, &arch.ropes)?;
+        embed(model, batch, &mut w.embedded)?;
+        device.upload(&w.embedded, arch.hidden_size, &mut w.x)?;
+        for (i, layer) in model.layers.iter().enumerate() {
+            device.norm(&w.x, &layer.attn_norm, arch.norm_eps, &mut w.normed)?;
+            device.linear(&layer.qkv, &w.normed, &mut w.qkv)?;
+            device.attention(
+                i,
+                &layer.attention,
+                batch,
+                &mut w.qkv,
+                cache,
+                &mut w.attended,
+            )?;
+            device.linear(&layer.attn_output, &w.attended, &mut w.y)?;
+            let residual = Residual {
+                x: &mut w.x,
+                y: &w.y,
+                normed: &mut w.normed,
+            };
+            add_normed(
+                device,
+                layer.post_attn_norm.as_ref(),
+                arch.norm_eps,
+                residual,
+            )?;
+            device.norm(&w.x, &layer.ffn_norm, arch.norm_eps, &mut w.normed)?;
+            device.linear(&layer.gate_up, &w.normed, &mut w.gate_up)?;
+            device.gated(arch.activation, &w.gate_up, &mut w.gated)?;
+            device.linear(&layer.ffn_down, &w.gated, &mut w.y)?;
+            let residual = Residual {
+                x: &mut w.x,
+                y: &w.y,
+                normed: &mut w.normed,
+            };
+            add_normed(
+                device,
+                layer.post_ffn_norm.as_ref(),
+                arch.norm_eps,
+                residual,
+            )?;
+        }
+        w.logits.clear();
+        if !batch.outputs.is_empty() {
+            device.rows(&w.x, &batch.outputs, &mut w.last)?;
+            device.norm(&w.last, &model.output_norm, arch.norm_eps, &mut w.normed)?;
+            device.linear(&model.output, &w.normed, &mut w.y)?;
+            device.download(&w.y, &mut w.logits)?;
+            if let Some(cap) = arch.logit_softcap {
+                w.logits
+                    .iter_mut()
+                    .for_each(|x| *x = cap * (*x / cap).tanh());
+            }
+        }
+        Ok(&w.logits)
+    }
+}
+
+/// What a residual addition touches: the stream, what is added, and room for its norm.
+struct Residual<'a, B> {
+    x: &'a mut B,
+    y: &'a B,
+    normed: &'a mut B,
+}
+
+/// `x += y`, or `x += norm(y)` for families that norm what they add.
+fn add_normed<D: Device>(
+    device: &mut D,
+    norm: Option<&D::Vector>,
+    eps: f32,
+    r: Residual<D::Buffer>,
+) -> Result<()> {
+    let Some(weight) = norm else {
+        return device.add(r.x, r.y);
+    };
+    device.norm(r.y, weight, eps, r.normed)?;
+    device.add(r.x, r.normed)
+}
+
+/// The tokens' rows of the embedding, dequantised from the file.
+fn embed<D: Device>(model: &Resident<D>, batch: &Batch, out: &mut Vec<f32>) -> Result<()> {
+    let width = model.arch.hidden_size;
+    let table = model.weights.require(&model.embedding)?;
+    out.resize(batch.tokens.len() * width, 0.0);
+    for (&token, row) in batch.tokens.iter().zip(out.chunks_exact_mut(width)) {
+        let token = token as usize;
+        if token >= model.arch.vocab_size {
+            let size = model.arch.vocab_size;
+            return Err(Error::InvalidRequest(format!(
+                "token id must be below {size}, got {token}"
+            )));
+        }
+        table.dequantize_row(token, row);
+        row.iter_mut()
+            .for_each(|x| *x *= model.arch.embedding_scale);
+    }
+    Ok(())
+}

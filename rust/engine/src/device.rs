@@ -1,1 +1,107 @@
-//! (to come)
+//! What a decoder asks of a device: some fused operations over rows of f32 activations. No model, no request.
+
+use hfcore_kernels::elementwise::Activation;
+use hfcore_kernels::elementwise::Pairing;
+
+pub use hfcore_kernels::attention::AttentionShape;
+
+use crate::arch::Rope;
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::weights::Tensor;
+
+/// One layer's attention: its shape, the norms of its heads, its positions.
+pub struct AttentionLayer<V> {
+    pub shape: AttentionShape,
+    /// Weights for query and key heads, and the epsilon.
+    pub norms: Option<(V, V, f32)>,
+    /// Which of the ropes given to [`Device::begin`]; `None`: no positions.
+    pub rope: Option<usize>,
+    pub pairing: Pairing,
+}
+
+/// The operations. Buffers hold `[rows, width]` f32 activations and are reused from step to step: an operation gives its
+/// `out` the shape it needs. Arguments have been checked by the decoder; a device reports only what it alone can meet.
+pub trait Device: Send + Sized {
+    /// A resident weight matrix, maybe of several parts side by side.
+    type Matrix: Send + Sync;
+    /// A resident vector: norm weights.
+    type Vector: Send + Sync;
+    type Buffer: Send + Default;
+    /// Keys and values of all layers, in pages.
+    type Cache: Send;
+
+    /// Make parts that share their inputs resident; their outputs lie side by side.
+    fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Self::Matrix>;
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+    fn cache(&self, pages: usize, shapes: &[AttentionShape]) -> Result<Self::Cache>;
+
+    /// A step begins: compute what its positions need for each rope.
+    fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()>;
+    fn upload(&mut self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;
+    /// `out = x / rms(x) * weight`
+    fn norm(
+        &mut self,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `out = x matrix^T + bias`
+    fn linear(
+        &mut self,
+        matrix: &Self::Matrix,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend.
+    fn attention(
+        &mut self,
+        layer: usize,
+        spec: &AttentionLayer<Self::Vector>,
+        batch: &Batch,
+        qkv: &mut Self::Buffer,
+        cache: &mut Self::Cache,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `out = activation(gate) * up` of rows `[gate | up]`
+    fn gated(
+        &mut self,
+        activation: Activation,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `x += y`
+    fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
+    /// `out` = the chosen rows of `x`
+    fn rows(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<()>;
+    fn download(&mut self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<()>;
+}
+
+/// Cosines and sines of every row's position for one rope, `[rows][angles]`.
+#[derive(Default, Clone)]
+pub struct Angles {
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
+    pub per_row: usize,
+}
+
+impl Angles {
+    /// Compute them for a step, reusing memory. f32 throughout, as transformers does.
+    pub fn fill(&mut self, batch: &Batch, rope: &Rope) {
+        self.cos.clear();
+        self.sin.clear();
+        self.per_row = rope.frequencies.len();
+        for span in &batch.spans {
+            let long = rope.long_frequencies.as_ref().filter(|_| span.long);
+            let frequencies = long.unwrap_or(&rope.frequencies);
+            for position in span.start..span.start + span.rows {
+                for frequency in frequencies {
+                    let (sin, cos) = (position as f32 * frequency).sin_cos();
+                    self.cos.push(cos * rope.factor);
+                    self.sin.push(sin * rope.factor);
+                }
+            }
+        }
+    }
+}

@@ -9,7 +9,11 @@ pub enum Error {
 
     /// The file is sound, but asks for something this engine does not have.
     #[error("unsupported {what} {name:?}; supported: {supported}")]
-    Unsupported { what: &'static str, name: String, supported: String },
+    Unsupported {
+        what: &'static str,
+        name: String,
+        supported: String,
+    },
 
     /// Weights and cache would not fit into the memory that is free.
     #[error("the model needs {needed} bytes, {available} are free")]
@@ -22,7 +26,12 @@ pub enum Error {
     /// The chat template cannot be parsed, or refused these messages. `thrown` is true when the
     /// template itself raised (`raise_exception`), so that another shape of messages may do.
     #[error("chat template {name:?}, line {line}: {message}")]
-    Template { name: String, line: usize, message: String, thrown: bool },
+    Template {
+        name: String,
+        line: usize,
+        message: String,
+        thrown: bool,
+    },
 
     /// A request that no model could run.
     #[error("{0}")]
@@ -30,11 +39,22 @@ pub enum Error {
 
     /// An option nobody knows.
     #[error("unknown option {name:?}{}", nearest.as_ref().map(|n| format!("; did you mean {n:?}?")).unwrap_or_default())]
-    UnknownOption { name: String, nearest: Option<String> },
+    UnknownOption {
+        name: String,
+        nearest: Option<String>,
+    },
 
     /// The prompt does not fit.
     #[error("prompt has {prompt} tokens, the context holds {limit}")]
     ContextOverflow { prompt: usize, limit: usize },
+
+    /// The request's own `timeout` passed before it ended.
+    #[error("the request took longer than its timeout of {seconds} s")]
+    Timeout { seconds: f64 },
+
+    /// Too many requests wait already; a later attempt may do.
+    #[error("{waiting} requests are waiting, the queue holds {limit}")]
+    Overloaded { waiting: usize, limit: usize },
 
     /// The engine was closed before the request ended.
     #[error("the engine is closed")]

@@ -3,6 +3,7 @@
 
 // A ladder: a module uses only modules above it. tests/test_architecture.py guards it.
 pub mod error;
+pub mod memory;
 pub mod options;
 pub mod template;
 pub mod tokenizer;
@@ -10,6 +11,7 @@ pub mod weights;
 pub mod vocab;
 pub mod gguf;
 pub mod safetensors;
+pub mod files;
 pub mod arch;
 pub mod batch;
 pub mod pages;
@@ -21,4 +23,6 @@ pub mod sampling;
 pub mod stop;
 pub mod sequence;
 pub mod scheduler;
+pub mod stream;
 pub mod engine;
+pub mod model;

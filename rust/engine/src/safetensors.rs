@@ -1,1 +1,336 @@
-//! (to come)
+//! A directory with `config.json` and safetensors files into [`Weights`]. Tensor names stay as they are in the files.
+//!
+//! Format: 8 bytes of header length, a JSON header, then the tensors without gaps (huggingface/safetensors README). The
+//! header is read here rather than with that crate, which takes the last of two tensors of one name.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind, Read};
+use std::ops::Range;
+use std::path::{Component, Path};
+
+use hfcore_kernels::mmap::Mapped;
+use hfcore_kernels::quant::TensorType;
+use serde::Deserialize;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde_json::Value as Json;
+
+use crate::error::{Error, Result};
+use crate::weights::{TensorInfo, Weights};
+
+/// The safetensors library's own cap on a header.
+const MAX_HEADER: usize = 100_000_000;
+const MAX_CONFIG: u64 = 16 << 20;
+const MAX_INDEX: u64 = 64 << 20;
+
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Buffers that old checkpoints carry as integers and that no model reads.
+const IGNORED: [&str; 3] = ["position_ids", "token_type_ids", "num_batches_tracked"];
+
+/// Map the checkpoint in `dir`: `config.json`, and `model.safetensors` or the files that `model.safetensors.index.json`
+/// names; `generation_config.json` where there is one.
+///
+/// # Errors
+/// [`Error::ModelFile`] where a file is missing, cut short or inconsistent; [`Error::Unsupported`] for a quantised
+/// checkpoint or a dtype other than F32, F16 and BF16.
+pub fn open(dir: &Path) -> Result<Weights> {
+    let config = object(&dir.join(CONFIG), MAX_CONFIG)?.ok_or_else(|| {
+        file_error(
+            &dir.join(CONFIG),
+            "no such file; a safetensors checkpoint needs it",
+        )
+    })?;
+    refuse_quantised(&config)?;
+    let mut weights = Weights {
+        path: dir.display().to_string(),
+        files: Vec::new(),
+        tensors: HashMap::new(),
+        metadata: HashMap::new(),
+        config: Some(config),
+        generation_config: object(&dir.join("generation_config.json"), MAX_CONFIG)?,
+    };
+    if dir.join(SINGLE).exists() {
+        add_file(&mut weights, &dir.join(SINGLE))?;
+        return Ok(weights);
+    }
+    let index = dir.join(INDEX);
+    let weight_map = weight_map(&index)?.ok_or_else(|| {
+        weights.problem(format!(
+            "has neither {SINGLE} nor {INDEX}; pickled weights (.bin, .pt) are not read"
+        ))
+    })?;
+    let names: BTreeSet<&String> = weight_map.values().collect();
+    for name in &names {
+        add_file(&mut weights, &dir.join(name))?;
+    }
+    for (tensor, name) in &weight_map {
+        let file = weights.tensors.get(tensor).map(|t| t.file);
+        let wanted = names.iter().position(|n| n == &name);
+        if file != wanted && !is_ignored(tensor) {
+            return Err(file_error(
+                &index,
+                format!("says that {name:?} holds the tensor {tensor:?}, it does not"),
+            ));
+        }
+    }
+    Ok(weights)
+}
+
+fn file_error(path: &Path, problem: impl Into<String>) -> Error {
+    Error::ModelFile {
+        path: path.display().to_string(),
+        problem: problem.into(),
+    }
+}
+
+// JSON files
+
+/// The JSON object in a file of at most `cap` bytes; `None` where there is no such file.
+fn object(path: &Path, cap: u64) -> Result<Option<Json>> {
+    let Some(text) = read_capped(path, cap)? else {
+        return Ok(None);
+    };
+    let json: Json =
+        serde_json::from_slice(&text).map_err(|e| file_error(path, format!("not JSON: {e}")))?;
+    if !json.is_object() {
+        return Err(file_error(path, "should be a JSON object"));
+    }
+    Ok(Some(json))
+}
+
+fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
+    let error = |e: io::Error| file_error(path, e.to_string());
+    match fs::metadata(path) {
+        Ok(m) if m.is_file() => {}
+        Ok(_) => return Err(file_error(path, "not a regular file")),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(error(e)),
+    }
+    let mut text = Vec::new();
+    let file = fs::File::open(path).map_err(error)?;
+    file.take(cap + 1).read_to_end(&mut text).map_err(error)?;
+    if text.len() as u64 > cap {
+        return Err(file_error(
+            path,
+            format!("has more than the {cap} bytes that are read"),
+        ));
+    }
+    Ok(Some(text))
+}
+
+fn refuse_quantised(config: &Json) -> Result<()> {
+    let Some(quantised) = config.get("quantization_config").filter(|q| !q.is_null()) else {
+        return Ok(());
+    };
+    let name = quantised
+        .get("quant_method")
+        .and_then(Json::as_str)
+        .unwrap_or("without a quant_method");
+    let supported = "safetensors in F32, F16 or BF16; GGUF files".into();
+    Err(Error::Unsupported {
+        what: "quantisation",
+        name: name.into(),
+        supported,
+    })
+}
+
+/// The index: tensor name to file name, each a plain name in the same directory.
+fn weight_map(path: &Path) -> Result<Option<HashMap<String, String>>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let Some(text) = read_capped(path, MAX_INDEX)? else {
+        return Ok(None);
+    };
+    let index: Index = serde_json::from_slice(&text)
+        .map_err(|e| file_error(path, format!("not an index: {e}")))?;
+    for name in index.weight_map.values() {
+        if !is_plain_name(name) {
+            return Err(file_error(
+                path,
+                format!("names the file {name:?}, wanted one in the same directory"),
+            ));
+        }
+    }
+    Ok(Some(index.weight_map))
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let one = matches!(parts.next(), Some(Component::Normal(_))) && parts.next().is_none();
+    one && !name.contains(['/', '\\', ':', '\0'])
+}
+
+// One safetensors file
+
+fn add_file(weights: &mut Weights, path: &Path) -> Result<()> {
+    let mapped = Mapped::open(path).map_err(|e| file_error(path, e.to_string()))?;
+    let file = weights.files.len();
+    for (name, mut info) in parse(&mapped, path)? {
+        if weights.tensors.contains_key(&name) {
+            return Err(file_error(
+                path,
+                format!("has the tensor {name:?} a second time"),
+            ));
+        }
+        info.file = file;
+        weights.tensors.insert(name, info);
+    }
+    weights.files.push(mapped);
+    Ok(())
+}
+
+/// The header's entries in the order of the file, duplicates kept.
+struct Header(Vec<(String, Entry)>);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Header, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<HashMap<String, String>>()?;
+                        continue;
+                    }
+                    let entry = map
+                        .next_value()
+                        .map_err(|e| A::Error::custom(format!("tensor {name:?}: {e}")))?;
+                    entries.push((name, entry));
+                }
+                Ok(Header(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// The tensors of one file with their absolute byte ranges; their `file` is 0.
+fn parse(bytes: &[u8], path: &Path) -> Result<Vec<(String, TensorInfo)>> {
+    let error = |problem: String| file_error(path, problem);
+    let (header, start) = header_bytes(bytes).map_err(error)?;
+    let header: Header =
+        serde_json::from_slice(header).map_err(|e| error(format!("the header is wrong: {e}")))?;
+    let mut entries = header.0;
+    entries.sort_by_key(|(_, e)| e.data_offsets);
+    let (mut end, mut tensors) = (0, Vec::with_capacity(entries.len()));
+    for (name, entry) in entries {
+        let (from, to) = entry.data_offsets;
+        if from != end || to < from {
+            let problem = format!(
+                "tensor {name:?} has the bytes {from} to {to}, the one before it ends at {end}"
+            );
+            return Err(error(problem));
+        }
+        end = to;
+        if to > bytes.len() - start {
+            let left = bytes.len() - start;
+            return Err(error(format!(
+                "cut short: tensor {name:?} ends at byte {to}, the file has {left}"
+            )));
+        }
+        if !is_ignored(&name) {
+            let info = tensor_info(&name, entry, start + from..start + to, path)?;
+            tensors.push((name, info));
+        }
+    }
+    if end != bytes.len() - start {
+        return Err(error(format!(
+            "has {} bytes of tensors, its header describes {end}",
+            bytes.len() - start
+        )));
+    }
+    Ok(tensors)
+}
+
+/// The JSON header, and where it ends.
+fn header_bytes(bytes: &[u8]) -> std::result::Result<(&[u8], usize), String> {
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err("a Git LFS pointer, not the model itself; fetch it with `git lfs pull`".into());
+    }
+    let Some((length, rest)) = bytes.split_first_chunk() else {
+        return Err(format!(
+            "cut short: a safetensors file has at least 8 bytes, this has {}",
+            bytes.len()
+        ));
+    };
+    let length = u64::from_le_bytes(*length);
+    let n = usize::try_from(length).ok().filter(|n| *n <= MAX_HEADER);
+    let n = n.ok_or_else(|| {
+        format!("not a safetensors file: its header would have {length} bytes, at most {MAX_HEADER} are read")
+    })?;
+    let header = rest.get(..n).ok_or_else(|| {
+        format!(
+            "cut short: the header needs {n} bytes, {} are left",
+            rest.len()
+        )
+    })?;
+    Ok((header, 8 + n))
+}
+
+fn tensor_info(name: &str, entry: Entry, bytes: Range<usize>, path: &Path) -> Result<TensorInfo> {
+    let tensor_type = match entry.dtype.as_str() {
+        "F32" => TensorType::F32,
+        "F16" => TensorType::F16,
+        "BF16" => TensorType::BF16,
+        other => {
+            let name = format!("{other} of {name}");
+            return Err(Error::Unsupported {
+                what: "dtype",
+                name,
+                supported: "F32, F16, BF16".into(),
+            });
+        }
+    };
+    let elements = entry
+        .shape
+        .iter()
+        .try_fold(1_usize, |n, dim| n.checked_mul(*dim));
+    if elements.and_then(|n| tensor_type.row_bytes(n)) != Some(bytes.len()) {
+        let (shape, n) = (entry.shape, bytes.len());
+        return Err(file_error(
+            path,
+            format!(
+                "tensor {name:?} of shape {shape:?} in {} has {n} bytes",
+                tensor_type.name()
+            ),
+        ));
+    }
+    Ok(TensorInfo {
+        tensor_type,
+        shape: entry.shape,
+        file: 0,
+        bytes,
+    })
+}
+
+fn is_ignored(name: &str) -> bool {
+    name.rsplit('.')
+        .next()
+        .is_some_and(|last| IGNORED.contains(&last))
+}

@@ -1,1 +1,445 @@
-//! (to come)
+//! One request, from its prompt to its finish reason. Knows neither the model nor the cache's pages.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+use crate::options::Options;
+use crate::sampling::{Sampled, Sampler};
+use crate::stop::StopBuffer;
+
+/// Turns one request's token ids into text, as its characters complete.
+pub trait Text: Send {
+    /// Take a token; the text that is now certain, often empty inside a character.
+    fn push(&mut self, id: u32) -> String;
+    /// No token follows: the text still held back.
+    fn finish(&mut self) -> String;
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end token or a stop string.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+}
+
+impl FinishReason {
+    /// OpenAI's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What a request cost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    /// Generated tokens, an end token included.
+    pub completion_tokens: usize,
+    /// From submit to the first token.
+    pub time_to_first_token: Duration,
+    /// From submit to the last.
+    pub total_time: Duration,
+}
+
+/// A token's log probability under the model's own distribution, and its likeliest rivals.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    pub token: u32,
+    pub logprob: f32,
+    /// `top_logprobs` tokens, likeliest first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What one decoded token brought. The last one of a request carries its finish reason and usage.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Delta {
+    /// New text; empty while a character or a possible stop string is incomplete.
+    pub text: String,
+    /// The tokens decoded, an end token included.
+    pub token_ids: Vec<u32>,
+    /// One per token when `logprobs` is on, else empty.
+    pub logprobs: Vec<TokenLogprob>,
+    pub finish_reason: Option<FinishReason>,
+    pub usage: Option<Usage>,
+}
+
+/// A request under way.
+pub struct Sequence {
+    /// Prompt, then output.
+    ids: Vec<u32>,
+    prompt: usize,
+    /// How many of `ids` have keys and values in the cache.
+    cached: usize,
+    /// `ids` never grows beyond this.
+    limit: usize,
+    min_tokens: usize,
+    /// Tokens that end the text; banned before `min_tokens`.
+    ends: Vec<u32>,
+    sampler: Sampler,
+    text: Box<dyn Text>,
+    stop: StopBuffer,
+    submitted: Instant,
+    first_token: Option<Instant>,
+}
+
+impl Sequence {
+    /// A request of `ids` (not empty, fewer than `context`), ending at one of `eos_ids` or of the
+    /// options' own end tokens, at a stop string, at `max_tokens` or at the end of the context.
+    pub fn new(
+        ids: Vec<u32>,
+        options: &Options,
+        eos_ids: &[u32],
+        text: Box<dyn Text>,
+        context: usize,
+    ) -> Self {
+        let prompt = ids.len();
+        let mut ends = options.stop_token_ids.clone();
+        if !options.ignore_eos {
+            ends.extend_from_slice(eos_ids);
+        }
+        let wanted = options.max_tokens.unwrap_or(usize::MAX);
+        Self {
+            limit: prompt.saturating_add(wanted).min(context),
+            prompt,
+            cached: 0,
+            min_tokens: options.min_tokens,
+            ends,
+            sampler: Sampler::new(options, &ids),
+            text,
+            stop: StopBuffer::new(&options.stop),
+            submitted: Instant::now(),
+            first_token: None,
+            ids,
+        }
+    }
+
+    /// Tokens known so far, prompt and output.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Never: a request has a prompt.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    pub fn prompt_tokens(&self) -> usize {
+        self.prompt
+    }
+
+    pub fn completion_tokens(&self) -> usize {
+        self.ids.len() - self.prompt
+    }
+
+    pub fn submitted(&self) -> Instant {
+        self.submitted
+    }
+
+    /// Tokens whose keys and values are not in the cache yet; the next token needs them all.
+    pub fn pending(&self) -> usize {
+        self.ids.len() - self.cached
+    }
+
+    /// One known token away from its next one, and past its prompt.
+    pub fn decoding(&self) -> bool {
+        self.pending() == 1 && self.completion_tokens() > 0
+    }
+
+    /// The next `n` tokens to run, and the position of the first.
+    pub fn next(&self, n: usize) -> (&[u32], usize) {
+        (&self.ids[self.cached..self.cached + n], self.cached)
+    }
+
+    /// The next `n` tokens have run.
+    pub fn ran(&mut self, n: usize) {
+        self.cached += n;
+    }
+
+    /// The cache was taken away; everything known runs again.
+    pub fn forget_cache(&mut self) {
+        self.cached = 0;
+    }
+
+    /// Choose the next token from its logits, `[vocab_size]`, and take it.
+    ///
+    /// # Errors
+    /// `Internal` when the logits allow no token.
+    pub fn advance(&mut self, logits: &[f32]) -> Result<Delta> {
+        let early = self.completion_tokens() < self.min_tokens;
+        let sampled = self
+            .sampler
+            .sample(logits, if early { &self.ends } else { &[] })?;
+        Ok(self.push(sampled))
+    }
+
+    /// Take a token: its text, and the end of the request if it is one.
+    fn push(&mut self, sampled: Sampled) -> Delta {
+        let Sampled {
+            token,
+            logprob,
+            top,
+        } = sampled;
+        self.first_token.get_or_insert_with(Instant::now);
+        self.sampler.accept(token);
+        self.ids.push(token);
+
+        let (text, finish_reason) = self.text_of(token);
+        Delta {
+            text,
+            token_ids: vec![token],
+            logprobs: logprob
+                .map(|logprob| TokenLogprob {
+                    token,
+                    logprob,
+                    top,
+                })
+                .into_iter()
+                .collect(),
+            usage: finish_reason.map(|_| self.usage()),
+            finish_reason,
+        }
+    }
+
+    /// The text a token releases, and whether it ends the request. End tokens have none.
+    fn text_of(&mut self, token: u32) -> (String, Option<FinishReason>) {
+        if self.ends.contains(&token) {
+            return (self.flush(String::new()), Some(FinishReason::Stop));
+        }
+        let piece = self.text.push(token);
+        // Before min_tokens no stop counts, so nothing is held back for one.
+        let (text, hit) = if self.completion_tokens() < self.min_tokens {
+            (piece, None)
+        } else {
+            let released = self.stop.push(&piece);
+            (released.text, released.hit)
+        };
+        if hit.is_some() {
+            return (text, Some(FinishReason::Stop));
+        }
+        if self.ids.len() < self.limit {
+            return (text, None);
+        }
+        (self.flush(text), Some(FinishReason::Length))
+    }
+
+    /// Append all text held back; a stop completed by it still cuts.
+    fn flush(&mut self, mut text: String) -> String {
+        let last = self.text.finish();
+        let released = self.stop.push(&last);
+        text += &released.text;
+        text += &self.stop.finish();
+        text
+    }
+
+    fn usage(&self) -> Usage {
+        let now = Instant::now();
+        Usage {
+            prompt_tokens: self.prompt,
+            completion_tokens: self.completion_tokens(),
+            time_to_first_token: self.first_token.unwrap_or(now) - self.submitted,
+            total_time: now - self.submitted,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Token 10 + n is the n-th letter; 99 is half a character that the next token completes.
+    #[derive(Default)]
+    struct Letters {
+        half: bool,
+    }
+
+    impl Text for Letters {
+        fn push(&mut self, id: u32) -> String {
+            if id == 99 {
+                self.half = true;
+                return String::new();
+            }
+            let letter = char::from(b'a' + (id.saturating_sub(10) % 26) as u8);
+            match std::mem::take(&mut self.half) {
+                true => format!("é{letter}"),
+                false => letter.to_string(),
+            }
+        }
+
+        fn finish(&mut self) -> String {
+            if std::mem::take(&mut self.half) {
+                "\u{FFFD}".into()
+            } else {
+                String::new()
+            }
+        }
+    }
+
+    const EOS: [u32; 2] = [0, 1];
+
+    fn sequence(options: Options) -> Sequence {
+        Sequence::new(
+            vec![10, 11, 12],
+            &options,
+            &EOS,
+            Box::new(Letters::default()),
+            100,
+        )
+    }
+
+    /// Logits whose likeliest token is `token`, the second `other`.
+    fn row(token: u32, other: u32) -> Vec<f32> {
+        let mut row = vec![0.0; 128];
+        row[other as usize] = 5.0;
+        row[token as usize] = 9.0;
+        row
+    }
+
+    /// Decode these tokens until the request ends; the text of each delta, and the last delta.
+    fn decode(sequence: &mut Sequence, tokens: &[u32]) -> (Vec<String>, Delta) {
+        let mut texts = Vec::new();
+        for token in tokens {
+            let delta = sequence.advance(&row(*token, 40)).unwrap();
+            texts.push(delta.text.clone());
+            if delta.finish_reason.is_some() {
+                return (texts, delta);
+            }
+        }
+        (texts, Delta::default())
+    }
+
+    #[test]
+    fn any_of_the_end_tokens_ends_the_text_and_shows_no_text() {
+        for eos in EOS {
+            let (texts, last) = decode(&mut sequence(Options::default()), &[10, 11, eos, 12]);
+            assert_eq!(texts, ["a", "b", ""]);
+            assert_eq!(last.finish_reason, Some(FinishReason::Stop));
+            assert_eq!(last.token_ids, [eos]);
+            let usage = last.usage.unwrap();
+            assert_eq!((usage.prompt_tokens, usage.completion_tokens), (3, 3));
+            assert!(usage.time_to_first_token <= usage.total_time);
+        }
+    }
+
+    #[test]
+    fn own_end_tokens_end_it_and_ignored_ones_do_not() {
+        let options = Options {
+            ignore_eos: true,
+            stop_token_ids: vec![30],
+            ..Options::default()
+        };
+        let (texts, last) = decode(&mut sequence(options), &[10, 0, 11, 30]);
+        assert_eq!(texts.len(), 4);
+        assert_eq!(last.finish_reason, Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn max_tokens_and_the_context_end_it_by_length() {
+        let options = Options {
+            max_tokens: Some(2),
+            ..Options::default()
+        };
+        let (texts, last) = decode(&mut sequence(options), &[10, 11, 12]);
+        assert_eq!(
+            (texts.len(), last.finish_reason),
+            (2, Some(FinishReason::Length))
+        );
+        let (texts, last) = decode(&mut sequence(Options::default()), &[10; 200]);
+        assert_eq!(
+            (texts.len(), last.finish_reason),
+            (97, Some(FinishReason::Length))
+        );
+    }
+
+    #[test]
+    fn a_stop_string_ends_it_and_never_shows() {
+        let options = Options {
+            stop: vec!["cd".into()],
+            ..Options::default()
+        };
+        let (texts, last) = decode(&mut sequence(options), &[10, 12, 11, 12, 13, 14]);
+        assert_eq!(texts, ["a", "", "cb", "", ""]);
+        assert_eq!(last.finish_reason, Some(FinishReason::Stop));
+        assert_eq!(last.usage.unwrap().completion_tokens, 5);
+    }
+
+    #[test]
+    fn what_was_held_back_comes_with_the_end() {
+        let options = Options {
+            stop: vec!["ab".into()],
+            max_tokens: Some(2),
+            ..Options::default()
+        };
+        let (texts, _) = decode(&mut sequence(options.clone()), &[11, 10]);
+        assert_eq!(texts, ["b", "a"]);
+        let (texts, _) = decode(&mut sequence(options), &[10, 99]);
+        assert_eq!(texts, ["", "a\u{FFFD}"]);
+    }
+
+    #[test]
+    fn half_a_character_waits_for_the_other_half() {
+        let (texts, _) = decode(&mut sequence(Options::default()), &[99, 10]);
+        assert_eq!(texts, ["", "éa"]);
+    }
+
+    #[test]
+    fn nothing_ends_it_before_min_tokens() {
+        let options = Options {
+            min_tokens: 3,
+            stop: vec!["a".into()],
+            ..Options::default()
+        };
+        let (texts, last) = decode(&mut sequence(options), &[0, 10, 0, 0]);
+        // The end token is passed over for the second likeliest, 40, which reads "e".
+        assert_eq!(texts, ["e", "a", "e", ""]);
+        assert_eq!(last.finish_reason, Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn logprobs_come_one_per_token_when_asked() {
+        let options = Options {
+            logprobs: true,
+            top_logprobs: 2,
+            ..Options::default()
+        };
+        let delta = sequence(options).advance(&row(10, 40)).unwrap();
+        assert_eq!(delta.logprobs.len(), 1);
+        assert_eq!(delta.logprobs[0].token, 10);
+        assert_eq!(
+            delta.logprobs[0]
+                .top
+                .iter()
+                .map(|t| t.0)
+                .collect::<Vec<_>>(),
+            [10, 40]
+        );
+        assert!(
+            sequence(Options::default())
+                .advance(&row(10, 40))
+                .unwrap()
+                .logprobs
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn a_lost_cache_runs_prompt_and_output_again() {
+        let mut sequence = sequence(Options::default());
+        assert!(!sequence.decoding());
+        assert_eq!(sequence.next(2), (&[10, 11][..], 0));
+        sequence.ran(3);
+        sequence.advance(&row(20, 40)).unwrap();
+        assert!(sequence.decoding());
+        assert_eq!(sequence.next(1), (&[20][..], 3));
+        sequence.forget_cache();
+        assert!(!sequence.decoding());
+        assert_eq!(
+            (sequence.pending(), sequence.next(4).0),
+            (4, &[10, 11, 12, 20][..])
+        );
+    }
+}

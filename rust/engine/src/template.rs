@@ -1,1 +1,283 @@
-//! (to come)
+//! Messages and tools -> prompt, as transformers' apply_chat_template renders them. No tokens here.
+//!
+//! minijinja's parser reads the template; what runs it is ours (`template/run.rs`). Its own virtual
+//! machine is no place to teach Python's semantics: operators, iteration over None, comparison and
+//! `~` on built-in values have no hook, and text or nesting that a hostile template makes has no bound.
+
+mod clock;
+mod filters;
+mod format;
+mod methods;
+mod run;
+mod syntax;
+mod text;
+mod value;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde_json::{Map, Value as Json};
+
+use crate::error::{Error, Result};
+use run::Run;
+use syntax::Program;
+use value::{Budget, Fault, Res, Value};
+
+pub use clock::Now;
+pub use value::BIG_INT_KEY;
+
+/// Marks the end of the message to be continued; cut off again after rendering.
+const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// One chat template, compiled once and rendered often, from any thread.
+///
+/// ```
+/// use hfcore_engine::template::{ChatTemplate, RenderRequest};
+/// let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}";
+/// let template = ChatTemplate::new("default", source, &Default::default())?;
+/// let messages = serde_json::json!([{"role": "user", "content": "Hi"}]);
+/// let prompt = template.render(&RenderRequest { messages, ..Default::default() })?;
+/// assert_eq!(prompt, "<user>Hi");
+/// # Ok::<(), hfcore_engine::error::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ChatTemplate {
+    name: String,
+    source: String,
+    special_tokens: BTreeMap<String, String>,
+    program: Program,
+}
+
+/// What one render is given. All but `messages` may stay at its default.
+///
+/// An integer that JSON cannot hold (beyond 64 bits) is written as `{BIG_INT_KEY: "digits"}`.
+#[derive(Debug, Default, Clone)]
+pub struct RenderRequest {
+    /// An array of OpenAI-shaped objects, at least one.
+    pub messages: Json,
+    /// Tool schemas; None is Python's None in the template.
+    pub tools: Option<Json>,
+    /// Documents for retrieval templates, likewise.
+    pub documents: Option<Json>,
+    pub add_generation_prompt: bool,
+    /// End the prompt inside the last message, so that the model goes on with it.
+    pub continue_final_message: bool,
+    /// What strftime_now reads; None is the local clock.
+    pub now: Option<Now>,
+    /// Keep message keys whose value is null, as render_jinja_template does; apply_chat_template drops them.
+    pub keep_none_keys: bool,
+    /// Further variables; they win over special tokens.
+    pub variables: Map<String, Json>,
+}
+
+impl ChatTemplate {
+    /// Compile `source`. `name` appears in errors; `special_tokens` (`bos_token`, ...) are variables.
+    ///
+    /// # Errors
+    /// [`Error::Template`] with the line, if the source is no template.
+    pub fn new(name: &str, source: &str, special_tokens: &BTreeMap<String, String>) -> Result<ChatTemplate> {
+        let program = Program::compile(name, source).map_err(|fault| template_error(name, *fault))?;
+        Ok(ChatTemplate {
+            name: name.to_owned(),
+            source: source.to_owned(),
+            special_tokens: special_tokens.clone(),
+            program,
+        })
+    }
+
+    /// The prompt.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRequest`] for messages that are no conversation, and where
+    /// `continue_final_message` cannot be done; [`Error::Template`] where the template fails or
+    /// refuses (`thrown`), with its line.
+    pub fn render(&self, request: &RenderRequest) -> Result<String> {
+        self.render_with_spans(request).map(|(text, _)| text)
+    }
+
+    /// The prompt, and where its `{% generation %}` blocks lie, in code points.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_with_spans(&self, request: &RenderRequest) -> Result<(String, Vec<Range<usize>>)> {
+        let mut messages = prepare(request)?;
+        let continued = match request.continue_final_message {
+            true => Some(self.mark_final_message(request, &mut messages)?),
+            false => None,
+        };
+        let rendered = self.run(request, &messages).map_err(|fault| template_error(&self.name, *fault))?;
+        match continued {
+            Some(content) => Ok((cut_at_tag(&rendered.0, &content)?, rendered.1)),
+            None => Ok(rendered),
+        }
+    }
+
+    /// The template text as it was given.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The name it was given.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Does the template read `tools`?
+    pub fn takes_tools(&self) -> bool {
+        self.program.mentions("tools")
+    }
+
+    fn run(&self, request: &RenderRequest, messages: &[Json]) -> Res<(String, Vec<Range<usize>>)> {
+        let size = messages.iter().chain(&request.tools).chain(&request.documents).chain(request.variables.values());
+        let budget = Budget::for_input(size.map(json_size).sum());
+        let mut run = Run::new(&self.program, budget, request.now);
+        for (name, token) in &self.special_tokens {
+            run.define(name, |_| Ok(Value::from(token.as_str())))?;
+        }
+        for (name, value) in &request.variables {
+            run.define(name, |budget| Value::from_json(value, budget))?;
+        }
+        run.define("messages", |budget| {
+            let items = messages.iter().map(|m| Value::from_json(m, budget)).collect::<Res<_>>()?;
+            Value::list(items, budget)
+        })?;
+        let optional = |json: &Option<Json>, budget: &mut Budget| match json {
+            Some(json) => Value::from_json(json, budget),
+            None => Ok(Value::None),
+        };
+        run.define("tools", |budget| optional(&request.tools, budget))?;
+        run.define("documents", |budget| optional(&request.documents, budget))?;
+        run.define("add_generation_prompt", |_| Ok(Value::Bool(request.add_generation_prompt)))?;
+        run.finish()
+    }
+
+    /// Put the tag behind the last message's text; returns the text as it was.
+    fn mark_final_message(&self, request: &RenderRequest, messages: &mut [Json]) -> Result<String> {
+        let invalid = |message: String| Err(Error::InvalidRequest(message));
+        if request.add_generation_prompt {
+            return invalid(
+                "continue_final_message and add_generation_prompt cannot both be set: the first ends the prompt \
+                 inside the last message, the second opens a new one"
+                    .into(),
+            );
+        }
+        let Some(content) = messages.last_mut().and_then(|m| m.get_mut("content")) else {
+            return invalid("continue_final_message wants a last message with content, got one without".into());
+        };
+        if !self.source.contains("content") {
+            return invalid(format!("continue_final_message: template {:?} does not read content", self.name));
+        }
+        let text = match content {
+            Json::Array(parts) => parts.iter_mut().rev().find_map(|part| part.get_mut("text")),
+            content => Some(content),
+        };
+        match text {
+            Some(Json::String(text)) => {
+                let original = text.clone();
+                text.push_str(CONTINUE_TAG);
+                Ok(original)
+            }
+            _ => invalid("continue_final_message wants text in the last message, got none".into()),
+        }
+    }
+}
+
+/// What apply_chat_template does to messages first: null keys dropped, reasoning under both names.
+fn prepare(request: &RenderRequest) -> Result<Vec<Json>> {
+    let invalid = |message: String| Err(Error::InvalidRequest(message));
+    check_objects("tools", request.tools.as_ref())?;
+    check_objects("documents", request.documents.as_ref())?;
+    let Json::Array(messages) = &request.messages else {
+        return invalid(format!("messages must be an array of objects, got {}", kind(&request.messages)));
+    };
+    if messages.is_empty() {
+        return invalid("messages must hold at least one message, got none".into());
+    }
+    let mut prepared = Vec::with_capacity(messages.len());
+    for (i, message) in messages.iter().enumerate() {
+        let Json::Object(message) = message else {
+            return invalid(format!("message {i} must be an object, got {}", kind(message)));
+        };
+        if !message.contains_key("role") {
+            return invalid(format!("message {i} must have a role, got keys {:?}", message.keys().collect::<Vec<_>>()));
+        }
+        let kept = message.iter().filter(|(_, value)| request.keep_none_keys || !value.is_null());
+        prepared.push(Json::Object(with_reasoning(kept.map(|(k, v)| (k.clone(), v.clone())).collect())));
+    }
+    Ok(prepared)
+}
+
+/// None, or an array of objects.
+fn check_objects(what: &str, given: Option<&Json>) -> Result<()> {
+    let wanted = |came: &str| Err(Error::InvalidRequest(format!("{what} must be an array of objects, got {came}")));
+    match given {
+        None | Some(Json::Null) => Ok(()),
+        Some(Json::Array(items)) => match items.iter().find(|item| !item.is_object()) {
+            Some(item) => wanted(&format!("{} in it", kind(item))),
+            None => Ok(()),
+        },
+        Some(other) => wanted(kind(other)),
+    }
+}
+
+/// The first reasoning that is not null, under `reasoning_content` and, if missing, `thinking`.
+fn with_reasoning(mut message: Map<String, Json>) -> Map<String, Json> {
+    let names = ["reasoning_content", "thinking", "reasoning"];
+    let reasoning = names.iter().find_map(|name| message.get(*name).filter(|v| !v.is_null())).cloned();
+    let Some(reasoning) = reasoning else { return message };
+    message.insert("reasoning_content".into(), reasoning.clone());
+    if message.contains_key("thinking") {
+        return message;
+    }
+    let mut with_thinking = Map::with_capacity(message.len() + 1);
+    with_thinking.insert("thinking".into(), reasoning);
+    with_thinking.append(&mut message);
+    with_thinking
+}
+
+/// The prompt up to the tag; white space before it goes where the template trimmed the tag's own.
+fn cut_at_tag(rendered: &str, content: &str) -> Result<String> {
+    let is_space = |c: char| text::is_space(c);
+    let found = rendered.rfind(CONTINUE_TAG.trim_end());
+    match found {
+        Some(at) if rendered.contains(content.trim_matches(is_space)) => {
+            let cut = &rendered[..at];
+            Ok((if rendered[at..].starts_with(CONTINUE_TAG) { cut } else { cut.trim_end_matches(is_space) }).to_owned())
+        }
+        _ => Err(Error::InvalidRequest(
+            "continue_final_message is set, but the last message is not in the rendered chat: the template \
+             changes or drops it"
+                .into(),
+        )),
+    }
+}
+
+fn kind(json: &Json) -> &'static str {
+    match json {
+        Json::Null => "null",
+        Json::Bool(_) => "a boolean",
+        Json::Number(_) => "a number",
+        Json::String(_) => "a string",
+        Json::Array(_) => "an array",
+        Json::Object(_) => "an object",
+    }
+}
+
+/// About as many bytes as the value has as text.
+fn json_size(json: &Json) -> usize {
+    match json {
+        Json::String(s) => s.len() + 2,
+        Json::Array(items) => items.iter().map(json_size).sum::<usize>() + 2,
+        Json::Object(map) => map.iter().map(|(k, v)| k.len() + 4 + json_size(v)).sum::<usize>() + 2,
+        _ => 8,
+    }
+}
+
+fn template_error(name: &str, fault: Fault) -> Error {
+    Error::Template {
+        name: name.to_owned(),
+        line: fault.line.map_or(1, |line| line as usize),
+        message: fault.message,
+        thrown: fault.thrown,
+    }
+}

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use hfcore_kernels::mmap::Mapped;
-use hfcore_kernels::quant::TensorType;
+use hfcore_kernels::quant::{self, TensorType};
+
+use crate::error::{Error, Result};
 
 /// One metadata value of a model file. Arrays are typed, so that a vocabulary stays compact.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,4 +53,445 @@ pub struct Weights {
     /// `config.json` and `generation_config.json` of a safetensors directory.
     pub config: Option<serde_json::Value>,
     pub generation_config: Option<serde_json::Value>,
+}
+
+impl Weights {
+    /// The tensor of this name, if there is one.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let (name, info) = self.tensors.get_key_value(name)?;
+        let data = self.files.get(info.file)?.get(info.bytes.clone())?;
+        Some(Tensor {
+            name,
+            tensor_type: info.tensor_type,
+            shape: &info.shape,
+            data,
+        })
+    }
+
+    /// The tensor of this name; without it, an [`Error::ModelFile`] that names the nearest one there is.
+    pub fn require(&self, name: &str) -> Result<Tensor<'_>> {
+        self.tensor(name)
+            .ok_or_else(|| self.missing("tensor", name, self.tensors.keys()))
+    }
+
+    /// Bytes of all tensors.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|t| t.bytes.len() as u64).sum()
+    }
+
+    /// An [`Error::ModelFile`] about these files.
+    pub fn problem(&self, problem: impl Into<String>) -> Error {
+        Error::ModelFile {
+            path: self.path.clone(),
+            problem: problem.into(),
+        }
+    }
+
+    /// The error for a metadata key that a model of this kind must have.
+    pub fn missing_key(&self, key: &str) -> Error {
+        self.missing("metadata", key, self.metadata.keys())
+    }
+
+    fn missing<'a>(
+        &self,
+        what: &str,
+        name: &str,
+        known: impl Iterator<Item = &'a String>,
+    ) -> Error {
+        let near = nearest(name, known)
+            .map(|n| format!("; the nearest name is {n:?}"))
+            .unwrap_or_default();
+        self.problem(format!("has no {what} {name:?}{near}"))
+    }
+}
+
+/// Typed metadata. Each getter is `Ok(None)` where the key is absent and an [`Error::ModelFile`] with the key, what was
+/// wanted and what came where its value is of another kind.
+impl Weights {
+    /// A string.
+    pub fn get_str(&self, key: &str) -> Result<Option<&str>> {
+        self.get(key, "a string", |v| match v {
+            Value::String(s) => Some(s.as_str()),
+            _ => None,
+        })
+    }
+
+    /// True or false.
+    pub fn get_bool(&self, key: &str) -> Result<Option<bool>> {
+        self.get(key, "true or false", |v| match v {
+            Value::Bool(b) => Some(*b),
+            _ => None,
+        })
+    }
+
+    /// A whole number of 32 bits. A float is refused, whole or not.
+    pub fn get_u32(&self, key: &str) -> Result<Option<u32>> {
+        self.get(key, "a whole number from 0 to 4294967295", |v| match v {
+            Value::Int(n) => u32::try_from(*n).ok(),
+            _ => None,
+        })
+    }
+
+    /// A size or count. A float is refused, whole or not.
+    pub fn get_usize(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key, "a whole number, not negative", |v| match v {
+            Value::Int(n) => usize::try_from(*n).ok(),
+            Value::UInt(n) => usize::try_from(*n).ok(),
+            _ => None,
+        })
+    }
+
+    /// A finite number; a whole one is taken as well.
+    pub fn get_f32(&self, key: &str) -> Result<Option<f32>> {
+        let number = |v: &Value| match v {
+            Value::Float(x) => Some(*x as f32),
+            Value::Int(n) => Some(*n as f32),
+            Value::UInt(n) => Some(*n as f32),
+            _ => None,
+        };
+        self.get(key, "a finite number", |v| {
+            number(v).filter(|x| x.is_finite())
+        })
+    }
+
+    /// An array of strings. Like the other arrays it may be empty; an empty array is of every kind.
+    pub fn get_strings(&self, key: &str) -> Result<Option<&[String]>> {
+        self.get(key, "an array of strings", |v| match v {
+            Value::Strings(a) => Some(a.as_slice()),
+            v => v.is_empty_array().then_some(&[][..]),
+        })
+    }
+
+    /// An array of whole numbers.
+    pub fn get_ints(&self, key: &str) -> Result<Option<&[i64]>> {
+        self.get(key, "an array of whole numbers", |v| match v {
+            Value::Ints(a) => Some(a.as_slice()),
+            v => v.is_empty_array().then_some(&[][..]),
+        })
+    }
+
+    /// An array of floats, which may hold infinities and NaN: a token's score may be one.
+    pub fn get_floats(&self, key: &str) -> Result<Option<&[f32]>> {
+        self.get(key, "an array of floats", |v| match v {
+            Value::Floats(a) => Some(a.as_slice()),
+            v => v.is_empty_array().then_some(&[][..]),
+        })
+    }
+
+    /// An array of true and false.
+    pub fn get_bools(&self, key: &str) -> Result<Option<&[bool]>> {
+        self.get(key, "an array of true and false", |v| match v {
+            Value::Bools(a) => Some(a.as_slice()),
+            v => v.is_empty_array().then_some(&[][..]),
+        })
+    }
+
+    fn get<'a, T>(
+        &'a self,
+        key: &str,
+        wanted: &str,
+        take: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.metadata.get(key) else {
+            return Ok(None);
+        };
+        let wrong = || {
+            self.problem(format!(
+                "metadata {key:?} should be {wanted}, got {}",
+                value.describe()
+            ))
+        };
+        take(value).map(Some).ok_or_else(wrong)
+    }
+}
+
+impl Value {
+    /// For an error message: the kind and, of a scalar, the (shortened) value.
+    pub fn describe(&self) -> String {
+        match self {
+            Value::Bool(b) => b.to_string(),
+            Value::Int(n) => n.to_string(),
+            Value::UInt(n) => n.to_string(),
+            Value::Float(x) => format!("the float {x:?}"),
+            Value::String(s) if s.chars().nth(60).is_some() => {
+                format!("the string {:?}...", s.chars().take(60).collect::<String>())
+            }
+            Value::String(s) => format!("the string {s:?}"),
+            Value::Bools(a) => format!("an array of {} true and false", a.len()),
+            Value::Ints(a) => format!("an array of {} whole numbers", a.len()),
+            Value::Floats(a) => format!("an array of {} floats", a.len()),
+            Value::Strings(a) => format!("an array of {} strings", a.len()),
+        }
+    }
+
+    fn is_empty_array(&self) -> bool {
+        match self {
+            Value::Bools(a) => a.is_empty(),
+            Value::Ints(a) => a.is_empty(),
+            Value::Floats(a) => a.is_empty(),
+            Value::Strings(a) => a.is_empty(),
+            _ => false,
+        }
+    }
+}
+
+impl<'a> Tensor<'a> {
+    /// All its numbers.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Numbers in a row: the innermost dimension; 1 for a scalar.
+    pub fn cols(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Rows, over all outer dimensions together: experts `[e, out, in]` have `e * out`. A vector is one row.
+    pub fn rows(&self) -> usize {
+        self.shape
+            .split_last()
+            .map_or(1, |(_, outer)| outer.iter().product())
+    }
+
+    /// The blocks of row `i`.
+    ///
+    /// # Panics
+    /// Where there is no such row: a defect of the caller.
+    pub fn row(&self, i: usize) -> &'a [u8] {
+        // The readers made sure that rows are whole blocks, so this division is exact.
+        let bytes = self.data.len() / self.rows();
+        &self.data[i * bytes..(i + 1) * bytes]
+    }
+
+    /// Every number, row after row.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.elements()];
+        quant::dequantize(self.tensor_type, self.data, &mut out);
+        out
+    }
+
+    /// Row `i` into `out`, which must hold `cols` numbers.
+    ///
+    /// # Panics
+    /// Where there is no such row, or `out` is of another length: a defect of the caller.
+    pub fn dequantize_row(&self, i: usize, out: &mut [f32]) {
+        quant::dequantize(self.tensor_type, self.row(i), out);
+    }
+}
+
+impl std::fmt::Debug for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Weights({:?}, {} tensors, {} metadata)",
+            self.path,
+            self.tensors.len(),
+            self.metadata.len()
+        )
+    }
+}
+
+/// The numbers of `count` blocks of the GGUF type `type_name`, and how many numbers a block has.
+///
+/// # Errors
+/// [`Error::Unsupported`] for an unknown type, [`Error::InvalidRequest`] for bytes of another number.
+pub fn dequantize_blocks(
+    type_name: &str,
+    count: usize,
+    blocks: &[u8],
+) -> Result<(Vec<f32>, usize)> {
+    let Some(tensor_type) = TensorType::from_name(type_name) else {
+        return Err(Error::Unsupported {
+            what: "tensor type",
+            name: type_name.to_owned(),
+            supported: TensorType::ALL.map(TensorType::name).join(", "),
+        });
+    };
+    let wanted = tensor_type.block_bytes();
+    if count.checked_mul(wanted) != Some(blocks.len()) {
+        return Err(Error::InvalidRequest(format!(
+            "a block of {type_name} has {wanted} bytes, got {} for {count}",
+            blocks.len()
+        )));
+    }
+    let mut out = vec![0.0; count * tensor_type.block_len()];
+    quant::dequantize(tensor_type, blocks, &mut out);
+    Ok((out, tensor_type.block_len()))
+}
+
+/// The known name with the fewest edits from `name`, if they are less than half of it.
+fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
+    // Bounded, since a hostile file may have a million long names.
+    let close = known
+        .filter(|k| k.len().abs_diff(name.len()) * 2 < name.len())
+        .take(10_000);
+    let near = close
+        .map(|k| (edits(name.as_bytes(), k.as_bytes()), k.as_str()))
+        .min()?;
+    (near.0 * 2 < name.len()).then_some(near.1)
+}
+
+/// Levenshtein distance.
+fn edits(a: &[u8], b: &[u8]) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let best = (diagonal + usize::from(x != y))
+                .min(row[j] + 1)
+                .min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], best);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights(metadata: &[(&str, Value)]) -> Weights {
+        let tensors = [
+            "blk.0.attn_q.weight",
+            "blk.1.attn_q.weight",
+            "output.weight",
+        ]
+        .map(|name| {
+            let info = TensorInfo {
+                tensor_type: TensorType::F32,
+                shape: vec![1],
+                file: 0,
+                bytes: 0..4,
+            };
+            (name.to_string(), info)
+        });
+        Weights {
+            path: "m.gguf".into(),
+            files: vec![],
+            tensors: tensors.into(),
+            metadata: metadata
+                .iter()
+                .map(|(k, v)| (k.to_string(), v.clone()))
+                .collect(),
+            config: None,
+            generation_config: None,
+        }
+    }
+
+    #[test]
+    fn weights_may_cross_threads() {
+        fn crosses<T: Send + Sync>() {}
+        crosses::<Weights>();
+    }
+
+    #[test]
+    fn a_missing_name_gets_the_nearest_known_one() {
+        let w = weights(&[("llama.block_count", Value::Int(2))]);
+        let error = w.require("blk.1.attn_k.weight").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "m.gguf: has no tensor \"blk.1.attn_k.weight\"; the nearest name is \"blk.1.attn_q.weight\""
+        );
+        assert_eq!(
+            w.require("zzz").unwrap_err().to_string(),
+            "m.gguf: has no tensor \"zzz\""
+        );
+        assert!(
+            w.missing_key("llama.block_cont")
+                .to_string()
+                .ends_with("the nearest name is \"llama.block_count\"")
+        );
+    }
+
+    #[test]
+    fn a_getter_takes_its_own_kind_and_names_every_other() {
+        let w = weights(&[
+            ("s", Value::String("x".into())),
+            ("n", Value::Int(7)),
+            ("minus", Value::Int(-1)),
+            ("big", Value::UInt(u64::MAX)),
+            ("x", Value::Float(0.5)),
+            ("nan", Value::Float(f64::NAN)),
+            ("huge", Value::Float(1e300)),
+            ("b", Value::Bool(true)),
+            ("strings", Value::Strings(vec!["a".into()])),
+            ("empty", Value::Ints(vec![])),
+        ]);
+        assert_eq!(w.get_str("s").unwrap(), Some("x"));
+        assert_eq!(w.get_str("absent").unwrap(), None);
+        assert_eq!(w.get_u32("n").unwrap(), Some(7));
+        assert_eq!(w.get_usize("big").unwrap(), Some(usize::MAX));
+        assert_eq!(w.get_f32("x").unwrap(), Some(0.5));
+        assert_eq!(w.get_f32("n").unwrap(), Some(7.0));
+        assert_eq!(w.get_bool("b").unwrap(), Some(true));
+        assert_eq!(
+            w.get_strings("strings").unwrap(),
+            Some(&["a".to_string()][..])
+        );
+        assert_eq!(w.get_strings("empty").unwrap(), Some(&[][..]));
+        let says =
+            |error: Error, words: &str| assert!(error.to_string().contains(words), "{error}");
+        says(
+            w.get_u32("minus").unwrap_err(),
+            "metadata \"minus\" should be a whole number from 0 to 4294967295, got -1",
+        );
+        says(w.get_u32("big").unwrap_err(), "got 18446744073709551615");
+        says(
+            w.get_usize("nan").unwrap_err(),
+            "should be a whole number, not negative, got the float NaN",
+        );
+        says(w.get_usize("x").unwrap_err(), "got the float 0.5");
+        says(
+            w.get_f32("nan").unwrap_err(),
+            "should be a finite number, got the float NaN",
+        );
+        says(w.get_f32("huge").unwrap_err(), "got the float 1e300");
+        says(
+            w.get_bool("n").unwrap_err(),
+            "should be true or false, got 7",
+        );
+        says(
+            w.get_ints("strings").unwrap_err(),
+            "an array of whole numbers, got an array of 1 strings",
+        );
+        says(
+            w.get_floats("s").unwrap_err(),
+            "an array of floats, got the string \"x\"",
+        );
+        says(
+            w.get_bools("n").unwrap_err(),
+            "an array of true and false, got 7",
+        );
+        says(w.get_str("n").unwrap_err(), "should be a string, got 7");
+    }
+
+    #[test]
+    fn a_row_is_the_innermost_dimension() {
+        let data: Vec<u8> = (0..12).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let t = Tensor {
+            name: "t",
+            tensor_type: TensorType::F32,
+            shape: &[2, 3, 2],
+            data: &data,
+        };
+        assert_eq!((t.rows(), t.cols(), t.elements()), (6, 2, 12));
+        let mut row = [0.0; 2];
+        t.dequantize_row(4, &mut row);
+        assert_eq!(row, [8.0, 9.0]);
+        assert_eq!(t.dequantize()[11], 11.0);
+        assert_eq!(t.row(5), &data[40..]);
+        let scalar = Tensor {
+            shape: &[],
+            data: &data[..4],
+            ..t
+        };
+        assert_eq!((scalar.rows(), scalar.cols(), scalar.elements()), (1, 1, 1));
+        let vector = Tensor { shape: &[12], ..t };
+        assert_eq!((vector.rows(), vector.cols()), (1, 12));
+    }
+
+    #[test]
+    fn a_long_string_is_shortened_in_a_message() {
+        assert!(Value::String("é".repeat(100_000)).describe().len() < 200);
+    }
 }

@@ -1,4 +1,18 @@
 //! hfcore's kernels: slices in, slices out. The only crate with unsafe code.
+//!
+//! Everything is written once, generic over [`simd::Simd`], and compiled for each instruction set; the best one of this
+//! CPU is found at run time. [`scalar`] is the readable definition and the path for CPUs without a fast twin.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub mod attention;
+pub mod elementwise;
+pub mod matmul;
 pub mod mmap;
+pub mod pool;
 pub mod quant;
+mod scalar;
+pub mod simd;
+pub mod tile;

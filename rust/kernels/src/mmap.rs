@@ -9,12 +9,16 @@ use std::path::Path;
 pub struct Mapped(memmap2::Mmap);
 
 impl Mapped {
-    /// Map `path`. An empty file is an error.
+    /// Map `path`, which must be a regular file. The map of an empty file is empty.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        // Before opening: to open a named pipe would wait for a writer.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file",
+            ));
         }
+        let file = File::open(path)?;
         // SAFETY: the map is read-only and private to this process. Another process that truncates the file
         // while it is mapped would fault us, as it would every program that maps models; documented in README.
         unsafe { memmap2::Mmap::map(&file) }.map(Self)

@@ -1,1 +1,43 @@
-//! placeholder
+//! `hfcore._core`: the door between Python and the engine. It converts, releases the GIL, calls
+//! and maps errors; what it decides, it decides nowhere else.
+
+mod convert;
+mod delta;
+mod engine;
+mod error;
+mod stream;
+mod text;
+
+use hfcore_engine::options::OPTION_NAMES;
+use hfcore_engine::weights;
+use numpy::{PyArray1, PyArray2, PyArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+/// Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].
+#[pyfunction]
+fn dequantize<'py>(
+    py: Python<'py>,
+    type_name: &str,
+    blocks: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let (rows, bytes) = convert::to_bytes(blocks, "blocks")?;
+    let (numbers, width) = error::run(py, || weights::dequantize_blocks(type_name, rows, &bytes))?;
+    PyArray1::from_vec(py, numbers).reshape([rows, width])
+}
+
+/// What the compiled half of hfcore offers; see hfcore for the whole.
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("OPTION_NAMES", PyTuple::new(module.py(), OPTION_NAMES)?)?;
+    module.add_class::<text::ChatTemplate>()?;
+    module.add_class::<text::Tokenizer>()?;
+    module.add_class::<engine::Engine>()?;
+    module.add_class::<stream::Stream>()?;
+    module.add_class::<delta::Delta>()?;
+    module.add_class::<delta::TokenLogprob>()?;
+    module.add_class::<delta::Usage>()?;
+    module.add_class::<stream::Notifier>()?;
+    module.add_function(wrap_pyfunction!(dequantize, module)?)
+}

@@ -1,0 +1,76 @@
+# Each target sets up what it needs: Rust, Python >= 3.10 with venv, and make are enough.
+# Stamps under .venv make the second run quick.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PROMPT ?= Name three rivers of Europe.
+# The Python that has llama-cpp-python, for `make bench`; without it only hfcore is timed.
+RIVAL_PYTHON ?=
+
+BIN := $(VENV)/bin
+export CARGO_TARGET_DIR ?= target
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+
+RUST_SOURCES := Cargo.toml Cargo.lock .cargo/config.toml $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+.PHONY: help setup build demo fetch test test-rust test-python check lint fmt bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "hfcore needs Python >= 3.10, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The pinned tools, and the module in release, installed in place (edits of python/ act at once).
+$(VENV)/.tools: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# The module again when only Rust changed.
+$(VENV)/.module: $(VENV)/.tools $(RUST_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/.module ## the environment in .venv and the compiled module, in release
+
+build: setup ## a wheel in dist/
+	$(BIN)/maturin build --release --out dist
+
+fetch: setup ## the two small demo models, into the user's cache; without a network the reason is printed
+	-$(BIN)/python -m hfcore.fetch all
+
+demo: setup ## ask the small demo model one question: make demo PROMPT="..."
+	$(BIN)/python -m hfcore.fetch smollm2
+	$(BIN)/hfcore demo "$(PROMPT)"
+
+test: test-rust test-python ## everything that tests
+
+test-rust: ## the crates' own tests, with debug assertions
+	cargo test --quiet --locked
+
+test-python: setup fetch
+	$(BIN)/python -m pytest -q
+
+lint: setup ## formats, lints and types
+	cargo fmt --all --check
+	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest hfcore._core
+
+fmt: setup ## write the formats that lint asks for
+	cargo fmt --all
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: lint test ## what CI runs
+
+bench: fetch ## hfcore and llama.cpp in turn, if RIVAL_PYTHON names a Python that has llama_cpp
+	$(BIN)/python benches/bench_rivals.py $(if $(RIVAL_PYTHON),--rival-python $(RIVAL_PYTHON))
+
+clean: ## remove what was built here (not the fetched models)
+	rm -rf $(VENV) target dist

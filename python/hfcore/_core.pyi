@@ -1,0 +1,359 @@
+"""What the compiled module promises. mypy.stubtest holds the two together.
+
+All classes are thread-safe: waiting and computing happen without the GIL. Every method may raise
+`InvalidRequestError` for an argument of the wrong kind, and `InternalError` for a defect of hfcore.
+The examples use `model.gguf`, the demo model that `python -m hfcore.fetch` gets.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "OPTION_NAMES",
+    "ChatTemplate",
+    "Delta",
+    "Engine",
+    "Notifier",
+    "Stream",
+    "TokenLogprob",
+    "Tokenizer",
+    "Usage",
+    "__version__",
+    "dequantize",
+]
+
+__version__: Final[str]
+OPTION_NAMES: Final[tuple[str, ...]]
+"""The names of the request options that `Engine.submit` knows, without aliases."""
+
+@final
+class ChatTemplate:
+    """A compiled chat template: Jinja as transformers runs it.
+
+    Messages are OpenAI-shaped mappings. What differs from a plain Jinja environment (the globals,
+    the filters, `{% generation %}`, the treatment of None) follows `apply_chat_template`.
+
+    >>> from hfcore import ChatTemplate
+    >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    >>> template.render([{"role": "user", "content": "Hello"}])
+    '<user>Hello'
+    """
+
+    def __new__(
+        cls,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        name: str = "chat_template",
+    ) -> ChatTemplate:
+        """Compile `source`.
+
+        `special_tokens` (`{"bos_token": "<s>", ...}`) become variables; `name` is what errors call
+        the template. Raises TemplateError, with the line, when it cannot be parsed.
+        """
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        now: datetime | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt for these messages.
+
+        Args:
+            messages: The conversation; keys whose value is None are dropped.
+            tools: Tool definitions, as JSON schema functions.
+            documents: For templates that know retrieval.
+            add_generation_prompt: End with the beginning of an assistant's answer.
+            continue_final_message: End inside the last message, so that the model goes on with it.
+            now: What `strftime_now` shows; None is the local time.
+            **variables: Further variables of the template, such as `enable_thinking=False`.
+
+        Raises:
+            TemplateError: The template refused the messages (`.thrown`), or failed.
+        """
+
+    def render_with_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        now: datetime | None = None,
+        **variables: Any,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """`render`, and where the assistant's own words stand: (start, end) in code points.
+
+        The spans are those of the template's `{% generation %}` blocks; without any, none.
+        """
+
+    @property
+    def source(self) -> str:
+        """The Jinja text."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template looks at `tools` at all."""
+
+@final
+class Tokenizer:
+    """Text to token ids and back, exactly as Hugging Face `tokenizers` does.
+
+    >>> from hfcore import Tokenizer
+    >>> tokenizer = Tokenizer.from_path("model.gguf")
+    >>> tokenizer.decode(tokenizer.encode("Hello world"))
+    'Hello world'
+    """
+
+    @staticmethod
+    def from_path(path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a `tokenizer.json`, a directory that holds one, or a `.gguf` file's vocabulary.
+
+        From a directory come also the special tokens and the chat template beside it.
+
+        Raises:
+            ModelNotFoundError: There is no such file.
+            ModelFileError: It is not a tokenizer, or cut short.
+            UnsupportedModelError: Its kind of vocabulary is not known.
+        """
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.uint32]:
+        """The ids of a text, shape [tokens]; with those that begin (and end) a text, if wanted."""
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[NDArray[np.uint32]]:
+        """The ids of each text, as `encode` alone would give them; on several threads."""
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of `text` (without special ones) comes from, in code points."""
+
+    def decode(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = True
+    ) -> str:
+        """The text of `ids`. Raises InvalidRequestError for an id outside the vocabulary."""
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it (`"Ġworld"`), None if there is none."""
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token of an id as the vocabulary spells it, None if there is none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id plus one, added tokens included."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`{"bos_token": "<s>", ...}`, as far as the files name them."""
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The main chat template that came with the tokenizer, None if none did."""
+
+@final
+class TokenLogprob:
+    """A generated token with its log probability (natural logarithm) before sampling options."""
+
+    @property
+    def token(self) -> str:
+        """The token's text."""
+
+    @property
+    def token_id(self) -> int: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> list[tuple[int, str, float]]:
+        """The likeliest tokens of this place, best first: (id, text, log probability)."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Usage:
+    """What a request cost."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from submit to the first token."""
+
+    @property
+    def total_time(self) -> float:
+        """Seconds from submit to the last token."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Delta:
+    """What a request has produced since the delta before it. A value: it never changes."""
+
+    @property
+    def text(self) -> str:
+        """The new text; whole characters, never a part of a stop string."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """One for each token, when the request asked for them."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`"stop"` or `"length"` in the last delta, None before."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """In the last delta only."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Notifier:
+    """Tells an event loop which of its streams have something: a file descriptor to watch.
+
+    One serves all streams of a loop: `loop.add_reader(notifier.fileno(), ...)`, then `drain`.
+    """
+
+    def __new__(cls) -> Notifier: ...
+    def fileno(self) -> int:
+        """Readable while `drain` has something to give. Owned by this object."""
+
+    def drain(self) -> list[int]:
+        """The keys of the streams that got something (or ended) since the last call, each once."""
+
+@final
+class Stream:
+    """The deltas of one request as they come. Dropping or closing it cancels the request."""
+
+    def __iter__(self) -> Stream: ...
+    def __next__(self) -> Delta:
+        """Wait for the next delta. Ctrl-C interrupts the wait within 0.1 seconds."""
+
+    def try_next(self) -> Delta | None:
+        """The next delta if it is there, None if not yet. Raises StopIteration after the last."""
+
+    def subscribe(self, notifier: Notifier, key: int) -> None:
+        """From now on put `key` into `notifier` whenever something comes; at once if it has."""
+
+    def close(self) -> None:
+        """Cancel the request, unless it has ended. A second call does nothing."""
+
+@final
+class Engine:
+    """A model in memory and the thread that runs its requests together.
+
+    `hfcore.Engine` wraps this with model names, option aliases and asyncio.
+    """
+
+    def __new__(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        context_size: int | None = None,
+        threads: int | None = None,
+        chat_template: str | None = None,
+        kv_cache_bytes: int | None = None,
+        max_sequences: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Engine:
+        """Load the model at `path`: a `.gguf` file, or a directory with safetensors.
+
+        Args:
+            path: Local file or directory; nothing is downloaded.
+            device: `"cpu"`, or `"reference"`: plain f32, slow, for comparisons.
+            context_size: Tokens that prompt and completion may have together; None is the model's
+                own, as far as the cache's memory reaches.
+            threads: Compute threads; None is the cores that this process may use.
+            chat_template: Jinja text to use in place of the model's own.
+            kv_cache_bytes: Memory for keys and values; None chooses by what is free.
+            max_sequences: Requests that run at the same time, others wait; None is 32.
+            progress: Called with (bytes done, bytes in all) while loading, from another thread's
+                view at any moment; what it raises ends the loading once the step is done.
+
+        Raises:
+            ModelNotFoundError: There is nothing at `path`.
+            ModelFileError: The files are cut short or foreign.
+            UnsupportedModelError: The engine lacks the architecture or a tensor type.
+            ModelTooLargeError: Memory does not suffice.
+            TemplateError: `chat_template` cannot be parsed.
+        """
+
+    def submit(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.integer[Any]],
+        options: Mapping[str, Any],
+    ) -> Stream:
+        """Start a request; returns when it is queued.
+
+        A str is text (`add_special_tokens` applies), mappings are messages for the chat template,
+        ints are token ids as they are. `options` has `OPTION_NAMES`; for messages also `tools`,
+        `documents`, `add_generation_prompt`, `continue_final_message`, `template_variables`.
+
+        Raises:
+            UnknownOptionError: An option that nobody knows.
+            ContextOverflowError: The prompt is longer than the context.
+            NoChatTemplateError, TemplateError: The messages cannot be written as a prompt.
+            EngineClosedError: After `close`.
+        """
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt that `submit` would make of these messages."""
+
+    def logits(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = True
+    ) -> NDArray[np.float32]:
+        """The model's raw scores after `ids`: shape [vocab], or [tokens, vocab] for every place."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+    @property
+    def info(self) -> dict[str, Any]:
+        """What was loaded: path, architecture, sizes, quantization, device, threads and so on."""
+
+    def metrics(self) -> dict[str, int | float]:
+        """Counters since the start: requests, tokens, steps, cache pages, seconds."""
+
+    def close(self) -> None:
+        """End all requests and free the model. A second call does nothing."""
+
+def dequantize(type_name: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].
+
+    >>> import numpy as np
+    >>> from hfcore._core import dequantize
+    >>> scale_1_all_2 = np.array([[0x00, 0x3C] + [2] * 32], dtype=np.uint8)
+    >>> dequantize("Q8_0", scale_1_all_2).sum()
+    np.float32(64.0)
+    """

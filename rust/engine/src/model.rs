@@ -1,0 +1,708 @@
+//! A model ready for requests: its file, tokenizer, template and engine, joined. What the door and Rust programs use.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::{Map, Value, json};
+
+use crate::arch::Arch;
+use crate::batch::{Forward, PAGE};
+use crate::candle::Candle;
+use crate::cpu::Cpu;
+use crate::decoder::{Decoder, Resident, attention_shapes};
+use crate::engine::{Engine, EngineConfig, Factory, Request};
+use crate::error::{Error, Result};
+use crate::memory;
+use crate::options::{Defaults, Options};
+use crate::sequence::Text;
+use crate::stream::Stream;
+use crate::template::{ChatTemplate, RenderRequest};
+use crate::tokenizer::{Detokenizer, Tokenizer};
+use crate::weights::Weights;
+use crate::{files, vocab};
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Own kernels: quantised weights as they are, 8-bit activations, an f16 cache.
+    Cpu,
+    /// candle in f32, for comparison: slow, exact, large.
+    Reference,
+}
+
+impl FromStr for DeviceKind {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "cpu" => Ok(Self::Cpu),
+            "reference" => Ok(Self::Reference),
+            _ => Err(Error::Unsupported {
+                what: "device",
+                name: name.to_string(),
+                supported: "cpu, reference".to_string(),
+            }),
+        }
+    }
+}
+
+/// How to load a model.
+#[derive(Debug, Clone)]
+pub struct ModelOptions {
+    pub device: DeviceKind,
+    /// Tokens of prompt and output together; none: what the model was made for, or what memory holds.
+    pub context_size: Option<usize>,
+    /// None: the CPUs that this process may use.
+    pub threads: Option<usize>,
+    /// A template to use in place of the model's.
+    pub chat_template: Option<String>,
+    /// Memory for keys and values; none: a quarter of what is free once the weights are in, and never more than
+    /// `max_sequences` whole contexts need. It is taken from the system as it is first used.
+    pub kv_cache_bytes: Option<u64>,
+    /// Requests that run at a time.
+    pub max_sequences: usize,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self {
+            device: DeviceKind::Cpu,
+            context_size: None,
+            threads: None,
+            chat_template: None,
+            kv_cache_bytes: None,
+            max_sequences: 32,
+        }
+    }
+}
+
+/// What to continue.
+pub enum Prompt {
+    /// OpenAI-shaped message dicts, rendered through the chat template.
+    Messages(Value),
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+/// The weights, until `close`.
+type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
+
+/// A model in memory and the thread that runs its requests together.
+///
+/// # Example
+/// ```no_run
+/// use hfcore_engine::model::{Model, ModelOptions, Prompt};
+/// # fn main() -> hfcore_engine::error::Result<()> {
+/// let model = Model::open("model.gguf".as_ref(), &ModelOptions::default(), &|_, _| {})?;
+/// let question = serde_json::json!([{"role": "user", "content": "What is a lighthouse?"}]);
+/// let stream = model.submit(Prompt::Messages(question), serde_json::json!({"max_tokens": 64}))?;
+/// for delta in stream {
+///     print!("{}", delta?.text);
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Model {
+    tokenizer: Arc<Tokenizer>,
+    templates: BTreeMap<String, Arc<ChatTemplate>>,
+    defaults: Defaults,
+    eos_ids: Vec<u32>,
+    original_context: Option<usize>,
+    engine: Engine,
+    release: Box<dyn Fn() + Send + Sync>,
+    info: Value,
+    name: String,
+}
+
+impl Text for Detokenizer {
+    fn push(&mut self, id: u32) -> String {
+        Detokenizer::push(self, id)
+    }
+    fn finish(&mut self) -> String {
+        Detokenizer::finish(self)
+    }
+}
+
+impl Model {
+    /// Load the model at `path`: a `.gguf` file or a directory. `progress(done, total)` is told in bytes.
+    ///
+    /// # Errors
+    /// `ModelFile`, `Unsupported`, `OutOfMemory` (said before anything is loaded), `Template` for a broken template,
+    /// `InvalidRequest` for impossible options.
+    pub fn open(
+        path: &Path,
+        options: &ModelOptions,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self> {
+        check_options(options)?;
+        let weights = Arc::new(files::open(path)?);
+        let arch = Arch::read(&weights)?;
+        let tokenizer = Arc::new(match weights.config {
+            Some(_) => Tokenizer::from_dir(path)?,
+            None => vocab::tokenizer(&weights.metadata)?,
+        });
+        let templates = templates(&tokenizer, options.chat_template.as_deref())?;
+        let defaults = defaults(&weights)?;
+        let eos_ids = eos_ids(&weights, &defaults, &tokenizer);
+        let plan = plan_memory(&weights, &arch, options, memory::available())?;
+        let info = info(path, &weights, &arch, options, &plan, &defaults);
+        let mut config = EngineConfig::new(arch.vocab_size, plan.context_size, plan.pages);
+        config.max_sequences = options.max_sequences;
+        let original_context = arch.original_context;
+        let (factory, release) = load(arch, weights, options, plan.pages as usize, progress)?;
+        Ok(Self {
+            tokenizer,
+            templates,
+            defaults,
+            eos_ids,
+            original_context,
+            engine: Engine::new(factory, config)?,
+            release,
+            info,
+            name: path.display().to_string(),
+        })
+    }
+
+    /// Queue a request. `options` are those of [`Options::parse`], and for messages also `tools`, `documents`,
+    /// `add_generation_prompt` (default: true, unless the final message is continued), `continue_final_message` and
+    /// `template_variables`.
+    ///
+    /// # Errors
+    /// At once, whatever can be known without running: options, template, context.
+    pub fn submit(&self, prompt: Prompt, options: Value) -> Result<Stream> {
+        let (for_template, options) = split_options(options)?;
+        let options = Options::parse(&options, &self.defaults)?;
+        let ids = match prompt {
+            Prompt::Messages(messages) => {
+                refuse(
+                    "add_special_tokens",
+                    options.add_special_tokens.is_some(),
+                    "text prompts",
+                )?;
+                let request = for_template.request(messages)?;
+                self.tokenizer.encode(&self.render(&request)?, false)?
+            }
+            Prompt::Text(text) => {
+                for_template.refuse_any()?;
+                self.tokenizer
+                    .encode(&text, options.add_special_tokens.unwrap_or(true))?
+            }
+            Prompt::Ids(ids) => {
+                for_template.refuse_any()?;
+                refuse(
+                    "add_special_tokens",
+                    options.add_special_tokens.is_some(),
+                    "text prompts",
+                )?;
+                ids
+            }
+        };
+        self.engine.submit(Request {
+            long: self.is_long(ids.len()),
+            text: Box::new(Detokenizer::new(
+                self.tokenizer.clone(),
+                options.skip_special_tokens,
+            )),
+            eos_ids: self.eos_ids.clone(),
+            ids,
+            options,
+        })
+    }
+
+    /// The prompt that these messages make. A content list of text parts counts as their text.
+    ///
+    /// # Errors
+    /// `NoChatTemplate`; `Template`; `InvalidRequest` for content that is not text.
+    pub fn render(&self, request: &RenderRequest) -> Result<String> {
+        let template = self.template_for(request.tools.is_some())?;
+        match plain_content(&request.messages)? {
+            Some(messages) => template.render(&RenderRequest {
+                messages,
+                ..request.clone()
+            }),
+            None => template.render(request),
+        }
+    }
+
+    /// The logits after `ids`, `[vocab]`, or after each of them, `[ids, vocab]`.
+    pub fn logits(&self, ids: &[u32], last_only: bool) -> Result<Vec<f32>> {
+        self.engine
+            .logits(ids.to_vec(), last_only, self.is_long(ids.len()))
+    }
+
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// The main template, if there is one.
+    pub fn chat_template(&self) -> Option<&Arc<ChatTemplate>> {
+        self.templates
+            .get("default")
+            .or_else(|| self.templates.values().next())
+    }
+
+    /// What was loaded, as a JSON object.
+    pub fn info(&self) -> Value {
+        self.info.clone()
+    }
+
+    /// What the engine did so far and does now, as a JSON object of numbers.
+    pub fn metrics(&self) -> Value {
+        let m = self.engine.metrics();
+        json!({
+            "requests": m.requests,
+            "prompt_tokens": m.prompt_tokens,
+            "completion_tokens": m.completion_tokens,
+            "steps": m.steps,
+            "preemptions": m.preemptions,
+            "running": m.running,
+            "waiting": m.waiting,
+            "pages_used": m.pages_used,
+            "pages_total": m.pages_total,
+        })
+    }
+
+    /// End every request and let go of the weights. Later requests get `Closed`.
+    pub fn close(&self) {
+        self.engine.close();
+        (self.release)();
+    }
+
+    fn is_long(&self, tokens: usize) -> bool {
+        self.original_context.is_some_and(|n| tokens > n)
+    }
+
+    /// Several templates: the one named for tools takes requests with tools, as in transformers.
+    fn template_for(&self, tools: bool) -> Result<&Arc<ChatTemplate>> {
+        let named = if tools {
+            self.templates.get("tool_use")
+        } else {
+            None
+        };
+        named
+            .or_else(|| self.chat_template())
+            .ok_or_else(|| Error::NoChatTemplate {
+                model: self.name.clone(),
+            })
+    }
+}
+
+fn check_options(options: &ModelOptions) -> Result<()> {
+    let at_least_one = |name: &str, value: Option<usize>| match value {
+        Some(0) => Err(Error::InvalidRequest(format!(
+            "{name} must be at least 1, got 0"
+        ))),
+        _ => Ok(()),
+    };
+    at_least_one("threads", options.threads)?;
+    at_least_one("context_size", options.context_size)?;
+    at_least_one("max_sequences", Some(options.max_sequences))?;
+    match options.threads {
+        Some(n) if n > 1024 => Err(Error::InvalidRequest(format!(
+            "threads must be at most 1024, got {n}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn templates(
+    tokenizer: &Tokenizer,
+    given: Option<&str>,
+) -> Result<BTreeMap<String, Arc<ChatTemplate>>> {
+    let special = tokenizer.special_tokens();
+    let make = |name: &str, source: &str| {
+        Ok((
+            name.to_string(),
+            Arc::new(ChatTemplate::new(name, source, special)?),
+        ))
+    };
+    match given {
+        Some(source) => Ok(BTreeMap::from([make("default", source)?])),
+        None => tokenizer
+            .chat_templates()
+            .iter()
+            .map(|(name, source)| make(name, source))
+            .collect(),
+    }
+}
+
+/// The model's own generation defaults: `generation_config.json`, or what a GGUF file says of sampling.
+fn defaults(weights: &Weights) -> Result<Defaults> {
+    if let Some(config) = &weights.generation_config {
+        return Defaults::from_generation_config(config);
+    }
+    let mut config = Map::new();
+    for (theirs, ours) in [
+        ("temp", "temperature"),
+        ("top_p", "top_p"),
+        ("min_p", "min_p"),
+        ("penalty_repeat", "repetition_penalty"),
+    ] {
+        if let Some(x) = weights.get_f32(&format!("general.sampling.{theirs}"))? {
+            config.insert(ours.into(), json!(x));
+        }
+    }
+    if let Some(k) = weights.get_usize("general.sampling.top_k")? {
+        config.insert("top_k".into(), json!(k));
+    }
+    if !config.is_empty() {
+        config.insert("do_sample".into(), json!(true));
+    }
+    Defaults::from_generation_config(&Value::Object(config))
+}
+
+/// The end tokens: `generation_config.json`'s, else `config.json`'s, else the tokenizer's.
+fn eos_ids(weights: &Weights, defaults: &Defaults, tokenizer: &Tokenizer) -> Vec<u32> {
+    if !defaults.eos_token_ids.is_empty() {
+        return defaults.eos_token_ids.clone();
+    }
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    let config = weights.config.as_ref().and_then(|c| c.get("eos_token_id"));
+    let ids: Vec<u32> = match config {
+        Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
+        Some(one) => id(one).into_iter().collect(),
+        None => Vec::new(),
+    };
+    if ids.is_empty() {
+        tokenizer.eos_ids().to_vec()
+    } else {
+        ids
+    }
+}
+
+/// What a model will take.
+struct MemoryPlan {
+    context_size: usize,
+    pages: u32,
+    kv_cache_bytes: u64,
+}
+
+/// Decide the context and the cache before anything is loaded.
+fn plan_memory(
+    weights: &Weights,
+    arch: &Arch,
+    options: &ModelOptions,
+    available: Option<u64>,
+) -> Result<MemoryPlan> {
+    let wanted = options.context_size.unwrap_or(arch.context_size);
+    if wanted > arch.context_size {
+        let limit = arch.context_size;
+        return Err(Error::InvalidRequest(format!(
+            "context_size must be at most {limit}, got {wanted}"
+        )));
+    }
+    let numbers: u64 = weights
+        .tensors
+        .values()
+        .map(|t| t.shape.iter().product::<usize>() as u64)
+        .sum();
+    let (resident, page_bytes) = match options.device {
+        // Tiles are at most 4 % larger than the file's blocks.
+        DeviceKind::Cpu => (
+            weights.total_bytes() / 100 * 104,
+            Cpu::page_bytes(&attention_shapes(arch)),
+        ),
+        DeviceKind::Reference => (4 * numbers, 2 * Cpu::page_bytes(&attention_shapes(arch))),
+    };
+    let page_bytes = page_bytes as u64;
+    let whole = wanted.div_ceil(PAGE) as u64;
+    let out_of_memory = |pages: u64| Error::OutOfMemory {
+        needed: resident.saturating_add(pages.saturating_mul(page_bytes)),
+        available: available.unwrap_or(0),
+    };
+    // Room for at least this much, or there is no point in loading.
+    let least = match options.context_size {
+        Some(_) => whole,
+        None => whole.min(512 / PAGE as u64),
+    };
+    let left = available.map_or(u64::MAX, |bytes| bytes.saturating_sub(resident));
+    if least * page_bytes > left || available.is_some_and(|bytes| resident > bytes) {
+        return Err(out_of_memory(least));
+    }
+    let budget = match options.kv_cache_bytes {
+        Some(bytes) if bytes > left => return Err(out_of_memory(bytes / page_bytes)),
+        Some(bytes) if bytes < page_bytes => {
+            return Err(Error::InvalidRequest(format!(
+                "kv_cache_bytes must hold a page of {page_bytes}, got {bytes}"
+            )));
+        }
+        Some(bytes) => bytes / page_bytes,
+        None => (left / 4 / page_bytes).max(least),
+    };
+    let most = whole.saturating_mul(options.max_sequences as u64);
+    let pages = budget.min(most).min(u64::from(u32::MAX / PAGE as u32));
+    let context_size = wanted.min(pages as usize * PAGE);
+    if options.context_size.is_some_and(|n| n > context_size) {
+        let held = pages * PAGE as u64;
+        return Err(Error::InvalidRequest(format!(
+            "context_size of {wanted} needs a larger kv_cache_bytes: it holds {held}"
+        )));
+    }
+    Ok(MemoryPlan {
+        context_size,
+        pages: pages as u32,
+        kv_cache_bytes: pages * page_bytes,
+    })
+}
+
+/// Make the weights resident; returns what makes a decoder of them, and what lets go of them.
+fn load(
+    arch: Arch,
+    weights: Arc<Weights>,
+    options: &ModelOptions,
+    pages: usize,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
+    let threads = options.threads;
+    match options.device {
+        DeviceKind::Cpu => load_on(
+            move || Ok(Cpu::new(threads)),
+            arch,
+            weights,
+            pages,
+            progress,
+        ),
+        DeviceKind::Reference => load_on(|| Ok(Candle::cpu()), arch, weights, pages, progress),
+    }
+}
+
+fn load_on<D: crate::device::Device + 'static>(
+    device: impl Fn() -> Result<D> + Send + Sync + 'static,
+    arch: Arch,
+    weights: Arc<Weights>,
+    pages: usize,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
+    let resident = Arc::new(Resident::load(&device()?, arch, weights, progress)?);
+    let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(resident)));
+    let held = shared.clone();
+    let factory: Factory = Arc::new(move || {
+        let resident = held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+            .ok_or(Error::Closed)?;
+        Ok(Box::new(Decoder::new(device()?, resident, pages)?) as Box<dyn Forward>)
+    });
+    let release = move || *shared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    Ok((factory, Box::new(release)))
+}
+
+fn info(
+    path: &Path,
+    weights: &Weights,
+    arch: &Arch,
+    options: &ModelOptions,
+    plan: &MemoryPlan,
+    defaults: &Defaults,
+) -> Value {
+    let mut bytes: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut parameters = 0u64;
+    for tensor in weights.tensors.values() {
+        *bytes.entry(tensor.tensor_type.name()).or_default() += tensor.bytes.len() as u64;
+        parameters += tensor.shape.iter().product::<usize>() as u64;
+    }
+    let main_type = bytes.iter().max_by_key(|(_, n)| **n).map(|(name, _)| *name);
+    let name = weights
+        .get_str("general.name")
+        .ok()
+        .flatten()
+        .map(str::to_string);
+    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned());
+    json!({
+        "path": path.display().to_string(),
+        "name": name.or(stem),
+        "architecture": arch.family,
+        "vocab_size": arch.vocab_size,
+        "context_size": plan.context_size,
+        "trained_context_size": arch.context_size,
+        "layers": arch.layers.len(),
+        "hidden_size": arch.hidden_size,
+        "quantization": main_type,
+        "parameters": parameters,
+        "bytes": weights.total_bytes(),
+        "kv_cache_bytes": plan.kv_cache_bytes,
+        "device": match options.device { DeviceKind::Cpu => "cpu", DeviceKind::Reference => "reference" },
+        "instruction_set": hfcore_kernels::simd::Isa::detect().name(),
+        "threads": options.threads.unwrap_or_else(hfcore_kernels::pool::Pool::available),
+        "file_identity": identity(path),
+        "generation_defaults": {
+            "do_sample": defaults.do_sample,
+            "temperature": defaults.temperature,
+            "top_k": defaults.top_k,
+            "top_p": defaults.top_p,
+            "min_p": defaults.min_p,
+            "typical_p": defaults.typical_p,
+            "repetition_penalty": defaults.repetition_penalty,
+            "max_tokens": defaults.max_tokens,
+        },
+    })
+}
+
+/// Size and time of change of the model's file: tells one version from another without reading it.
+fn identity(path: &Path) -> Option<String> {
+    let meta = std::fs::metadata(path).ok()?;
+    let changed = meta
+        .modified()
+        .ok()?
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()?;
+    Some(format!("{}-{}", meta.len(), changed.as_nanos()))
+}
+
+// ------------------------------------------------------------------------------------- options of the template
+
+/// The part of a request's options that the template takes.
+#[derive(Default)]
+struct ForTemplate {
+    tools: Option<Value>,
+    documents: Option<Value>,
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    variables: Option<Map<String, Value>>,
+}
+
+fn split_options(options: Value) -> Result<(ForTemplate, Value)> {
+    let Value::Object(mut options) = options else {
+        return Err(Error::InvalidRequest(format!(
+            "options should be an object, got {options}"
+        )));
+    };
+    let mut take = |key: &str| options.remove(key).filter(|v| !v.is_null());
+    let flag = |key: &str, value: Option<Value>| match value {
+        None => Ok(None),
+        Some(Value::Bool(b)) => Ok(Some(b)),
+        Some(other) => Err(Error::InvalidRequest(format!(
+            "{key} should be true or false, got {other}"
+        ))),
+    };
+    let for_template = ForTemplate {
+        tools: take("tools"),
+        documents: take("documents"),
+        add_generation_prompt: flag("add_generation_prompt", take("add_generation_prompt"))?,
+        continue_final_message: flag("continue_final_message", take("continue_final_message"))?,
+        variables: match take("template_variables") {
+            None => None,
+            Some(Value::Object(variables)) => Some(variables),
+            Some(other) => {
+                return Err(Error::InvalidRequest(format!(
+                    "template_variables should be an object, got {other}"
+                )));
+            }
+        },
+    };
+    Ok((for_template, Value::Object(options)))
+}
+
+impl ForTemplate {
+    fn request(self, messages: Value) -> Result<RenderRequest> {
+        let continue_final_message = self.continue_final_message.unwrap_or(false);
+        Ok(RenderRequest {
+            messages,
+            tools: self.tools,
+            documents: self.documents,
+            add_generation_prompt: self
+                .add_generation_prompt
+                .unwrap_or(!continue_final_message),
+            continue_final_message,
+            variables: self.variables.unwrap_or_default(),
+            ..RenderRequest::default()
+        })
+    }
+
+    fn refuse_any(&self) -> Result<()> {
+        refuse("tools", self.tools.is_some(), "messages")?;
+        refuse("documents", self.documents.is_some(), "messages")?;
+        refuse(
+            "add_generation_prompt",
+            self.add_generation_prompt.is_some(),
+            "messages",
+        )?;
+        refuse(
+            "continue_final_message",
+            self.continue_final_message.is_some(),
+            "messages",
+        )?;
+        refuse("template_variables", self.variables.is_some(), "messages")
+    }
+}
+
+/// An option that would do nothing is refused.
+fn refuse(name: &str, given: bool, only_for: &str) -> Result<()> {
+    match given {
+        true => Err(Error::InvalidRequest(format!(
+            "{name} applies to {only_for} only"
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Messages whose content lists are joined to text; `None` when there is no such list. Anything but text is refused: a
+/// template of a text model would print it into the prompt.
+fn plain_content(messages: &Value) -> Result<Option<Value>> {
+    let is_list = |m: &Value| m.get("content").is_some_and(Value::is_array);
+    let Some(list) = messages.as_array().filter(|list| list.iter().any(is_list)) else {
+        return Ok(None);
+    };
+    let mut list = list.clone();
+    for message in list.iter_mut().filter(|m| is_list(m)) {
+        let mut text = String::new();
+        for part in message["content"].as_array().into_iter().flatten() {
+            match (
+                part,
+                part.get("type").and_then(Value::as_str),
+                part.get("text"),
+            ) {
+                (Value::String(s), ..) => text.push_str(s),
+                (_, Some("text"), Some(Value::String(s))) => text.push_str(s),
+                (_, kind, _) => {
+                    let kind = kind.unwrap_or("without a type");
+                    return Err(Error::InvalidRequest(format!(
+                        "this model takes text only, got a content part {kind:?}"
+                    )));
+                }
+            }
+        }
+        message["content"] = Value::String(text);
+    }
+    Ok(Some(Value::Array(list)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_parts_are_joined_and_images_refused() {
+        let text = json!([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]);
+        assert_eq!(plain_content(&text).unwrap().unwrap()[0]["content"], "ab");
+        assert!(
+            plain_content(&json!([{"role": "user", "content": "x"}]))
+                .unwrap()
+                .is_none()
+        );
+        let image = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]);
+        let error = plain_content(&image).unwrap_err().to_string();
+        assert!(
+            error.contains("text only") && error.contains("image_url"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_a_prompt_cannot_use_is_refused() {
+        let (for_template, rest) =
+            split_options(json!({"tools": [], "max_tokens": 3, "documents": null})).unwrap();
+        assert_eq!(rest, json!({"max_tokens": 3}));
+        let error = for_template.refuse_any().unwrap_err().to_string();
+        assert_eq!(error, "tools applies to messages only");
+    }
+
+    #[test]
+    fn the_final_message_is_continued_without_a_generation_prompt() {
+        let (for_template, _) = split_options(json!({"continue_final_message": true})).unwrap();
+        let request = for_template.request(json!([])).unwrap();
+        assert!(request.continue_final_message && !request.add_generation_prompt);
+    }
+}

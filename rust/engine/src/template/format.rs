@@ -1,0 +1,585 @@
+//! Python's three ways to format: `%`, str.format and format(); and JSON as json.dumps writes it.
+
+use super::run::{CallArgs, Run, index};
+use super::value::{Budget, Res, Str, Value, fault, float_repr};
+
+/// Widths and precisions beyond this are refused.
+const MAX_WIDTH: usize = 100_000;
+
+/// A parsed format specification: `[[fill]align][sign][#][0][width][,][.precision][type]`.
+#[derive(Default)]
+struct Spec {
+    fill: Option<char>,
+    align: Option<char>,
+    sign: Option<char>,
+    alternate: bool,
+    width: usize,
+    comma: Option<char>,
+    precision: Option<usize>,
+    kind: Option<char>,
+}
+
+fn number(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Res<Option<usize>> {
+    let mut found = None;
+    while let Some(digit) = chars.peek().and_then(|c| c.to_digit(10)) {
+        chars.next();
+        let n = found.unwrap_or(0) * 10 + digit as usize;
+        if n > MAX_WIDTH {
+            return fault(format!("format width or precision above {MAX_WIDTH}"));
+        }
+        found = Some(n);
+    }
+    Ok(found)
+}
+
+impl Spec {
+    fn parse(text: &str) -> Res<Spec> {
+        let mut spec = Spec::default();
+        let mut chars = text.chars().peekable();
+        let is_align = |c: char| matches!(c, '<' | '>' | '=' | '^');
+        let mut ahead = text.chars();
+        match (ahead.next(), ahead.next()) {
+            (Some(fill), Some(align)) if is_align(align) => {
+                (spec.fill, spec.align) = (Some(fill), Some(align));
+                chars.nth(1);
+            }
+            (Some(align), _) if is_align(align) => {
+                spec.align = Some(align);
+                chars.next();
+            }
+            _ => {}
+        }
+        spec.sign = chars.next_if(|c| matches!(c, '+' | '-' | ' '));
+        spec.alternate = chars.next_if_eq(&'#').is_some();
+        if chars.next_if_eq(&'0').is_some() && spec.align.is_none() {
+            spec.fill = spec.fill.or(Some('0'));
+            spec.align = Some('=');
+        }
+        spec.width = number(&mut chars)?.unwrap_or(0);
+        spec.comma = chars.next_if(|c| matches!(c, ',' | '_'));
+        if chars.next_if_eq(&'.').is_some() {
+            let Some(precision) = number(&mut chars)? else { return fault("Format specifier missing precision") };
+            spec.precision = Some(precision);
+        }
+        spec.kind = chars.next();
+        match chars.next() {
+            None => Ok(spec),
+            Some(_) => fault(format!("Invalid format specifier '{text}'")),
+        }
+    }
+
+    fn pad(&self, sign: &str, body: &str, default: char) -> String {
+        let fill = self.fill.unwrap_or(' ');
+        let missing = self.width.saturating_sub(sign.chars().count() + body.chars().count());
+        let fills = |n: usize| fill.to_string().repeat(n);
+        match self.align.unwrap_or(default) {
+            '>' => fills(missing) + sign + body,
+            '=' => sign.to_owned() + &fills(missing) + body,
+            '^' => fills(missing / 2) + sign + body + &fills(missing - missing / 2),
+            _ => format!("{sign}{body}{}", fills(missing)),
+        }
+    }
+
+    fn signed(&self, negative: bool) -> &'static str {
+        match (negative, self.sign) {
+            (true, _) => "-",
+            (false, Some('+')) => "+",
+            (false, Some(' ')) => " ",
+            _ => "",
+        }
+    }
+}
+
+/// Digits in groups of three before the point.
+fn grouped(body: &str, comma: Option<char>) -> String {
+    let Some(comma) = comma else { return body.to_owned() };
+    let end = body.find(|c: char| !c.is_ascii_digit()).unwrap_or(body.len());
+    let mut out = String::new();
+    for (i, c) in body[..end].chars().enumerate() {
+        if i > 0 && (end - i) % 3 == 0 {
+            out.push(comma);
+        }
+        out.push(c);
+    }
+    out + &body[end..]
+}
+
+/// `format(value, spec)`.
+pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Res<String> {
+    if spec.is_empty() {
+        return Ok(value.to_text(budget)?.to_string());
+    }
+    let spec = Spec::parse(spec)?;
+    budget.bytes(spec.width + spec.precision.unwrap_or(0))?;
+    match value {
+        Value::Str(s) => {
+            if !matches!(spec.kind, None | Some('s')) {
+                return fault(format!("Unknown format code for object of type '{}'", value.type_name()));
+            }
+            budget.bytes(s.text.len())?;
+            let cut: String = s.text.chars().take(spec.precision.unwrap_or(usize::MAX)).collect();
+            Ok(spec.pad("", &cut, '<'))
+        }
+        Value::Bool(_) if spec.kind.is_none() => Ok(spec.pad("", &value.to_text(budget)?, '<')),
+        Value::Int(_) | Value::Bool(_) => format_int(value.as_int().unwrap_or(0), &spec),
+        Value::Float(f) => format_float(*f, &spec),
+        other => fault(format!("unsupported format string passed to {}.__format__", other.type_name())),
+    }
+}
+
+fn format_int(i: i128, spec: &Spec) -> Res<String> {
+    let size = i.unsigned_abs();
+    let body = match spec.kind {
+        None | Some('d' | 'n') => grouped(&size.to_string(), spec.comma),
+        Some('x') => format!("{}{size:x}", if spec.alternate { "0x" } else { "" }),
+        Some('X') => format!("{}{size:X}", if spec.alternate { "0X" } else { "" }),
+        Some('o') => format!("{}{size:o}", if spec.alternate { "0o" } else { "" }),
+        Some('b') => format!("{}{size:b}", if spec.alternate { "0b" } else { "" }),
+        Some('c') => match u32::try_from(i).ok().and_then(char::from_u32) {
+            Some(c) => c.to_string(),
+            None => return fault("%c arg not in range(0x110000)"),
+        },
+        Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%') => return format_float(i as f64, spec),
+        Some(kind) => return fault(format!("Unknown format code '{kind}' for object of type 'int'")),
+    };
+    Ok(spec.pad(spec.signed(i < 0), &body, '>'))
+}
+
+fn format_float(f: f64, spec: &Spec) -> Res<String> {
+    let size = f.abs();
+    let precision = spec.precision.unwrap_or(6);
+    let body = match spec.kind {
+        _ if !size.is_finite() => float_repr(size),
+        None if spec.precision.is_none() => float_repr(size),
+        None => {
+            let text = general(size, precision, spec.alternate);
+            if text.contains(['.', 'e']) { text } else { text + ".0" }
+        }
+        Some('f' | 'F') => format!("{size:.precision$}"),
+        Some('%') => format!("{:.precision$}%", size * 100.0),
+        Some('e') => exponential(size, precision),
+        Some('E') => exponential(size, precision).to_uppercase(),
+        Some('g' | 'n') => general(size, precision, spec.alternate),
+        Some('G') => general(size, precision, spec.alternate).to_uppercase(),
+        Some(kind) => return fault(format!("Unknown format code '{kind}' for object of type 'float'")),
+    };
+    Ok(spec.pad(spec.signed(f.is_sign_negative() && !f.is_nan()), &grouped(&body, spec.comma), '>'))
+}
+
+fn exponential(f: f64, precision: usize) -> String {
+    let text = format!("{f:.precision$e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+}
+
+fn general(f: f64, precision: usize, alternate: bool) -> String {
+    let precision = precision.max(1);
+    let scientific = format!("{f:.*e}", precision - 1);
+    let exponent: i32 = scientific.split_once('e').and_then(|(_, e)| e.parse().ok()).unwrap_or(0);
+    let trimmed = |text: String| match text.contains('.') && !alternate {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text,
+    };
+    if exponent < -4 || exponent >= precision as i32 {
+        let text = exponential(f, precision - 1);
+        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "+00"));
+        return trimmed(digits.to_owned()) + "e" + exponent;
+    }
+    let after = (precision as i32 - 1 - exponent).max(0) as usize;
+    trimmed(format!("{f:.after$}"))
+}
+
+/// `template % values`.
+pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Res<Value> {
+    let mut given: Vec<Value> = match values {
+        Value::Tuple(t) => t.items.clone(),
+        other => vec![other.clone()],
+    };
+    given.reverse();
+    let mut out = String::new();
+    let mut rest = &*template.text;
+    let mut keyed = false;
+    while let Some(at) = rest.find('%') {
+        budget.bytes(at + 8)?;
+        out.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        let mut key = None;
+        if let Some(inner) = rest.strip_prefix('(') {
+            let Some((name, after)) = inner.split_once(')') else { return fault("incomplete format key") };
+            (key, rest, keyed) = (Some(name), after, true);
+        }
+        let (directive, after) = directive(rest, &mut given)?;
+        rest = after;
+        if directive.kind == Some('%') {
+            out.push('%');
+            continue;
+        }
+        let value = match (key, values) {
+            (Some(key), Value::Dict(dict)) => match dict.get_str(key) {
+                Some(value) => value.clone(),
+                None => return fault(format!("'{key}'")),
+            },
+            (Some(_), _) => return fault("format requires a mapping"),
+            (None, _) => match given.pop() {
+                Some(value) => value,
+                None => return fault("not enough arguments for format string"),
+            },
+        };
+        budget.bytes(directive.width + directive.precision.unwrap_or(0))?;
+        out.push_str(&percent_value(&value, &directive, budget)?);
+    }
+    budget.bytes(rest.len())?;
+    out.push_str(rest);
+    if !keyed && !given.is_empty() && !matches!(values, Value::Dict(_)) {
+        return fault("not all arguments converted during string formatting");
+    }
+    Ok(Value::text(out, template.markup))
+}
+
+/// One directive after its `%` and key: flags, width, precision, type.
+fn directive<'t>(rest: &'t str, given: &mut Vec<Value>) -> Res<(Spec, &'t str)> {
+    let mut spec = Spec { align: Some('>'), ..Spec::default() };
+    let mut chars = rest.chars().peekable();
+    while let Some(flag) = chars.next_if(|c| "-+ #0".contains(*c)) {
+        match flag {
+            '-' => (spec.align, spec.fill) = (Some('<'), None),
+            '0' if spec.align == Some('>') => (spec.align, spec.fill) = (Some('='), Some('0')),
+            '#' => spec.alternate = true,
+            '+' => spec.sign = Some('+'),
+            ' ' => spec.sign = spec.sign.or(Some(' ')),
+            _ => {}
+        }
+    }
+    let star = |given: &mut Vec<Value>| match given.pop().and_then(|v| v.as_int()).map(usize::try_from) {
+        Some(Ok(n)) if n <= MAX_WIDTH => Ok(n),
+        _ => fault("* wants int"),
+    };
+    spec.width = match chars.next_if_eq(&'*') {
+        Some(_) => star(given)?,
+        None => number(&mut chars)?.unwrap_or(0),
+    };
+    if chars.next_if_eq(&'.').is_some() {
+        spec.precision = Some(match chars.next_if_eq(&'*') {
+            Some(_) => star(given)?,
+            None => number(&mut chars)?.unwrap_or(0),
+        });
+    }
+    while chars.next_if(|c| "hlL".contains(*c)).is_some() {}
+    spec.kind = chars.next();
+    if spec.kind.is_none() {
+        return fault("incomplete format");
+    }
+    let left: usize = chars.map(char::len_utf8).sum();
+    Ok((spec, &rest[rest.len() - left..]))
+}
+
+fn percent_value(value: &Value, spec: &Spec, budget: &mut Budget) -> Res<String> {
+    let as_text = |text: &str| {
+        let cut: String = text.chars().take(spec.precision.unwrap_or(usize::MAX)).collect();
+        let padded = Spec { fill: None, align: spec.align.map(|a| if a == '=' { '>' } else { a }), width: spec.width, ..Spec::default() };
+        padded.pad("", &cut, '>')
+    };
+    match spec.kind.unwrap_or('s') {
+        's' => Ok(as_text(&value.to_text(budget)?)),
+        'r' | 'a' => Ok(as_text(&value.repr(budget)?)),
+        'c' => match value {
+            Value::Str(s) if s.text.chars().count() == 1 => Ok(as_text(&s.text)),
+            Value::Int(i) => match u32::try_from(*i).ok().and_then(char::from_u32) {
+                Some(c) => Ok(as_text(&c.to_string())),
+                None => fault("%c arg not in range(0x110000)"),
+            },
+            _ => fault("%c requires int or char"),
+        },
+        kind @ ('d' | 'i' | 'u' | 'x' | 'X' | 'o') => percent_int(value, kind, spec),
+        'e' | 'E' | 'f' | 'F' | 'g' | 'G' => match value.as_float() {
+            Some(f) => format_float(f, spec),
+            None => fault(format!("must be real number, not {}", value.type_name())),
+        },
+        other => fault(format!("unsupported format character '{other}'")),
+    }
+}
+
+fn percent_int(value: &Value, kind: char, spec: &Spec) -> Res<String> {
+    let i = match (value, kind) {
+        (Value::Float(f), 'd' | 'i' | 'u') if f.is_finite() => f.trunc() as i128,
+        (other, _) => match other.as_int() {
+            Some(i) => i,
+            None => return fault(format!("%{kind} format: a real number is required, not {}", other.type_name())),
+        },
+    };
+    let size = i.unsigned_abs();
+    let body = match kind {
+        'x' => format!("{}{size:x}", if spec.alternate { "0x" } else { "" }),
+        'X' => format!("{}{size:X}", if spec.alternate { "0X" } else { "" }),
+        'o' => format!("{}{size:o}", if spec.alternate { "0o" } else { "" }),
+        _ => size.to_string(),
+    };
+    let zeros = spec.precision.unwrap_or(0).saturating_sub(body.len());
+    Ok(spec.pad(spec.signed(i < 0), &("0".repeat(zeros) + &body), '>'))
+}
+
+/// `template.format(...)`, in the sandbox: attributes and items as templates see them.
+pub(super) fn format_method(run: &mut Run<'_>, template: &Str, args: &CallArgs) -> Res<Value> {
+    let mut automatic = Some(0);
+    let text = format_fields(run, &template.text, args, &mut automatic, 0)?;
+    Ok(Value::text(text, template.markup))
+}
+
+/// `automatic` counts the fields without a number; None once a numbered one was seen.
+fn format_fields(
+    run: &mut Run<'_>,
+    template: &str,
+    args: &CallArgs,
+    automatic: &mut Option<usize>,
+    depth: usize,
+) -> Res<String> {
+    if depth > 1 {
+        return fault("Max string recursion exceeded");
+    }
+    let mut out = String::new();
+    let mut rest = template;
+    while let Some(at) = rest.find(['{', '}']) {
+        run.budget.bytes(at + 8)?;
+        out.push_str(&rest[..at]);
+        let brace = &rest[at..=at];
+        rest = &rest[at + 1..];
+        if rest.starts_with(brace) {
+            out.push_str(brace);
+            rest = &rest[1..];
+            continue;
+        }
+        if brace == "}" {
+            return fault("Single '}' encountered in format string");
+        }
+        let Some(end) = field_end(rest) else { return fault("expected '}' before end of string") };
+        out.push_str(&format_field(run, &rest[..end], args, automatic, depth)?);
+        rest = &rest[end + 1..];
+    }
+    run.budget.bytes(rest.len())?;
+    out.push_str(rest);
+    Ok(out)
+}
+
+/// Where the brace closes that was opened before `text`.
+fn field_end(text: &str) -> Option<usize> {
+    let mut open = 1;
+    for (i, c) in text.char_indices() {
+        match c {
+            '{' => open += 1,
+            '}' => open -= 1,
+            _ => {}
+        }
+        if open == 0 {
+            return Some(i);
+        }
+    }
+    None
+}
+
+fn format_field(
+    run: &mut Run<'_>,
+    field: &str,
+    args: &CallArgs,
+    automatic: &mut Option<usize>,
+    depth: usize,
+) -> Res<String> {
+    let end = field.find(['!', ':']).unwrap_or(field.len());
+    let (path, mut rest) = field.split_at(end);
+    let mut conversion = None;
+    if let Some(after) = rest.strip_prefix('!') {
+        conversion = after.chars().next();
+        rest = &after[conversion.map_or(0, char::len_utf8)..];
+        if !rest.is_empty() && !rest.starts_with(':') {
+            return fault("expected ':' after conversion specifier");
+        }
+    }
+    let value = format_path(run, path, args, automatic)?;
+    let spec = match rest.strip_prefix(':') {
+        Some(spec) => format_fields(run, spec, args, automatic, depth + 1)?,
+        None => String::new(),
+    };
+    let value = match conversion {
+        None => value,
+        Some('s') => Value::from(&*value.to_text(&mut run.budget)?),
+        Some('r' | 'a') => Value::from(value.repr(&mut run.budget)?),
+        Some(c) => return fault(format!("Unknown conversion specifier '{c}'")),
+    };
+    format_value(&value, &spec, &mut run.budget)
+}
+
+fn format_path(run: &mut Run<'_>, path: &str, args: &CallArgs, automatic: &mut Option<usize>) -> Res<Value> {
+    let end = path.find(['.', '[']).unwrap_or(path.len());
+    let (first, mut rest) = path.split_at(end);
+    let mut value = if first.is_empty() || first.bytes().all(|b| b.is_ascii_digit()) {
+        let at = match (first.parse::<usize>(), automatic.as_mut()) {
+            (Ok(at), _) => {
+                *automatic = None;
+                at
+            }
+            (Err(_), Some(next)) => {
+                *next += 1;
+                *next - 1
+            }
+            _ => return fault("cannot switch from manual field specification to automatic field numbering"),
+        };
+        match args.positional.get(at) {
+            Some(value) => value.clone(),
+            None => return fault(format!("Replacement index {at} out of range for positional args tuple")),
+        }
+    } else {
+        match args.named.iter().find(|(n, _)| **n == *first) {
+            Some((_, value)) => value.clone(),
+            None => return fault(format!("'{first}'")),
+        }
+    };
+    while !rest.is_empty() {
+        if let Some(after) = rest.strip_prefix('.') {
+            let end = after.find(['.', '[']).unwrap_or(after.len());
+            value = run.attribute(&value, &after[..end])?;
+            rest = &after[end..];
+        } else if let Some((key, after)) = rest.strip_prefix('[').and_then(|r| r.split_once(']')) {
+            let key = key.parse().map_or_else(|_| Value::from(key), Value::Int);
+            value = run.item(&value, &key)?;
+            rest = after;
+        } else {
+            return fault("Only '.' or '[' may follow ']' in format field specifier");
+        }
+    }
+    Ok(value)
+}
+
+/// How `tojson` writes: json.dumps' arguments.
+pub(super) struct Json {
+    pub indent: Option<String>,
+    pub item_separator: String,
+    pub key_separator: String,
+    pub sort_keys: bool,
+    pub ensure_ascii: bool,
+}
+
+impl Json {
+    pub fn write(&self, value: &Value, level: usize, out: &mut String, budget: &mut Budget) -> Res<()> {
+        budget.bytes(8)?;
+        match value {
+            Value::None => out.push_str("null"),
+            Value::Bool(true) => out.push_str("true"),
+            Value::Bool(false) => out.push_str("false"),
+            Value::Int(i) => out.push_str(&i.to_string()),
+            Value::Big(s) => out.push_str(&s.text),
+            Value::Float(f) => out.push_str(&json_float(*f)),
+            Value::Str(s) => {
+                budget.bytes(s.text.len())?;
+                self.string(&s.text, out);
+            }
+            Value::List(s) | Value::Tuple(s) => {
+                self.bracketed(('[', ']'), &s.items, level, out, budget, |json, item, out, budget| {
+                    json.write(item, level + 1, out, budget)
+                })?;
+            }
+            Value::Dict(d) => {
+                let entries = self.entries(&d.entries, budget)?;
+                self.bracketed(('{', '}'), &entries, level, out, budget, |json, (key, value), out, budget| {
+                    json.string(&json_key(key)?, out);
+                    out.push_str(&json.key_separator);
+                    json.write(value, level + 1, out, budget)
+                })?;
+            }
+            other => return fault(format!("Object of type {} is not JSON serializable", other.type_name())),
+        }
+        Ok(())
+    }
+
+    fn entries<'v>(&self, entries: &'v [(Value, Value)], budget: &mut Budget) -> Res<Vec<&'v (Value, Value)>> {
+        let mut entries: Vec<_> = entries.iter().collect();
+        if self.sort_keys {
+            super::filters::sort_by(&mut entries, |a, b| a.0.compare(&b.0, "<", budget))?;
+        }
+        Ok(entries)
+    }
+
+    fn bracketed<T>(
+        &self,
+        (open, close): (char, char),
+        items: &[T],
+        level: usize,
+        out: &mut String,
+        budget: &mut Budget,
+        mut write: impl FnMut(&Json, &T, &mut String, &mut Budget) -> Res<()>,
+    ) -> Res<()> {
+        out.push(open);
+        for (i, item) in items.iter().enumerate() {
+            if i > 0 {
+                out.push_str(&self.item_separator);
+            }
+            self.new_line(level + 1, out, budget)?;
+            write(self, item, out, budget)?;
+        }
+        if !items.is_empty() {
+            self.new_line(level, out, budget)?;
+        }
+        out.push(close);
+        Ok(())
+    }
+
+    fn new_line(&self, level: usize, out: &mut String, budget: &mut Budget) -> Res<()> {
+        if let Some(indent) = &self.indent {
+            budget.bytes(indent.len() * level + 1)?;
+            out.push('\n');
+            out.push_str(&indent.repeat(level));
+        }
+        Ok(())
+    }
+
+    fn string(&self, text: &str, out: &mut String) {
+        out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => out.push_str("\\\""),
+                '\\' => out.push_str("\\\\"),
+                '\n' => out.push_str("\\n"),
+                '\r' => out.push_str("\\r"),
+                '\t' => out.push_str("\\t"),
+                '\u{8}' => out.push_str("\\b"),
+                '\u{c}' => out.push_str("\\f"),
+                c if (c as u32) < 0x20 => out.push_str(&format!("\\u{:04x}", c as u32)),
+                c if self.ensure_ascii && (c as u32) > 0x7e => {
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                c => out.push(c),
+            }
+        }
+        out.push('"');
+    }
+}
+
+fn json_float(f: f64) -> String {
+    match f {
+        f if f.is_nan() => "NaN".into(),
+        f if f.is_infinite() => (if f > 0.0 { "Infinity" } else { "-Infinity" }).into(),
+        f => float_repr(f),
+    }
+}
+
+fn json_key(key: &Value) -> Res<String> {
+    Ok(match key {
+        Value::Str(s) | Value::Big(s) => s.text.to_string(),
+        Value::None => "null".into(),
+        Value::Bool(b) => b.to_string(),
+        Value::Int(i) => i.to_string(),
+        Value::Float(f) => json_float(*f),
+        other => return fault(format!("keys must be str, int, float, bool or None, not {}", other.type_name())),
+    })
+}
+
+/// The place of `key` in `len` items, for methods that take indices.
+pub(super) fn bound(key: Option<&Value>, len: usize, default: usize) -> usize {
+    match key.and_then(Value::as_int) {
+        None => default,
+        Some(_) if len == 0 => 0,
+        Some(i) if i < 0 => index(&Value::Int(i), len).unwrap_or(0),
+        Some(i) => usize::try_from(i).unwrap_or(len).min(len),
+    }
+}

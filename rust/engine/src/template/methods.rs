@@ -1,0 +1,490 @@
+//! The methods of Python's str, list, dict, numbers and Jinja2's loop that templates may call.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use super::filters::Builtin;
+use super::format::{bound, format_method};
+use super::run::{CallArgs, Run};
+use super::text;
+use super::value::{Budget, Dict, Res, Str, Value, fault, is_printable};
+
+const STR: &[&str] = &[
+    "capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "format_map", "index",
+    "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable",
+    "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
+    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith",
+    "strip", "swapcase", "title", "translate", "upper", "zfill",
+];
+const SEQUENCE: &[&str] = &["count", "index"];
+const LIST: &[&str] = &["copy", "count", "index"];
+const DICT: &[&str] = &["copy", "fromkeys", "get", "items", "keys", "values"];
+const INT: &[&str] = &["bit_count", "bit_length", "conjugate", "is_integer"];
+const FLOAT: &[&str] = &["conjugate", "is_integer"];
+const LOOP: &[&str] = &["changed", "cycle"];
+const CYCLER: &[&str] = &["next", "reset"];
+
+/// Methods that change their object: the sandbox refuses them.
+const LIST_CHANGES: &[&str] = &["append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"];
+const DICT_CHANGES: &[&str] = &["clear", "pop", "popitem", "setdefault", "update"];
+
+/// The method of this name, if values of this type have it.
+pub(super) fn find(object: &Value, name: &str) -> Option<&'static str> {
+    let methods = match object {
+        Value::Str(_) => STR,
+        Value::List(_) => LIST,
+        Value::Tuple(_) | Value::Range(_) => SEQUENCE,
+        Value::Dict(_) => DICT,
+        Value::Int(_) | Value::Bool(_) => INT,
+        Value::Float(_) => FLOAT,
+        Value::Loop(_) => LOOP,
+        Value::Cycler(_) => CYCLER,
+        Value::Function(Builtin::Dict) => &["fromkeys"],
+        _ => return None,
+    };
+    methods.iter().find(|m| **m == name).copied()
+}
+
+/// Does the sandbox hide this attribute?
+pub(super) fn is_unsafe(object: &Value, name: &str) -> bool {
+    match object {
+        Value::List(_) if LIST_CHANGES.contains(&name) => true,
+        Value::Dict(_) if DICT_CHANGES.contains(&name) => true,
+        Value::Dict(d) => name.starts_with("__") && d.get_str(name).is_none(),
+        _ => name.starts_with("__"),
+    }
+}
+
+pub(super) fn call(run: &mut Run<'_>, object: &Value, name: &'static str, args: CallArgs) -> Res<Value> {
+    match object {
+        Value::Str(s) if name == "format" => format_method(run, s, &args),
+        Value::Str(s) => str_method(s, name, args, &mut run.budget),
+        Value::Dict(_) | Value::Function(Builtin::Dict) if name == "fromkeys" => from_keys(args, &mut run.budget),
+        Value::Dict(d) => dict_method(object, d, name, args, &mut run.budget),
+        Value::List(s) | Value::Tuple(s) => sequence_method(object, &s.items, name, args, &mut run.budget),
+        Value::Range(_) => {
+            let items = object.items(&mut run.budget)?;
+            sequence_method(object, &items, name, args, &mut run.budget)
+        }
+        Value::Float(f) => Ok(match name {
+            "is_integer" => Value::Bool(f.fract() == 0.0),
+            _ => Value::Float(*f),
+        }),
+        Value::Loop(_) | Value::Cycler(_) => loop_method(object, name, args, &mut run.budget),
+        other => {
+            let size = other.as_int().unwrap_or(0).unsigned_abs();
+            Ok(match name {
+                "bit_length" => Value::Int((128 - size.leading_zeros()).into()),
+                "bit_count" => Value::Int(size.count_ones().into()),
+                "is_integer" => Value::Bool(true),
+                _ => Value::Int(other.as_int().unwrap_or(0)),
+            })
+        }
+    }
+}
+
+fn loop_method(object: &Value, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    match (object, name) {
+        (Value::Loop(state), "cycle") => {
+            if args.positional.is_empty() {
+                return fault("no items for cycling given");
+            }
+            let at = state.index.load(Ordering::Relaxed) % args.positional.len();
+            Ok(args.positional[at].clone())
+        }
+        (Value::Loop(state), _) => {
+            let mut last = state.changed.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = Value::tuple(args.positional.clone(), budget)?;
+            let before = last.replace(args.positional);
+            let Some(before) = before else { return Ok(Value::Bool(true)) };
+            let before = Value::tuple(before, budget)?;
+            Ok(Value::Bool(!now.equals(&before, budget)?))
+        }
+        (Value::Cycler(c), "next") => {
+            let at = c.used.load(Ordering::Relaxed);
+            c.used.store((at + 1) % c.items.len().max(1), Ordering::Relaxed);
+            Ok(c.items.get(at).cloned().unwrap_or(Value::None))
+        }
+        (Value::Cycler(c), _) => {
+            c.used.store(0, Ordering::Relaxed);
+            Ok(Value::None)
+        }
+        _ => fault("no such method"),
+    }
+}
+
+fn sequence_method(object: &Value, items: &[Value], name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    if name == "copy" {
+        return Ok(object.clone());
+    }
+    let [needle, start, stop] = args.bind(name, ["value", "start", "stop"])?;
+    let Some(needle) = needle else { return fault(format!("{name}() takes exactly one argument (0 given)")) };
+    let (from, to) = (bound(start.as_ref(), items.len(), 0), bound(stop.as_ref(), items.len(), items.len()));
+    let mut count = 0;
+    for (i, item) in items.iter().enumerate().take(to).skip(from) {
+        if item.equals(&needle, budget)? {
+            if name == "index" {
+                return Ok(Value::int(i));
+            }
+            count += 1;
+        }
+    }
+    if name == "index" {
+        let needle = needle.repr(budget)?;
+        return fault(format!("{needle} is not in {}", object.type_name()));
+    }
+    Ok(Value::int(count))
+}
+
+fn from_keys(args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [keys, value] = args.bind("fromkeys", ["iterable", "value"])?;
+    let value = value.unwrap_or(Value::None);
+    let keys = keys.unwrap_or(Value::None).items(budget)?;
+    Value::dict(keys.into_iter().map(|k| (k, value.clone())).collect(), budget)
+}
+
+fn dict_method(object: &Value, dict: &Dict, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    if name == "get" {
+        let [key, default] = args.bind(name, ["key", "default"])?;
+        let Some(key) = key else { return fault("get expected at least 1 argument, got 0") };
+        let found = dict.get(&key, budget)?.cloned();
+        return Ok(found.or(default).unwrap_or(Value::None));
+    }
+    let [] = args.bind(name, [])?;
+    let entries = dict.entries.iter();
+    match name {
+        "keys" => Value::view("dict_keys", entries.map(|(k, _)| k.clone()).collect(), budget),
+        "values" => Value::view("dict_values", entries.map(|(_, v)| v.clone()).collect(), budget),
+        "items" => Value::view("dict_items", pairs(dict, budget)?, budget),
+        _ => Ok(object.clone()),
+    }
+}
+
+/// A dict's entries as tuples.
+pub(super) fn pairs(dict: &Dict, budget: &mut Budget) -> Res<Vec<Value>> {
+    dict.entries.iter().map(|(k, v)| Value::tuple(vec![k.clone(), v.clone()], budget)).collect()
+}
+
+/// An argument that must be a string.
+fn wanted(value: Option<Value>, method: &str) -> Res<Str> {
+    match value {
+        Some(Value::Str(s)) => Ok(s),
+        Some(other) => fault(format!("{method}() argument must be str, not {}", other.type_name())),
+        None => fault(format!("{method}() takes at least 1 argument (0 given)")),
+    }
+}
+
+fn str_method(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    budget.bytes(s.text.len())?;
+    let t = &*s.text;
+    let same = |text: String| Value::text(text, s.markup);
+    match name {
+        "capitalize" | "casefold" | "lower" | "upper" | "title" | "swapcase" => {
+            let [] = args.bind(name, [])?;
+            Ok(same(match name {
+                "capitalize" => text::capitalize(t),
+                "casefold" => t.to_lowercase().replace('ß', "ss").replace('ς', "σ"),
+                "lower" => t.to_lowercase(),
+                "upper" => t.to_uppercase(),
+                "title" => text::title(t),
+                _ => text::swapcase(t),
+            }))
+        }
+        "strip" | "lstrip" | "rstrip" => strip(s, name, args),
+        "split" | "rsplit" => split(s, name, args, budget),
+        "splitlines" => {
+            let [keep] = args.bind(name, ["keepends"])?;
+            let keep = keep.is_some_and(|k| k.truth());
+            pieces(text::lines(t, keep), s, budget)
+        }
+        "partition" | "rpartition" => partition(s, name, args, budget),
+        "startswith" | "endswith" => affix(t, name, args, budget),
+        "find" | "rfind" | "index" | "rindex" | "count" => search(t, name, args),
+        "replace" => {
+            let [old, new, count] = args.bind(name, ["old", "new", "count"])?;
+            let (old, new) = (wanted(old, name)?, wanted(new, name)?);
+            replace(s, &old.text, &new.text, count.as_ref(), budget)
+        }
+        "join" => {
+            let [items] = args.bind(name, ["iterable"])?;
+            join(s, &items.unwrap_or(Value::None).items(budget)?, budget)
+        }
+        "center" | "ljust" | "rjust" | "zfill" => pad(s, name, args, budget),
+        "removeprefix" | "removesuffix" => {
+            let [affix] = args.bind(name, ["affix"])?;
+            let affix = wanted(affix, name)?;
+            let left = match name {
+                "removeprefix" => t.strip_prefix(&*affix.text),
+                _ => t.strip_suffix(&*affix.text),
+            };
+            Ok(same(left.unwrap_or(t).to_owned()))
+        }
+        "expandtabs" => expand_tabs(s, args, budget),
+        "translate" => translate(s, args, budget),
+        "format_map" => fault("format_map is not supported"),
+        _ => {
+            let [] = args.bind(name, [])?;
+            Ok(Value::Bool(str_is(t, name)))
+        }
+    }
+}
+
+fn str_is(t: &str, name: &str) -> bool {
+    let all = |test: &dyn Fn(char) -> bool| !t.is_empty() && t.chars().all(test);
+    match name {
+        "isalpha" => all(&char::is_alphabetic),
+        "isalnum" => all(&char::is_alphanumeric),
+        "isascii" => t.is_ascii(),
+        "isdecimal" => all(&|c| text::decimal(c).is_some()),
+        "isdigit" => all(&text::is_digit),
+        "isnumeric" => all(&char::is_numeric),
+        "isspace" => all(&text::is_space),
+        "isprintable" => t.chars().all(is_printable),
+        "islower" => is_lower(t),
+        "isupper" => t.chars().any(text::is_upper) && !t.chars().any(|c| text::is_cased(c) && !text::is_upper(c)),
+        "istitle" => text::is_title(t),
+        // isidentifier
+        _ => {
+            let mut chars = t.chars();
+            chars.next().is_some_and(|c| c == '_' || c.is_alphabetic()) && chars.all(|c| c == '_' || c.is_alphanumeric())
+        }
+    }
+}
+
+pub(super) fn is_lower(t: &str) -> bool {
+    t.chars().any(char::is_lowercase) && !t.chars().any(|c| text::is_cased(c) && !c.is_lowercase())
+}
+
+/// A list of parts of `s`.
+fn pieces(parts: Vec<&str>, s: &Str, budget: &mut Budget) -> Res<Value> {
+    let items = parts.into_iter().map(|p| Value::text(p.to_owned(), s.markup)).collect();
+    Value::list(items, budget)
+}
+
+fn strip(s: &Str, name: &str, args: CallArgs) -> Res<Value> {
+    let [chars] = args.bind(name, ["chars"])?;
+    let chars = match chars {
+        None | Some(Value::None) => None,
+        given => Some(wanted(given, name)?),
+    };
+    Ok(Value::text(stripped(&s.text, name, chars.as_ref().map(|c| &*c.text)).to_owned(), s.markup))
+}
+
+/// strip, lstrip or rstrip.
+pub(super) fn stripped<'t>(mut t: &'t str, name: &str, chars: Option<&str>) -> &'t str {
+    let cut = |c: char| chars.map_or_else(|| text::is_space(c), |set| set.contains(c));
+    if name != "rstrip" {
+        t = t.trim_start_matches(cut);
+    }
+    if name != "lstrip" {
+        t = t.trim_end_matches(cut);
+    }
+    t
+}
+
+fn split(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [separator, limit] = args.bind(name, ["sep", "maxsplit"])?;
+    let limit = match limit.as_ref().map(|l| l.as_int()) {
+        None => usize::MAX - 1,
+        Some(Some(l)) => usize::try_from(l).unwrap_or(usize::MAX - 1).min(usize::MAX - 1),
+        Some(None) => return fault("maxsplit must be an integer"),
+    };
+    let t = &*s.text;
+    let parts: Vec<&str> = match separator {
+        None | Some(Value::None) if name == "split" => text::words(t, limit),
+        None | Some(Value::None) => text::words_from_end(t, limit),
+        given => {
+            let separator = wanted(given, name)?;
+            if separator.text.is_empty() {
+                return fault("empty separator");
+            }
+            match name {
+                "split" => t.splitn(limit + 1, &*separator.text).collect(),
+                _ => {
+                    let mut parts: Vec<&str> = t.rsplitn(limit + 1, &*separator.text).collect();
+                    parts.reverse();
+                    parts
+                }
+            }
+        }
+    };
+    pieces(parts, s, budget)
+}
+
+fn partition(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [separator] = args.bind(name, ["sep"])?;
+    let separator = wanted(separator, name)?;
+    if separator.text.is_empty() {
+        return fault("empty separator");
+    }
+    let t = &*s.text;
+    let found = if name == "partition" { t.find(&*separator.text) } else { t.rfind(&*separator.text) };
+    let parts = match (found, name) {
+        (Some(at), _) => [&t[..at], &*separator.text, &t[at + separator.text.len()..]],
+        (None, "partition") => [t, "", ""],
+        (None, _) => ["", "", t],
+    };
+    Value::tuple(parts.into_iter().map(|p| Value::text(p.to_owned(), s.markup)).collect(), budget)
+}
+
+/// The part of `t` between two optional indices of characters, and where it starts (in characters).
+/// None where the start lies beyond the end.
+fn window<'t>(t: &'t str, start: Option<&Value>, stop: Option<&Value>) -> Option<(&'t str, usize)> {
+    if start.is_none() && stop.is_none() {
+        return Some((t, 0));
+    }
+    let len = t.chars().count();
+    if start.and_then(Value::as_int).is_some_and(|i| i > len as i128) {
+        return None;
+    }
+    let (from, to) = (bound(start, len, 0), bound(stop, len, len));
+    let byte = |i: usize| t.char_indices().nth(i).map_or(t.len(), |(at, _)| at);
+    (from <= to).then(|| (&t[byte(from)..byte(to)], from))
+}
+
+fn affix(t: &str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [affixes, start, stop] = args.bind(name, ["prefix", "start", "end"])?;
+    let affixes = match affixes {
+        Some(Value::Tuple(tuple)) => tuple.items.clone(),
+        other => vec![Value::Str(wanted(other, name)?)],
+    };
+    budget.steps(affixes.len())?;
+    let Some((t, _)) = window(t, start.as_ref(), stop.as_ref()) else { return Ok(Value::Bool(false)) };
+    for affix in affixes {
+        let affix = wanted(Some(affix), name)?;
+        let fits = if name == "startswith" { t.starts_with(&*affix.text) } else { t.ends_with(&*affix.text) };
+        if fits {
+            return Ok(Value::Bool(true));
+        }
+    }
+    Ok(Value::Bool(false))
+}
+
+fn search(t: &str, name: &str, args: CallArgs) -> Res<Value> {
+    let [needle, start, stop] = args.bind(name, ["sub", "start", "end"])?;
+    let needle = wanted(needle, name)?;
+    let window = window(t, start.as_ref(), stop.as_ref());
+    if name == "count" {
+        return Ok(Value::int(match window {
+            None => 0,
+            Some((t, _)) if needle.text.is_empty() => t.chars().count() + 1,
+            Some((t, _)) => t.matches(&*needle.text).count(),
+        }));
+    }
+    let found = window.and_then(|(t, from)| {
+        let at = if name.starts_with('r') { t.rfind(&*needle.text) } else { t.find(&*needle.text) };
+        at.map(|at| from + t[..at].chars().count())
+    });
+    match (found, name) {
+        (Some(at), _) => Ok(Value::int(at)),
+        (None, "find" | "rfind") => Ok(Value::Int(-1)),
+        (None, _) => fault("substring not found"),
+    }
+}
+
+/// str.replace, paid for before it is made.
+pub(super) fn replace(s: &Str, old: &str, new: &str, count: Option<&Value>, budget: &mut Budget) -> Res<Value> {
+    let limit = match count {
+        None | Some(Value::None) => usize::MAX,
+        Some(n) => match n.as_int() {
+            Some(n) => usize::try_from(n).unwrap_or(usize::MAX),
+            None => return fault("count must be an integer"),
+        },
+    };
+    let hits = s.text.matches(old).take(limit).count();
+    budget.bytes(s.text.len() + hits.saturating_mul(new.len()))?;
+    Ok(Value::text(s.text.replacen(old, new, limit), s.markup))
+}
+
+fn join(s: &Str, items: &[Value], budget: &mut Budget) -> Res<Value> {
+    let mut out = String::new();
+    for (i, item) in items.iter().enumerate() {
+        let Value::Str(text) = item else {
+            return fault(format!("sequence item {i}: expected str instance, {} found", item.type_name()));
+        };
+        let separator = if i > 0 { &*s.text } else { "" };
+        budget.bytes(separator.len() + text.text.len())?;
+        out.push_str(separator);
+        match s.markup && !text.markup {
+            true => out.push_str(&super::value::html_escape(&text.text)),
+            false => out.push_str(&text.text),
+        }
+    }
+    Ok(Value::text(out, s.markup))
+}
+
+fn pad(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [width, fill] = args.bind(name, ["width", "fillchar"])?;
+    let Some(width) = width.as_ref().and_then(Value::as_int) else { return fault(format!("{name}() needs an integer width")) };
+    let fill = match fill {
+        None => " ".into(),
+        given => wanted(given, name)?.text,
+    };
+    if fill.chars().count() != 1 {
+        return fault("The fill character must be exactly one character long");
+    }
+    let t = &*s.text;
+    let missing = usize::try_from(width).unwrap_or(0).saturating_sub(t.chars().count());
+    budget.bytes(t.len().saturating_add(missing.saturating_mul(fill.len())))?;
+    let fills = |n: usize| fill.repeat(n);
+    Ok(Value::text(
+        match name {
+            "ljust" => t.to_owned() + &fills(missing),
+            "rjust" => fills(missing) + t,
+            "center" => {
+                // CPython puts the odd one left when width is odd.
+                let left = missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1);
+                fills(left) + t + &fills(missing - left)
+            }
+            _ => {
+                let sign = t.len() - t.strip_prefix(['+', '-']).unwrap_or(t).len();
+                t[..sign].to_owned() + &"0".repeat(missing) + &t[sign..]
+            }
+        },
+        s.markup,
+    ))
+}
+
+fn expand_tabs(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [size] = args.bind("expandtabs", ["tabsize"])?;
+    let size = usize::try_from(size.as_ref().and_then(Value::as_int).unwrap_or(8)).unwrap_or(0);
+    let tabs = s.text.matches('\t').count();
+    budget.bytes(s.text.len().saturating_add(tabs.saturating_mul(size)))?;
+    let (mut out, mut column) = (String::new(), 0);
+    for c in s.text.chars() {
+        match c {
+            '\t' if size > 0 => {
+                let gap = size - column % size;
+                out.push_str(&" ".repeat(gap));
+                column += gap;
+            }
+            '\t' => {}
+            c => {
+                column = if matches!(c, '\n' | '\r') { 0 } else { column + 1 };
+                out.push(c);
+            }
+        }
+    }
+    Ok(Value::text(out, s.markup))
+}
+
+fn translate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let [table] = args.bind("translate", ["table"])?;
+    let Some(Value::Dict(table)) = table else { return fault("translate() argument must be a dict") };
+    let mut out = String::new();
+    for c in s.text.chars() {
+        match table.get(&Value::Int((c as u32).into()), budget)? {
+            None => out.push(c),
+            Some(Value::None) => {}
+            Some(Value::Str(with)) => {
+                budget.bytes(with.text.len())?;
+                out.push_str(&with.text);
+            }
+            Some(other) => match other.as_int().and_then(|i| u32::try_from(i).ok()).and_then(char::from_u32) {
+                Some(c) => out.push(c),
+                None => return fault("character mapping must return integer, None or str"),
+            },
+        }
+    }
+    Ok(Value::text(out, s.markup))
+}

@@ -1,0 +1,308 @@
+//! Tiny checkpoints of every family against transformers' logits. Data from HFCORE_CASES; skipped without it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hfcore_engine::arch::Arch;
+use hfcore_engine::batch::{Batch, Forward, PAGE};
+use hfcore_engine::candle::Candle;
+use hfcore_engine::cpu::Cpu;
+use hfcore_engine::decoder::{Decoder, Resident};
+use hfcore_engine::device::Device;
+use hfcore_engine::files;
+use hfcore_engine::weights::Weights;
+use serde_json::{Value as Json, json};
+
+const FAMILIES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"];
+
+fn cases() -> Option<PathBuf> {
+    match std::env::var_os("HFCORE_CASES") {
+        Some(dir) => Some(PathBuf::from(dir).join("families")),
+        None => {
+            eprintln!("skipped: HFCORE_CASES is not set");
+            None
+        }
+    }
+}
+
+/// (model, golden) of every case of this issue.
+fn models(dir: &Path) -> Vec<(PathBuf, PathBuf)> {
+    let mut all: Vec<_> = FAMILIES
+        .iter()
+        .map(|f| (dir.join(f), dir.join(f).join("golden.json")))
+        .collect();
+    for entry in std::fs::read_dir(dir.join("gguf")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "gguf") {
+            all.push((path.clone(), path.with_extension("golden.json")));
+        }
+    }
+    all.sort();
+    all
+}
+
+fn decoder<D: Device>(device: impl Fn() -> D, path: &Path) -> Decoder<D> {
+    let weights = Arc::new(files::open(path).unwrap());
+    let arch = Arch::read(&weights).unwrap();
+    let device_of_weights = device();
+    let resident = Resident::load(&device_of_weights, arch, weights, &|_, _| {}).unwrap();
+    Decoder::new(device(), Arc::new(resident), 16).unwrap()
+}
+
+fn ids(json: &serde_json::Value) -> Vec<u32> {
+    json.as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_u64().unwrap() as u32)
+        .collect()
+}
+
+/// Last-position logits, the prompt fed in chunks of `chunk`.
+fn logits(
+    decoder: &mut dyn Forward,
+    ids: &[u32],
+    chunk: usize,
+    original: Option<usize>,
+) -> Vec<f32> {
+    let pages: Vec<u32> = (0..ids.len().div_ceil(PAGE) as u32).rev().collect();
+    let long = original.is_some_and(|n| ids.len() > n);
+    let mut start = 0;
+    loop {
+        let end = ids.len().min(start + chunk);
+        let mut batch = Batch::default();
+        batch.push(&ids[start..end], start, &pages, long);
+        if end == ids.len() {
+            batch.outputs.push((end - start - 1) as u32);
+            return decoder.forward(&batch).unwrap().to_vec();
+        }
+        decoder.forward(&batch).unwrap();
+        start = end;
+    }
+}
+
+fn log_softmax(x: &[f64]) -> Vec<f64> {
+    let max = x.iter().cloned().fold(f64::MIN, f64::max);
+    let sum = x.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
+    x.iter().map(|x| x - max - sum).collect()
+}
+
+fn divergence(golden: &[f64], ours: &[f32]) -> f64 {
+    let a = log_softmax(golden);
+    let b = log_softmax(&ours.iter().map(|&x| f64::from(x)).collect::<Vec<_>>());
+    a.iter().zip(&b).map(|(a, b)| a.exp() * (a - b)).sum()
+}
+
+/// What feeding a prompt in chunks may change.
+#[derive(PartialEq)]
+enum Chunks {
+    /// Nothing: design rule 10.
+    NoBit,
+    /// The order of sums, so no more than the limit that holds against transformers.
+    Rounding,
+}
+
+fn check<D: Device>(device: impl Fn() -> D + Copy, limit: f64, chunks: Chunks) {
+    let Some(dir) = cases() else { return };
+    let mut failures = Vec::new();
+    for (model, golden) in models(&dir) {
+        let golden: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+        let mut decoder = decoder(device, &model);
+        let original = Arch::read(&files::open(&model).unwrap())
+            .unwrap()
+            .original_context;
+        let mut worst = 0f64;
+        for prompt in golden["prompts"].as_array().unwrap() {
+            let ids = ids(&prompt["ids"]);
+            let want: Vec<f64> = prompt["logits"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|x| x.as_f64().unwrap())
+                .collect();
+            let whole = logits(&mut decoder, &ids, ids.len(), original);
+            let chunked = logits(&mut decoder, &ids, 7, original);
+            if chunks == Chunks::NoBit {
+                assert_eq!(
+                    whole,
+                    chunked,
+                    "{}: chunks change the bits",
+                    model.display()
+                );
+            }
+            for ours in [&whole, &chunked] {
+                worst = worst.max(divergence(&want, &ours[..want.len()]));
+            }
+            let whole: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
+            let between = divergence(&whole, &chunked);
+            assert!(
+                between < limit,
+                "{}: chunks change KL by {between:.2e}",
+                model.display()
+            );
+        }
+        println!(
+            "{:60} KL {worst:.2e}",
+            model.file_name().unwrap().to_string_lossy()
+        );
+        if worst >= limit || worst.is_nan() {
+            failures.push(format!("{}: KL {worst:.2e}", model.display()));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[test]
+fn the_cpu_device_is_near_transformers() {
+    check(|| Cpu::new(Some(2)), 2e-2, Chunks::NoBit);
+}
+
+#[test]
+fn the_candle_device_is_transformers() {
+    check(Candle::cpu, 1e-9, Chunks::Rounding);
+}
+
+/// The `config.json` of a tiny model, with these keys of its own.
+fn config(own: Json) -> Json {
+    let mut config = json!({
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 80,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+    });
+    let all = config.as_object_mut().unwrap();
+    all.extend(own.as_object().unwrap().clone());
+    config
+}
+
+/// The tensors that a tied model of this shape has: name and shape.
+fn tensors(arch: &Arch) -> Vec<(String, Vec<usize>)> {
+    let (hidden, ff, dim) = (arch.hidden_size, arch.intermediate_size, arch.head_dim);
+    let (q, kv) = (arch.heads * dim, arch.kv_heads * dim);
+    let mut layer = vec![
+        ("attn_norm", vec![hidden]),
+        ("attn_output", vec![hidden, q]),
+        ("ffn_norm", vec![hidden]),
+        ("ffn_down", vec![hidden, ff]),
+    ];
+    match arch.fused {
+        true => layer.extend([
+            ("attn_qkv", vec![q + 2 * kv, hidden]),
+            ("ffn_gate_up", vec![2 * ff, hidden]),
+        ]),
+        false => layer.extend([
+            ("attn_q", vec![q, hidden]),
+            ("attn_k", vec![kv, hidden]),
+            ("attn_v", vec![kv, hidden]),
+            ("ffn_gate", vec![ff, hidden]),
+            ("ffn_up", vec![ff, hidden]),
+        ]),
+    }
+    if arch.qk_norm {
+        layer.extend([("attn_q_norm", vec![dim]), ("attn_k_norm", vec![dim])]);
+    }
+    if arch.post_norms {
+        let post = |name| (name, vec![hidden]);
+        layer.extend([post("post_attention_norm"), post("post_ffw_norm")]);
+    }
+    let name = |layer, name: &str| arch.tensor_name(layer, &format!("{name}.weight"));
+    let mut all = vec![
+        (name(None, "token_embd"), vec![arch.vocab_size, hidden]),
+        (name(None, "output_norm"), vec![hidden]),
+    ];
+    for i in 0..arch.layers.len() {
+        all.extend(
+            layer
+                .iter()
+                .map(|(stem, shape)| (name(Some(i), stem), shape.clone())),
+        );
+    }
+    all
+}
+
+/// Write a model of this config with random f32 weights, in which every norm, window and position counts.
+fn write_model(dir: &Path, config: &Json) {
+    let empty = Weights {
+        path: "config".into(),
+        files: vec![],
+        tensors: HashMap::new(),
+        metadata: HashMap::new(),
+        config: Some(config.clone()),
+        generation_config: None,
+    };
+    let (mut header, mut data) = (json!({}), Vec::new());
+    let mut seed = 1u64;
+    for (name, shape) in tensors(&Arch::read(&empty).unwrap()) {
+        let from = data.len();
+        for _ in 0..shape.iter().product() {
+            // Knuth's generator; numbers in -0.25 .. 0.25.
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            let x = (seed >> 40) as f32 / (1u32 << 25) as f32 - 0.25;
+            data.extend(x.to_le_bytes());
+        }
+        header[name] =
+            json!({ "dtype": "F32", "shape": shape, "data_offsets": [from, data.len()] });
+    }
+    let header = header.to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    let file = [&length[..], header.as_bytes(), &data].concat();
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("model.safetensors"), file).unwrap();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+/// Two steps of three sequences on scattered pages, the third a long one; the second step's logits for every row.
+fn ragged(decoder: &mut dyn Forward) -> Vec<f32> {
+    const PAGES: [&[u32]; 3] = [&[7, 2], &[15], &[9, 0, 14, 1, 5]];
+    const ROWS: [[usize; 2]; 3] = [[23, 1], [5, 9], [60, 12]];
+    let mut logits = Vec::new();
+    for step in 0..2 {
+        let mut batch = Batch::default();
+        for (i, (pages, rows)) in PAGES.iter().zip(ROWS).enumerate() {
+            let start = if step == 0 { 0 } else { rows[0] };
+            let tokens: Vec<u32> = (start..start + rows[step])
+                .map(|p| ((31 * i + 7 * p) % 80) as u32)
+                .collect();
+            batch.push(&tokens, start, pages, i == 2);
+        }
+        batch.outputs = (0..batch.tokens.len() as u32).collect();
+        logits = decoder.forward(&batch).unwrap().to_vec();
+    }
+    logits
+}
+
+#[test]
+fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scattered_pages() {
+    let factors = |by: f32| (0..4).map(|i| by + i as f32).collect::<Vec<_>>();
+    let models = [
+        json!({ "model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": 20,
+                "sliding_window_pattern": 2, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 30.0 }),
+        json!({ "model_type": "phi3", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
+                "rope_scaling": { "type": "longrope", "short_factor": factors(1.0), "long_factor": factors(2.0) } }),
+        json!({ "model_type": "smollm3", "no_rope_layer_interval": 2 }),
+    ];
+    for own in models {
+        let name = own["model_type"].as_str().unwrap().to_string();
+        let dir = std::env::temp_dir().join(format!("hfcore-ragged-{name}-{}", std::process::id()));
+        write_model(&dir, &config(own));
+        let cpu = ragged(&mut decoder(|| Cpu::new(Some(2)), &dir));
+        let candle = ragged(&mut decoder(Candle::cpu, &dir));
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(cpu.len(), 22 * 80);
+        let apart = |a: &[f32], b: &[f32]| {
+            a.iter()
+                .zip(b)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max)
+        };
+        let largest = apart(&candle, &vec![0.0; candle.len()]);
+        let apart = apart(&cpu, &candle);
+        println!("{name:60} logits up to {largest:.2}, apart {apart:.2e}");
+        assert!(
+            largest > 1.0 && apart < 1e-4 * largest,
+            "{name}: {apart:.2e} of {largest:.2}"
+        );
+    }
+}

@@ -1,0 +1,216 @@
+//! Sixteen lanes in two AVX2 registers, with and without 256-bit VNNI.
+
+use std::arch::x86_64::*;
+
+use crate::simd::Simd;
+
+/// AVX2 + FMA + F16C; integer dots by `vpmaddubsw` or, where 8-bit codes would overflow it, by widening.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2;
+
+/// The same with `vpdpbusd`.
+#[derive(Clone, Copy)]
+pub(crate) struct AvxVnni;
+
+/// Four-byte dots of unsigned `codes` with signed `x`, exact: even and odd bytes widened to 16 bits apart,
+/// because `vpmaddubsw` saturates at 2 x 255 x 127.
+#[inline(always)]
+unsafe fn dot4_widening(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    unsafe {
+        let even = _mm256_and_si256(codes, _mm256_set1_epi16(0x00FF));
+        let odd = _mm256_srli_epi16::<8>(codes);
+        let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+        let x_odd = _mm256_srai_epi16::<8>(x);
+        let dots = _mm256_add_epi32(
+            _mm256_madd_epi16(even, x_even),
+            _mm256_madd_epi16(odd, x_odd),
+        );
+        _mm256_add_epi32(sum, dots)
+    }
+}
+
+#[inline(always)]
+unsafe fn dot4_vnni(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    unsafe { _mm256_dpbusd_avx_epi32(sum, codes, x) }
+}
+
+macro_rules! both {
+    ($f:expr, $a:expr) => {
+        [$f($a[0]), $f($a[1])]
+    };
+    ($f:expr, $a:expr, $b:expr) => {
+        [$f($a[0], $b[0]), $f($a[1], $b[1])]
+    };
+    ($f:expr, $a:expr, $b:expr, $c:expr) => {
+        [$f($a[0], $b[0], $c[0]), $f($a[1], $b[1], $c[1])]
+    };
+}
+
+/// Sixteen bytes widened to two vectors of eight 32-bit integers.
+#[inline(always)]
+unsafe fn widen_u8(p: *const u8) -> [__m256i; 2] {
+    unsafe {
+        [
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast())),
+        ]
+    }
+}
+
+/// Eight bf16 as floats.
+#[inline(always)]
+unsafe fn bf16_half(p: *const u16) -> __m256 {
+    unsafe {
+        let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+    }
+}
+
+/// Eight e8m0 exponents as half the power of two each means.
+#[inline(always)]
+unsafe fn e8m0_half(e: __m256i) -> __m256 {
+    unsafe {
+        let one = _mm256_set1_epi32(1);
+        let e = _mm256_sub_epi32(_mm256_max_epi32(e, one), one);
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(e))
+    }
+}
+
+macro_rules! implement {
+    ($name:ident, $dot4:ident) => {
+        // SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features
+        // were detected.
+        impl Simd for $name {
+            type I = [__m256i; 2];
+            type S = [__m256i; 2];
+            type F = [__m256; 2];
+
+            #[inline(always)]
+            unsafe fn load(p: *const u8) -> Self::I {
+                unsafe {
+                    [
+                        _mm256_loadu_si256(p.cast()),
+                        _mm256_loadu_si256(p.add(32).cast()),
+                    ]
+                }
+            }
+            #[inline(always)]
+            unsafe fn and(a: Self::I, mask: u8) -> Self::I {
+                unsafe {
+                    let m = [_mm256_set1_epi8(mask as i8); 2];
+                    both!(_mm256_and_si256, a, m)
+                }
+            }
+            #[inline(always)]
+            unsafe fn or(a: Self::I, b: Self::I) -> Self::I {
+                unsafe { both!(_mm256_or_si256, a, b) }
+            }
+            #[inline(always)]
+            unsafe fn shr_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I {
+                // The count in a register: `_mm256_srli_epi16` wants an i32 constant, the trait has u32.
+                unsafe {
+                    let n = _mm_cvtsi32_si128(N as i32);
+                    Self::and([_mm256_srl_epi16(a[0], n), _mm256_srl_epi16(a[1], n)], mask)
+                }
+            }
+            #[inline(always)]
+            unsafe fn shl_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I {
+                unsafe {
+                    let n = _mm_cvtsi32_si128(N as i32);
+                    Self::and([_mm256_sll_epi16(a[0], n), _mm256_sll_epi16(a[1], n)], mask)
+                }
+            }
+            #[inline(always)]
+            unsafe fn lookup(a: Self::I, table: &[u8; 16]) -> Self::I {
+                unsafe {
+                    let t =
+                        [_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())); 2];
+                    both!(_mm256_shuffle_epi8, t, a)
+                }
+            }
+            #[inline(always)]
+            unsafe fn sums_zero() -> Self::S {
+                unsafe { [_mm256_setzero_si256(); 2] }
+            }
+            #[inline(always)]
+            unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
+                unsafe {
+                    let x = [_mm256_set1_epi32(x.cast::<i32>().read_unaligned()); 2];
+                    both!($dot4, sum, codes, x)
+                }
+            }
+            #[inline(always)]
+            unsafe fn to_f32(a: Self::S) -> Self::F {
+                unsafe { both!(_mm256_cvtepi32_ps, a) }
+            }
+            #[inline(always)]
+            unsafe fn splat(x: f32) -> Self::F {
+                unsafe { [_mm256_set1_ps(x); 2] }
+            }
+            #[inline(always)]
+            unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+                unsafe { both!(_mm256_mul_ps, a, b) }
+            }
+            #[inline(always)]
+            unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+                unsafe { both!(_mm256_add_ps, a, b) }
+            }
+            #[inline(always)]
+            unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+                unsafe { both!(_mm256_fmadd_ps, a, b, c) }
+            }
+            #[inline(always)]
+            unsafe fn load_f32(p: *const f32) -> Self::F {
+                unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+            }
+            #[inline(always)]
+            unsafe fn load_f16(p: *const u16) -> Self::F {
+                unsafe {
+                    [
+                        _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                        _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
+                    ]
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_bf16(p: *const u16) -> Self::F {
+                unsafe { [bf16_half(p), bf16_half(p.add(8))] }
+            }
+            #[inline(always)]
+            unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> Self::F {
+                unsafe {
+                    let n = _mm_cvtsi32_si128(shift as i32);
+                    let m = _mm256_set1_epi32(i32::from(mask));
+                    let b = widen_u8(p);
+                    [
+                        _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(b[0], n), m)),
+                        _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(b[1], n), m)),
+                    ]
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_i8(p: *const u8) -> Self::F {
+                unsafe {
+                    [
+                        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
+                        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))),
+                    ]
+                }
+            }
+            #[inline(always)]
+            unsafe fn load_e8m0(p: *const u8) -> Self::F {
+                unsafe { both!(e8m0_half, widen_u8(p)) }
+            }
+            #[inline(always)]
+            unsafe fn store(p: *mut f32, a: Self::F) {
+                unsafe {
+                    _mm256_storeu_ps(p, a[0]);
+                    _mm256_storeu_ps(p.add(8), a[1]);
+                }
+            }
+        }
+    };
+}
+
+implement!(Avx2, dot4_widening);
+implement!(AvxVnni, dot4_vnni);

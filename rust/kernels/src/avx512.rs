@@ -1,0 +1,120 @@
+//! Sixteen lanes in one AVX-512 register.
+
+use std::arch::x86_64::*;
+
+use crate::simd::Simd;
+
+/// AVX-512 F/BW/VL/DQ with VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512;
+
+// SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features were detected.
+impl Simd for Avx512 {
+    type I = __m512i;
+    type S = __m512i;
+    type F = __m512;
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn and(a: __m512i, mask: u8) -> __m512i {
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(mask as i8)) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shr_mask<const N: u32>(a: __m512i, mask: u8) -> __m512i {
+        unsafe { Self::and(_mm512_srli_epi16::<N>(a), mask) }
+    }
+    #[inline(always)]
+    unsafe fn shl_mask<const N: u32>(a: __m512i, mask: u8) -> __m512i {
+        unsafe { Self::and(_mm512_slli_epi16::<N>(a), mask) }
+    }
+    #[inline(always)]
+    unsafe fn lookup(a: __m512i, table: &[u8; 16]) -> __m512i {
+        unsafe {
+            let t = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(t, a)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums_zero() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn dot4(sum: __m512i, codes: __m512i, x: *const i8) -> __m512i {
+        unsafe {
+            _mm512_dpbusd_epi32(
+                sum,
+                codes,
+                _mm512_set1_epi32(x.cast::<i32>().read_unaligned()),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(a: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn load_f32(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> __m512 {
+        unsafe {
+            let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let b = _mm512_srl_epi32(b, _mm_cvtsi32_si128(shift as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(b, _mm512_set1_epi32(i32::from(mask))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_e8m0(p: *const u8) -> __m512 {
+        unsafe {
+            let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let one = _mm512_set1_epi32(1);
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_sub_epi32(
+                _mm512_max_epi32(b, one),
+                one,
+            )))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, a: __m512) {
+        unsafe { _mm512_storeu_ps(p, a) }
+    }
+}

@@ -1,0 +1,391 @@
+//! What a decoder does to rows of floats between multiplications: norms, rotary positions, gated activations.
+//!
+//! Plain loops over sixteen lanes, which the compiler turns into vectors of whatever instruction set the caller was
+//! compiled for. Multiplications and additions fuse by name only (`mul_add`), so every set gives the same bits.
+
+use crate::pool::Pool;
+use crate::simd::{Isa, LANES, Simd, dispatch};
+
+/// Rows times width below which threads cost more than they bring.
+const SERIAL: usize = 8192;
+
+/// Run `f(i, row)` over the rows of `out`, in parallel when there is enough to do.
+fn over_rows(pool: &Pool, out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if out.len() < SERIAL {
+        out.chunks_exact_mut(width)
+            .enumerate()
+            .for_each(|(i, row)| f(i, row));
+    } else {
+        pool.rows(out, width, f);
+    }
+}
+
+/// Sum of squares, sixteen lanes at a time, then the lanes in a fixed order.
+#[inline(always)]
+fn sum_of_squares(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (sum, &x) in lanes.iter_mut().zip(chunk) {
+            *sum = x.mul_add(x, *sum);
+        }
+    }
+    for (sum, &x) in lanes.iter_mut().zip(rest) {
+        *sum = x.mul_add(x, *sum);
+    }
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0]
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467).
+///
+/// # Panics
+/// When the lengths do not agree.
+pub fn rms_norm(isa: Isa, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len());
+    let width = weight.len();
+    over_rows(pool, out, width, |i, out| {
+        // SAFETY: slices; `isa` was detected.
+        unsafe { rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out) }
+    });
+}
+
+dispatch! {
+    unsafe fn rms_norm_row<>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body
+}
+
+#[inline(always)]
+unsafe fn rms_norm_body<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+    for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * w;
+    }
+}
+
+/// `x += y`.
+pub fn add(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len());
+    let width = if x.len() < SERIAL {
+        x.len().max(1)
+    } else {
+        x.len().div_ceil(pool.threads() * 4)
+    };
+    let whole = x.len() / width * width;
+    let (body, tail) = x.split_at_mut(whole);
+    over_rows(pool, body, width, |i, x| {
+        // SAFETY: slices; `isa` was detected.
+        unsafe { add_row(isa, x, &y[i * width..(i + 1) * width]) }
+    });
+    // SAFETY: as above.
+    unsafe { add_row(isa, tail, &y[whole..]) }
+}
+
+dispatch! {
+    unsafe fn add_row<>(x: &mut [f32], y: &[f32]) = add_body
+}
+
+#[inline(always)]
+unsafe fn add_body<S: Simd>(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// The activations of gated feed-forward layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x * sigmoid(x)
+    Silu,
+    /// The tanh form of gelu.
+    GeluTanh,
+}
+
+/// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide.
+pub fn gated(
+    isa: Isa,
+    pool: &Pool,
+    activation: Activation,
+    x: &[f32],
+    width: usize,
+    out: &mut [f32],
+) {
+    assert_eq!(x.len(), 2 * out.len());
+    over_rows(pool, out, width, |i, out| {
+        let (gate, up) = x[2 * i * width..2 * (i + 1) * width].split_at(width);
+        // SAFETY: slices; `isa` was detected.
+        unsafe { gated_row(isa, activation, gate, up, out) }
+    });
+}
+
+dispatch! {
+    unsafe fn gated_row<>(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) = gated_body
+}
+
+#[inline(always)]
+unsafe fn gated_body<S: Simd>(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    match activation {
+        Activation::Silu => {
+            for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                *out = g / (1.0 + exp(-g)) * u;
+            }
+        }
+        Activation::GeluTanh => {
+            for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                // 0.5 (1 + tanh(t)) is sigmoid(2 t).
+                let t = 0.797_884_6 * (0.044_715 * g * g).mul_add(g, g);
+                *out = g / (1.0 + exp(-2.0 * t)) * u;
+            }
+        }
+    }
+}
+
+/// e to the x: 2^n times a polynomial on [-ln2/2, ln2/2], relative error below 2e-7; saturates instead of overflowing.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let r = n.mul_add(-LN2_HIGH, x);
+    let r = n.mul_add(-LN2_LOW, r);
+    let p = 1.987_569_1e-4_f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let p = p.mul_add(r * r, r) + 1.0;
+    // SAFETY: n is within -126..=127, or NaN, which x86 and Arm turn into some integer without harm; the NaN itself
+    // comes out through p.
+    let n = if n.is_nan() {
+        0
+    } else {
+        unsafe { n.to_int_unchecked::<i32>() }
+    };
+    p * f32::from_bits(((n + 127) as u32) << 23)
+}
+
+/// How rotary embeddings pair the numbers of a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// `i` with `i + dim / 2` (transformers, GPT-NeoX).
+    Halves,
+    /// `2 i` with `2 i + 1` (GGUF llama, GPT-J).
+    Neighbours,
+}
+
+/// Rotate the first `2 * cos.len()` numbers of a head by the angles of its position (Su et al. 2021, arXiv:2104.09864).
+#[inline(always)]
+fn rotate(head: &mut [f32], pairing: Pairing, cos: &[f32], sin: &[f32]) {
+    match pairing {
+        Pairing::Halves => {
+            let (a, b) = head[..2 * cos.len()].split_at_mut(cos.len());
+            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            }
+        }
+        Pairing::Neighbours => {
+            for ((pair, c), s) in head[..2 * cos.len()].chunks_exact_mut(2).zip(cos).zip(sin) {
+                let (a, b) = (pair[0], pair[1]);
+                (pair[0], pair[1]) = (a * c - b * s, b * c + a * s);
+            }
+        }
+    }
+}
+
+/// What happens to the query and key heads of a row before they meet.
+pub struct HeadPrep<'a> {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Norm weights per head dimension for queries and keys, with their epsilon.
+    pub norms: Option<(&'a [f32], &'a [f32], f32)>,
+    /// Angles per row, `[rows][angles]`; `None`: no positions (NoPE layers).
+    pub rotation: Option<Rotation<'a>>,
+}
+
+/// Cosines and sines of every row's position.
+#[derive(Clone, Copy)]
+pub struct Rotation<'a> {
+    pub pairing: Pairing,
+    pub cos: &'a [f32],
+    pub sin: &'a [f32],
+    /// Angles per row.
+    pub angles: usize,
+}
+
+/// Norm and rotate the query and key heads of rows `[q | k | v]`, in place.
+pub fn prepare_heads(isa: Isa, pool: &Pool, prep: &HeadPrep, qkv: &mut [f32], width: usize) {
+    over_rows(pool, qkv, width, |i, row| {
+        // SAFETY: slices; `isa` was detected.
+        unsafe { prepare_row(isa, prep, i, row) }
+    });
+}
+
+dispatch! {
+    unsafe fn prepare_row<>(prep: &HeadPrep, i: usize, row: &mut [f32]) = prepare_body
+}
+
+#[inline(always)]
+unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
+    let heads = row[..(prep.heads + prep.kv_heads) * prep.head_dim].chunks_exact_mut(prep.head_dim);
+    for (h, head) in heads.enumerate() {
+        if let Some((q, k, eps)) = prep.norms {
+            let weight = if h < prep.heads { q } else { k };
+            let scale = 1.0 / (sum_of_squares(head) / head.len() as f32 + eps).sqrt();
+            for (x, w) in head.iter_mut().zip(weight) {
+                *x = *x * scale * w;
+            }
+        }
+        if let Some(r) = prep.rotation {
+            let at = i * r.angles..(i + 1) * r.angles;
+            rotate(head, r.pairing, &r.cos[at.clone()], &r.sin[at]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize) -> Vec<f32> {
+        (0..n)
+            .map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 97.0)
+            .collect()
+    }
+
+    /// Run `f` on every instruction set; all must give the bits of the first, scalar one, which is returned.
+    fn same_on_all(f: impl Fn(Isa) -> Vec<f32>) -> Vec<f32> {
+        let want = f(Isa::Scalar);
+        for isa in Isa::available() {
+            assert_eq!(f(isa), want, "{}", isa.name());
+        }
+        want
+    }
+
+    #[test]
+    fn exp_is_exp() {
+        for i in -8700..8800 {
+            let x = i as f32 / 100.0;
+            let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!(
+                (got / want - 1.0).abs() < 3e-7,
+                "exp({x}) = {got}, want {want}"
+            );
+        }
+        assert!(
+            exp(f32::NEG_INFINITY) < 1e-37
+                && exp(f32::INFINITY).is_finite()
+                && exp(f32::NAN).is_nan()
+        );
+    }
+
+    #[test]
+    fn rms_norm_divides_by_the_root_mean_square() {
+        let pool = Pool::new(2);
+        let (x, w) = (numbers(300 * 40), numbers(40));
+        let got = same_on_all(|isa| {
+            let mut out = vec![0.0; x.len()];
+            rms_norm(isa, &pool, &x, &w, 1e-5, &mut out);
+            out
+        });
+        for (x, got) in x.chunks(40).zip(got.chunks(40)) {
+            let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / 40.0;
+            for i in 0..40 {
+                let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]);
+                assert!((f64::from(got[i]) - want).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn gates_are_silu_and_gelu() {
+        let pool = Pool::new(2);
+        let x = numbers(2 * 3 * 50);
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let got = same_on_all(|isa| {
+                let mut out = vec![0.0; 150];
+                gated(isa, &pool, activation, &x, 50, &mut out);
+                out
+            });
+            for row in 0..3 {
+                for i in 0..50 {
+                    let (g, u) = (
+                        f64::from(x[row * 100 + i]),
+                        f64::from(x[row * 100 + 50 + i]),
+                    );
+                    let a = match activation {
+                        Activation::Silu => g / (1.0 + (-g).exp()),
+                        Activation::GeluTanh => {
+                            0.5 * g
+                                * (1.0 + (0.7978845608028654 * (g + 0.044715 * g.powi(3))).tanh())
+                        }
+                    };
+                    assert!(
+                        (f64::from(got[row * 50 + i]) - a * u).abs() < 1e-5,
+                        "{activation:?} {g}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn addition_covers_every_element() {
+        let pool = Pool::new(2);
+        for n in [0, 1, 100, 8191, 8192, 50_001] {
+            let y = numbers(n);
+            let got = same_on_all(|isa| {
+                let mut x = vec![1.0; n];
+                add(isa, &pool, &mut x, &y);
+                x
+            });
+            assert!(got.iter().zip(&y).all(|(x, y)| *x == 1.0 + y));
+        }
+    }
+
+    #[test]
+    fn rotation_turns_pairs_and_leaves_values_alone() {
+        let pool = Pool::new(1);
+        let (cos, sin) = ([0.6, 1.0], [0.8, 0.0]);
+        let turned = |pairing| {
+            let rotation = Some(Rotation {
+                pairing,
+                cos: &cos,
+                sin: &sin,
+                angles: 2,
+            });
+            let prep = HeadPrep {
+                heads: 1,
+                kv_heads: 1,
+                head_dim: 4,
+                norms: None,
+                rotation,
+            };
+            let mut row: Vec<f32> = (1..=12).map(|x| x as f32).collect();
+            prepare_heads(Isa::detect(), &pool, &prep, &mut row, 12);
+            row
+        };
+        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+        let halves = turned(Pairing::Halves);
+        assert!(
+            close(
+                &halves[..4],
+                &[1.0 * 0.6 - 3.0 * 0.8, 2.0, 3.0 * 0.6 + 1.0 * 0.8, 4.0]
+            ),
+            "{halves:?}"
+        );
+        let neighbours = turned(Pairing::Neighbours);
+        assert!(close(
+            &neighbours[4..8],
+            &[5.0 * 0.6 - 6.0 * 0.8, 6.0 * 0.6 + 5.0 * 0.8, 7.0, 8.0]
+        ));
+        assert_eq!(halves[8..], [9.0, 10.0, 11.0, 12.0]);
+    }
+}

@@ -1,0 +1,659 @@
+//! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays at once"
+)]
+
+use crate::pool::{Pool, SendPtr};
+use crate::quant::TensorType;
+use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::tile::{self, BLOCK, Format, Tiles};
+
+/// 32 activations of a row, quantised to 8 bits with a scale of their own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ActBlock {
+    pub codes: [i8; BLOCK],
+    pub scale: f32,
+    /// `scale` times the sum of the codes: of all, of the first half, of the second.
+    pub sum: f32,
+    pub half_sums: [f32; 2],
+}
+
+/// Quantise rows of `width` activations; `out` is `[rows][width / 32]`.
+///
+/// # Panics
+/// When `width` is not a multiple of 32, or the lengths do not agree.
+pub fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [ActBlock]) {
+    assert!(
+        width.is_multiple_of(BLOCK) && x.len() == out.len() * BLOCK,
+        "activations in rows of {width}"
+    );
+    let blocks = width / BLOCK;
+    let quantize = |row: usize, out: &mut [ActBlock]| {
+        // SAFETY: slices; `isa` was detected.
+        unsafe { quantize_blocks(isa, &x[row * width..(row + 1) * width], out) }
+    };
+    if out.len() < 512 {
+        out.chunks_exact_mut(blocks)
+            .enumerate()
+            .for_each(|(row, out)| quantize(row, out));
+    } else {
+        pool.rows(out, blocks, quantize);
+    }
+}
+
+dispatch! {
+    unsafe fn quantize_blocks<>(x: &[f32], out: &mut [ActBlock]) = quantize_body
+}
+
+#[inline(always)]
+unsafe fn quantize_body<S: Simd>(x: &[f32], out: &mut [ActBlock]) {
+    for (x, out) in x.chunks_exact(BLOCK).zip(out) {
+        let mut max = [0f32; LANES];
+        for (m, (a, b)) in max.iter_mut().zip(x[..LANES].iter().zip(&x[LANES..])) {
+            let (a, b) = (a.abs(), b.abs());
+            *m = if a > b { a } else { b };
+        }
+        let max = max.iter().fold(0f32, |a, &b| if b > a { b } else { a });
+        let scale = max / 127.0;
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let mut halves = [0i32; 2];
+        for h in 0..2 {
+            for j in 0..LANES {
+                let q = (x[h * LANES + j] * inverse).round_ties_even() as i32;
+                out.codes[h * LANES + j] = q as i8;
+                halves[h] += q;
+            }
+        }
+        out.scale = scale;
+        out.half_sums = [scale * halves[0] as f32, scale * halves[1] as f32];
+        out.sum = scale * (halves[0] + halves[1]) as f32;
+    }
+}
+
+/// The rows of activations that a multiplication reads.
+#[derive(Clone, Copy)]
+pub struct Activations<'a> {
+    pub rows: usize,
+    /// `[rows][inputs]`, for float weights.
+    pub floats: &'a [f32],
+    /// `[rows][inputs / 32]`, for quantised weights; may be empty when no part needs it.
+    pub blocks: &'a [ActBlock],
+}
+
+/// A weight matrix made of parts that share their inputs; their outputs lie side by side.
+pub struct Matrix {
+    pub parts: Vec<Tiles>,
+    /// One per output, padded to whole tiles part by part.
+    bias: Option<Vec<f32>>,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Matrix {
+    /// # Panics
+    /// When parts disagree on their inputs, or `bias` is not one per output.
+    pub fn new(parts: Vec<Tiles>, bias: Option<&[f32]>) -> Self {
+        let inputs = parts.first().map_or(0, Tiles::inputs);
+        assert!(
+            parts.iter().all(|p| p.inputs() == inputs),
+            "parts share their inputs"
+        );
+        let outputs = parts.iter().map(Tiles::rows).sum();
+        let bias = bias.map(|bias| {
+            assert_eq!(bias.len(), outputs, "one bias per output");
+            let mut padded = Vec::new();
+            let mut rest = bias;
+            for part in &parts {
+                let (own, others) = rest.split_at(part.rows());
+                padded.extend_from_slice(own);
+                padded.resize(padded.len().next_multiple_of(LANES), 0.0);
+                rest = others;
+            }
+            padded
+        });
+        Self {
+            parts,
+            bias,
+            inputs,
+            outputs,
+        }
+    }
+
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+    /// Whether a part needs quantised activations.
+    pub fn quantised(&self) -> bool {
+        self.parts.iter().any(|p| p.tensor_type().block_len() > 1)
+    }
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(Tiles::bytes).sum()
+    }
+}
+
+/// `out[row] = matrix * x[row] + bias`, `[rows][outputs]`.
+///
+/// # Panics
+/// When the lengths do not agree.
+pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut [f32]) {
+    assert_eq!(
+        out.len(),
+        x.rows * matrix.outputs,
+        "{} rows of {}",
+        x.rows,
+        matrix.outputs
+    );
+    if matrix.quantised() {
+        assert_eq!(
+            x.blocks.len() * BLOCK,
+            x.rows * matrix.inputs,
+            "quantised activations"
+        );
+    }
+    if matrix
+        .parts
+        .iter()
+        .any(|p| p.tensor_type().block_len() == 1)
+    {
+        assert_eq!(x.floats.len(), x.rows * matrix.inputs, "float activations");
+    }
+    let tiles: usize = matrix.parts.iter().map(Tiles::tiles).sum();
+    // Enough units that a slow thread does not hold up the others, few enough that taking one costs nothing.
+    let per_unit = tiles.div_ceil(pool.threads() * 16).max(1);
+    let base = SendPtr(out.as_mut_ptr());
+    pool.run(tiles.div_ceil(per_unit), |unit| {
+        let mut column = 0;
+        let mut before = 0;
+        for part in &matrix.parts {
+            let range = unit * per_unit..(unit + 1) * per_unit;
+            let first = range.start.max(before);
+            let last = range.end.min(before + part.tiles());
+            for tile in first..last.max(first) {
+                let i = tile - before;
+                let task = Task {
+                    tile: part.tile(i),
+                    inputs: matrix.inputs,
+                    x,
+                    bias: matrix.bias.as_ref().map(|b| &b[tile * LANES..][..LANES]),
+                    // SAFETY: a tile's columns are inside its row of `out`, and each tile is one unit's.
+                    out: unsafe { base.get().add(column + i * LANES) },
+                    stride: matrix.outputs,
+                    width: LANES.min(part.rows() - i * LANES),
+                };
+                // SAFETY: as above; lengths were checked at the top.
+                unsafe { run_tile(isa, part.tensor_type(), &task) };
+            }
+            before += part.tiles();
+            column += part.rows();
+        }
+    });
+}
+
+/// One tile times all rows.
+struct Task<'a> {
+    tile: &'a [u8],
+    inputs: usize,
+    x: Activations<'a>,
+    bias: Option<&'a [f32]>,
+    out: *mut f32,
+    stride: usize,
+    /// Outputs of this tile that exist.
+    width: usize,
+}
+
+unsafe fn run_tile(isa: Isa, tensor_type: TensorType, task: &Task) {
+    use TensorType as T;
+    unsafe {
+        match tensor_type {
+            T::F32 => float_tile::<F32>(isa, task),
+            T::F16 => float_tile::<F16>(isa, task),
+            T::BF16 => float_tile::<Bf16>(isa, task),
+            T::Q4_0 => quant_tile::<tile::Q4_0>(isa, task),
+            T::Q4_1 => quant_tile::<tile::Q4_1>(isa, task),
+            T::Q5_0 => quant_tile::<tile::Q5_0>(isa, task),
+            T::Q5_1 => quant_tile::<tile::Q5_1>(isa, task),
+            T::Q8_0 => quant_tile::<tile::Q8_0>(isa, task),
+            T::Q2_K => quant_tile::<tile::Q2K>(isa, task),
+            T::Q3_K => quant_tile::<tile::Q3K>(isa, task),
+            T::Q4_K => quant_tile::<tile::Q4K>(isa, task),
+            T::Q5_K => quant_tile::<tile::Q5K>(isa, task),
+            T::Q6_K => quant_tile::<tile::Q6K>(isa, task),
+            T::IQ4_NL => quant_tile::<tile::Iq4Nl>(isa, task),
+            T::IQ4_XS => quant_tile::<tile::Iq4Xs>(isa, task),
+            T::MXFP4 => quant_tile::<tile::Mxfp4>(isa, task),
+        }
+    }
+}
+
+dispatch! {
+    unsafe fn quant_tile<F: Format>(task: &Task) = quant_body
+}
+dispatch! {
+    unsafe fn float_tile<W: FloatType>(task: &Task) = float_body
+}
+
+/// `for i in 0..M`, written out: a loop that the compiler keeps puts its sums on the stack.
+macro_rules! each_row {
+    ($m:expr, $i:ident, $body:block) => {
+        each_row!(@ $m, $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $m:expr, $i:ident, $body:block, $($n:literal)*) => {
+        $(if $m > $n {
+            let $i = $n;
+            $body
+        })*
+    };
+}
+
+/// All rows in groups of 16, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
+#[inline(always)]
+unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
+    let mut row = 0;
+    unsafe {
+        while task.x.rows - row >= 16 {
+            quant_rows::<S, F, 16>(task, row);
+            row += 16;
+        }
+        if task.x.rows - row >= 8 {
+            quant_rows::<S, F, 8>(task, row);
+            row += 8;
+        }
+        if task.x.rows - row >= 4 {
+            quant_rows::<S, F, 4>(task, row);
+            row += 4;
+        }
+        if task.x.rows - row >= 2 {
+            quant_rows::<S, F, 2>(task, row);
+            row += 2;
+        }
+        if task.x.rows - row >= 1 {
+            quant_rows::<S, F, 1>(task, row);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize) {
+    unsafe {
+        let blocks = task.inputs / BLOCK;
+        let acts = task.x.blocks.as_ptr().add(row * blocks);
+        let mut total = [start::<S>(task.bias); M];
+        let mut p = task.tile.as_ptr();
+        let mut block = 0;
+        while block < blocks {
+            let head = F::head::<S>(p);
+            p = p.add(F::HEAD);
+            for _ in 0..F::SUPER {
+                let w = F::steps::<S>(p);
+                let scales = p.add(F::CODES);
+                if F::HALVES {
+                    let (s0, o0) = F::scale::<S>(scales, head, 0);
+                    let (s1, o1) = F::scale::<S>(scales, head, 1);
+                    each_row!(M, i, {
+                        let x = &*acts.add(i * blocks + block);
+                        let d = S::splat(x.scale);
+                        total[i] =
+                            S::fma(S::to_f32(dots::<S, 0, 4>(&w, x)), S::mul(s0, d), total[i]);
+                        total[i] =
+                            S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), S::mul(s1, d), total[i]);
+                        total[i] = S::fma(o0, S::splat(x.half_sums[0]), total[i]);
+                        total[i] = S::fma(o1, S::splat(x.half_sums[1]), total[i]);
+                    });
+                } else {
+                    let (s, o) = F::scale::<S>(scales, head, 0);
+                    each_row!(M, i, {
+                        let x = &*acts.add(i * blocks + block);
+                        let dot = S::to_f32(dots::<S, 0, 8>(&w, x));
+                        total[i] = S::fma(dot, S::mul(s, S::splat(x.scale)), total[i]);
+                        total[i] = S::fma(o, S::splat(x.sum), total[i]);
+                    });
+                }
+                p = p.add(F::CODES + F::SCALES);
+                block += 1;
+            }
+        }
+        finish::<S, M>(task, row, total);
+    }
+}
+
+/// The integer dots of steps `FROM..TO` of a block.
+#[inline(always)]
+unsafe fn dots<S: Simd, const FROM: usize, const TO: usize>(w: &[S::I; 8], x: &ActBlock) -> S::S {
+    unsafe {
+        let mut sum = S::sums_zero();
+        each_row!(TO, s, {
+            if s >= FROM {
+                sum = S::dot4(sum, w[s & 7], x.codes.as_ptr().add(4 * s));
+            }
+        });
+        sum
+    }
+}
+
+#[inline(always)]
+unsafe fn start<S: Simd>(bias: Option<&[f32]>) -> S::F {
+    unsafe {
+        match bias {
+            Some(bias) => S::load_f32(bias.as_ptr()),
+            None => S::splat(0.0),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn finish<S: Simd, const M: usize>(task: &Task, row: usize, total: [S::F; M]) {
+    unsafe {
+        for (i, &total) in total.iter().enumerate() {
+            let out = task.out.add((row + i) * task.stride);
+            if task.width == LANES {
+                S::store(out, total);
+            } else {
+                let mut lanes = [0f32; LANES];
+                S::store(lanes.as_mut_ptr(), total);
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), out, task.width);
+            }
+        }
+    }
+}
+
+/// How a float type is loaded.
+trait FloatType {
+    const BYTES: usize;
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F;
+}
+struct F32;
+struct F16;
+struct Bf16;
+impl FloatType for F32 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        unsafe { S::load_f32(p.cast()) }
+    }
+}
+impl FloatType for F16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        unsafe { S::load_f16(p.cast()) }
+    }
+}
+impl FloatType for Bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        unsafe { S::load_bf16(p.cast()) }
+    }
+}
+
+#[inline(always)]
+unsafe fn float_body<S: Simd, W: FloatType>(task: &Task) {
+    let mut row = 0;
+    unsafe {
+        while task.x.rows - row >= 16 {
+            float_rows::<S, W, 16>(task, row);
+            row += 16;
+        }
+        while task.x.rows - row >= 4 {
+            float_rows::<S, W, 4>(task, row);
+            row += 4;
+        }
+        while task.x.rows - row >= 1 {
+            float_rows::<S, W, 1>(task, row);
+            row += 1;
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn float_rows<S: Simd, W: FloatType, const M: usize>(task: &Task, row: usize) {
+    unsafe {
+        let x = task.x.floats.as_ptr().add(row * task.inputs);
+        let mut total = [start::<S>(task.bias); M];
+        let mut p = task.tile.as_ptr();
+        for k in 0..task.inputs {
+            let w = W::load::<S>(p);
+            each_row!(M, i, {
+                total[i] = S::fma(w, S::splat(*x.add(i * task.inputs + k)), total[i]);
+            });
+            p = p.add(W::BYTES * LANES);
+        }
+        finish::<S, M>(task, row, total);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::dequantize;
+
+    /// A small deterministic generator; tests need no crate for it.
+    struct Random(u64);
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 = self
+                .0
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            self.0 >> 33
+        }
+        fn float(&mut self) -> f32 {
+            self.next() as f32 / (1u64 << 31) as f32 * 2.0 - 1.0
+        }
+    }
+
+    /// Random blocks whose scales are ordinary numbers.
+    fn random_blocks(t: TensorType, rows: usize, inputs: usize, r: &mut Random) -> Vec<u8> {
+        use TensorType as T;
+        let count = rows * inputs / t.block_len();
+        let mut out = Vec::new();
+        for _ in 0..count {
+            let mut block: Vec<u8> = (0..t.block_bytes()).map(|_| r.next() as u8).collect();
+            let mut half = |at: usize| {
+                let bits = half::f16::from_f32(r.float() * 0.1).to_le_bytes();
+                block[at..at + 2].copy_from_slice(&bits);
+            };
+            match t {
+                T::F32 => block.copy_from_slice(&r.float().to_le_bytes()),
+                T::BF16 => block.copy_from_slice(&half::bf16::from_f32(r.float()).to_le_bytes()),
+                T::F16 => half(0),
+                T::Q4_0 | T::Q5_0 | T::Q8_0 | T::IQ4_NL | T::IQ4_XS => half(0),
+                T::Q4_1 | T::Q5_1 | T::Q4_K | T::Q5_K => {
+                    half(0);
+                    half(2);
+                }
+                T::Q2_K => {
+                    half(80);
+                    half(82);
+                }
+                T::Q3_K => half(108),
+                T::Q6_K => half(208),
+                T::MXFP4 => block[0] = 118 + (r.next() % 8) as u8,
+            }
+            out.extend(block);
+        }
+        out
+    }
+
+    fn activations(rows: usize, inputs: usize, r: &mut Random) -> (Vec<f32>, Vec<ActBlock>) {
+        let x: Vec<f32> = (0..rows * inputs).map(|_| r.float() * 3.0).collect();
+        let mut blocks = vec![ActBlock::default(); x.len() / BLOCK];
+        quantize_rows(Isa::Scalar, &Pool::new(1), &x, inputs, &mut blocks);
+        (x, blocks)
+    }
+
+    /// The definition: dequantised weights times dequantised activations, in f64.
+    fn oracle(
+        t: TensorType,
+        data: &[u8],
+        rows: usize,
+        inputs: usize,
+        x: &[f32],
+        blocks: &[ActBlock],
+    ) -> Vec<f64> {
+        let mut weights = vec![0f32; rows * inputs];
+        dequantize(t, data, &mut weights);
+        let x: Vec<f64> = if t.block_len() == 1 {
+            x.iter().map(|&x| f64::from(x)).collect()
+        } else {
+            blocks
+                .iter()
+                .flat_map(|b| b.codes.map(|c| f64::from(c) * f64::from(b.scale)))
+                .collect()
+        };
+        let dot =
+            |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum::<f64>();
+        x.chunks(inputs)
+            .flat_map(|x| weights.chunks(inputs).map(move |w| dot(x, w)))
+            .collect()
+    }
+
+    #[test]
+    fn every_type_on_every_path_is_the_dequantised_product() {
+        let r = &mut Random(1);
+        let pool = Pool::new(2);
+        for t in TensorType::ALL {
+            let (outputs, inputs, rows) = (37, 512, 31);
+            let data = random_blocks(t, outputs, inputs, r);
+            let (x, blocks) = activations(rows, inputs, r);
+            let want = oracle(t, &data, outputs, inputs, &x, &blocks);
+            let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
+            let x = Activations {
+                rows,
+                floats: &x,
+                blocks: &blocks,
+            };
+            let size = want.iter().fold(0f64, |a, b| a.max(b.abs()));
+            let mut scalar = vec![0.0; want.len()];
+            matmul(Isa::Scalar, &pool, &matrix, x, &mut scalar);
+            for (got, want) in scalar.iter().zip(&want) {
+                assert!(
+                    (f64::from(*got) - want).abs() < 1e-5 * size,
+                    "{t:?}: {got} for {want}"
+                );
+            }
+            for isa in Isa::available() {
+                let mut fast = vec![0.0; want.len()];
+                matmul(isa, &pool, &matrix, x, &mut fast);
+                assert_eq!(fast, scalar, "{t:?} on {}", isa.name());
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_company() {
+        let r = &mut Random(2);
+        let pool = Pool::new(2);
+        for t in [TensorType::Q4_1, TensorType::Q6_K, TensorType::F16] {
+            let (outputs, inputs, rows) = (64, 256, 31);
+            let data = random_blocks(t, outputs, inputs, r);
+            let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
+            let (x, blocks) = activations(rows, inputs, r);
+            let mut together = vec![0.0; rows * outputs];
+            let isa = Isa::detect();
+            matmul(
+                isa,
+                &pool,
+                &matrix,
+                Activations {
+                    rows,
+                    floats: &x,
+                    blocks: &blocks,
+                },
+                &mut together,
+            );
+            for row in 0..rows {
+                let mut alone = vec![0.0; outputs];
+                let n = inputs / BLOCK;
+                let one = Activations {
+                    rows: 1,
+                    floats: &x[row * inputs..][..inputs],
+                    blocks: &blocks[row * n..][..n],
+                };
+                matmul(isa, &pool, &matrix, one, &mut alone);
+                assert_eq!(
+                    alone,
+                    together[row * outputs..][..outputs],
+                    "{t:?} row {row}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn parts_lie_side_by_side_and_bias_is_added() {
+        let r = &mut Random(3);
+        let pool = Pool::new(2);
+        let (inputs, rows) = (64, 3);
+        let parts: Vec<_> = [
+            (TensorType::Q4_0, 20),
+            (TensorType::F32, 16),
+            (TensorType::Q8_0, 5),
+        ]
+        .map(|(t, n)| (t, n, random_blocks(t, n, inputs, r)))
+        .into();
+        let bias: Vec<f32> = (0..41).map(|i| i as f32).collect();
+        let tiles = parts
+            .iter()
+            .map(|(t, n, d)| Tiles::pack(*t, *n, inputs, d, &pool))
+            .collect();
+        let (x, blocks) = activations(rows, inputs, r);
+        let acts = Activations {
+            rows,
+            floats: &x,
+            blocks: &blocks,
+        };
+        let mut all = vec![0.0; rows * 41];
+        matmul(
+            Isa::detect(),
+            &pool,
+            &Matrix::new(tiles, Some(&bias)),
+            acts,
+            &mut all,
+        );
+        let mut column = 0;
+        for (t, n, data) in &parts {
+            let want = oracle(*t, data, *n, inputs, &x, &blocks);
+            for row in 0..rows {
+                for i in 0..*n {
+                    let (got, want) = (
+                        all[row * 41 + column + i],
+                        want[row * n + i] + f64::from(bias[column + i]),
+                    );
+                    assert!(
+                        (f64::from(got) - want).abs() < 1e-3,
+                        "{t:?} row {row} output {i}: {got} for {want}"
+                    );
+                }
+            }
+            column += n;
+        }
+    }
+
+    #[test]
+    fn tiles_are_as_compact_as_the_file() {
+        let r = &mut Random(4);
+        for t in TensorType::ALL {
+            let data = random_blocks(t, 64, 1024, r);
+            let tiles = Tiles::pack(t, 64, 1024, &data, &Pool::new(1));
+            let ratio = tiles.bytes() as f64 / data.len() as f64;
+            assert!((0.99..1.05).contains(&ratio), "{t:?}: {ratio}");
+        }
+    }
+
+    #[test]
+    fn silent_activations_quantise_to_zero() {
+        let mut out = [ActBlock {
+            scale: 1.0,
+            ..Default::default()
+        }];
+        quantize_rows(Isa::detect(), &Pool::new(1), &[0.0; 32], 32, &mut out);
+        assert_eq!(out, [ActBlock::default()]);
+    }
+}

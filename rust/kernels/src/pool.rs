@@ -1,0 +1,314 @@
+//! The threads: one pool per engine, sized to what this process may use, spinning a little, then asleep.
+//!
+//! No process-wide state: a pool belongs to the thread that made it and dies with it, so a forked child, which has
+//! only the forking thread, makes its own.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// How long an idle worker spins before it sleeps. Longer than the gap between two operations of a step (microseconds)
+/// and than the gap between two steps (a sampler's tens of microseconds); an idle engine uses no CPU.
+const SPIN: Duration = Duration::from_micros(200);
+
+/// One operation: `call(context, unit)` for every unit below `units`.
+#[derive(Clone, Copy)]
+struct Job {
+    call: unsafe fn(*const (), usize),
+    context: *const (),
+    units: usize,
+}
+
+struct Shared {
+    /// Written by the caller while no worker is at work, read by workers after they saw `epoch` move.
+    job: std::cell::UnsafeCell<Job>,
+    epoch: AtomicU32,
+    next: AtomicUsize,
+    working: AtomicUsize,
+    stop: AtomicBool,
+    asleep: Vec<AtomicBool>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is written only by the pool's one caller (`run` takes `&self` under `busy`) while `working` is 0, and
+// read by workers only between the release store of `epoch` and their release decrement of `working`.
+unsafe impl Sync for Shared {}
+// SAFETY: the raw context pointer in `job` is used only while the closure it points to is borrowed by `run`.
+unsafe impl Send for Shared {}
+
+/// Threads that run the units of one operation together.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    sleepers: Vec<Thread>,
+    /// One operation at a time; a second caller waits.
+    busy: Mutex<()>,
+}
+
+impl Pool {
+    /// `threads` in all, the caller among them; at least one.
+    pub fn new(threads: usize) -> Self {
+        let workers = threads.max(1) - 1;
+        let shared = Arc::new(Shared {
+            job: std::cell::UnsafeCell::new(Job {
+                call: nothing,
+                context: std::ptr::null(),
+                units: 0,
+            }),
+            epoch: AtomicU32::new(0),
+            next: AtomicUsize::new(0),
+            working: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            asleep: (0..workers).map(|_| AtomicBool::new(false)).collect(),
+            panic: Mutex::new(None),
+        });
+        let workers: Vec<_> = (0..workers)
+            .filter_map(|i| {
+                let shared = shared.clone();
+                // A thread that cannot be had is one fewer, not a failure.
+                thread::Builder::new()
+                    .name(format!("hfcore-{i}"))
+                    .spawn(move || work(&shared, i))
+                    .ok()
+            })
+            .collect();
+        let sleepers = workers.iter().map(|w| w.thread().clone()).collect();
+        Self {
+            shared,
+            workers,
+            sleepers,
+            busy: Mutex::new(()),
+        }
+    }
+
+    /// The CPUs this process may use: its affinity mask and its cgroup's quota.
+    pub fn available() -> usize {
+        thread::available_parallelism().map_or(1, |n| n.get())
+    }
+
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Call `f(unit)` once for every unit below `units`, on all threads; returns when all are done. Not reentrant: `f`
+    /// must not call `run`. A panic in `f` is raised here, after all threads have left it.
+    pub fn run<F: Fn(usize) + Sync>(&self, units: usize, f: F) {
+        if units <= 1 || self.workers.is_empty() {
+            (0..units).for_each(f);
+            return;
+        }
+        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        // SAFETY: no worker is at work (`working` is 0 since the last run), so none reads the job.
+        unsafe {
+            *shared.job.get() = Job {
+                call: call::<F>,
+                context: (&raw const f).cast(),
+                units,
+            }
+        };
+        shared.next.store(0, Relaxed);
+        shared.working.store(self.workers.len(), Relaxed);
+        shared.epoch.fetch_add(1, SeqCst);
+        for (asleep, thread) in shared.asleep.iter().zip(&self.sleepers) {
+            if asleep.load(SeqCst) {
+                thread.unpark();
+            }
+        }
+        take_units(shared);
+        let mut spins = 0u32;
+        while shared.working.load(Acquire) != 0 {
+            spins += 1;
+            // A worker may have lost its CPU to another process: give ours up after a while.
+            if spins.is_multiple_of(4096) {
+                thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
+        }
+        let panicked = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(panic) = panicked {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Call `f(i, row)` for every row of `width` items of `out`, in parallel.
+    ///
+    /// # Panics
+    /// When `out` is not whole rows.
+    pub fn rows<T: Send, F: Fn(usize, &mut [T]) + Sync>(&self, out: &mut [T], width: usize, f: F) {
+        if out.is_empty() {
+            return;
+        }
+        assert!(
+            width > 0 && out.len().is_multiple_of(width),
+            "{} items are not rows of {width}",
+            out.len()
+        );
+        let count = out.len() / width;
+        let chunk = count.div_ceil(self.threads() * 4);
+        let base = SendPtr(out.as_mut_ptr());
+        self.run(count.div_ceil(chunk), |unit| {
+            for row in unit * chunk..count.min((unit + 1) * chunk) {
+                // SAFETY: rows are disjoint, inside `out`, and every unit runs once.
+                f(row, unsafe {
+                    std::slice::from_raw_parts_mut(base.get().add(row * width), width)
+                });
+            }
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        self.shared.epoch.fetch_add(1, SeqCst);
+        for (worker, thread) in self.workers.drain(..).zip(&self.sleepers) {
+            thread.unpark();
+            // A worker catches its panics; nothing is lost here.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// A pointer that threads may share because each writes its own part.
+pub(crate) struct SendPtr<T>(pub *mut T);
+// SAFETY: the users of `SendPtr` write disjoint parts of a slice that outlives the operation.
+unsafe impl<T: Send> Sync for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for SendPtr<T> {}
+impl<T> SendPtr<T> {
+    pub fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+unsafe fn nothing(_: *const (), _: usize) {}
+
+unsafe fn call<F: Fn(usize) + Sync>(context: *const (), unit: usize) {
+    // SAFETY: `context` is the `F` that `run` borrows until all workers are done.
+    unsafe { (*context.cast::<F>())(unit) }
+}
+
+/// Run units until none is left.
+fn take_units(shared: &Shared) {
+    // SAFETY: called between the start of a run and its end; see `Shared`.
+    let job = unsafe { *shared.job.get() };
+    loop {
+        let unit = shared.next.fetch_add(1, Relaxed);
+        if unit >= job.units {
+            return;
+        }
+        // SAFETY: the closure is alive: `run` waits for us.
+        let done = catch_unwind(AssertUnwindSafe(|| unsafe {
+            (job.call)(job.context, unit)
+        }));
+        if let Err(panic) = done {
+            shared.next.store(job.units, Relaxed);
+            *shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+            return;
+        }
+    }
+}
+
+fn work(shared: &Shared, me: usize) {
+    let mut seen = 0;
+    loop {
+        seen = wait(shared, me, seen);
+        if shared.stop.load(SeqCst) {
+            return;
+        }
+        take_units(shared);
+        shared.working.fetch_sub(1, Release);
+    }
+}
+
+/// Wait until the epoch is no longer `seen`; returns the new one.
+fn wait(shared: &Shared, me: usize, seen: u32) -> u32 {
+    let start = Instant::now();
+    loop {
+        for _ in 0..256 {
+            let epoch = shared.epoch.load(Acquire);
+            if epoch != seen {
+                return epoch;
+            }
+            std::hint::spin_loop();
+        }
+        if start.elapsed() > SPIN {
+            shared.asleep[me].store(true, SeqCst);
+            // Looked at after the flag is up: either we see the new epoch, or the caller sees the flag and unparks.
+            while shared.epoch.load(SeqCst) == seen {
+                thread::park();
+            }
+            shared.asleep[me].store(false, SeqCst);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_runs_once() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads);
+            for units in [0, 1, 2, 7, 1000] {
+                let counts: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(units, |i| {
+                    counts[i].fetch_add(1, Relaxed);
+                });
+                assert!(
+                    counts.iter().all(|c| c.load(Relaxed) == 1),
+                    "{threads} threads, {units} units"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn sleeping_workers_wake() {
+        let pool = Pool::new(3);
+        for _ in 0..3 {
+            thread::sleep(SPIN * 4);
+            let sum = AtomicUsize::new(0);
+            pool.run(100, |i| {
+                sum.fetch_add(i, Relaxed);
+            });
+            assert_eq!(sum.load(Relaxed), 4950);
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2);
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(10, |i| assert!(i != 3, "unit three"));
+        }));
+        assert!(caught.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.run(10, |i| {
+            sum.fetch_add(i, Relaxed);
+        });
+        assert_eq!(sum.load(Relaxed), 45);
+    }
+
+    #[test]
+    fn rows_are_disjoint_and_complete() {
+        let pool = Pool::new(2);
+        let mut out = vec![0; 7 * 13];
+        pool.rows(&mut out, 13, |i, row| row.fill(i + 1));
+        assert!(
+            out.chunks(13)
+                .enumerate()
+                .all(|(i, row)| row.iter().all(|&x| x == i + 1))
+        );
+    }
+}

@@ -1,0 +1,103 @@
+//! Sixteen lanes without SIMD: the definition of every vector operation, and the path for CPUs that have no fast twin.
+
+use crate::quant::f16_to_f32;
+use crate::simd::{LANES, Simd};
+
+/// Plain arrays. Compiled for the baseline CPU; every fast twin gives the same bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+fn lanes<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
+    let mut out = [T::default(); LANES];
+    for (i, o) in out.iter_mut().enumerate() {
+        *o = f(i);
+    }
+    out
+}
+
+fn bytes(f: impl Fn(usize) -> u8) -> [u8; 64] {
+    let mut out = [0; 64];
+    for (i, o) in out.iter_mut().enumerate() {
+        *o = f(i);
+    }
+    out
+}
+
+// SAFETY of the pointer reads below: the trait's contract, sixteen readable elements at `p`.
+impl Simd for Scalar {
+    type I = [u8; 64];
+    type S = [i32; LANES];
+    type F = [f32; LANES];
+
+    unsafe fn load(p: *const u8) -> Self::I {
+        unsafe { p.cast::<[u8; 64]>().read_unaligned() }
+    }
+    unsafe fn and(a: Self::I, mask: u8) -> Self::I {
+        bytes(|i| a[i] & mask)
+    }
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I {
+        bytes(|i| a[i] | b[i])
+    }
+    unsafe fn shr_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I {
+        bytes(|i| (a[i] >> N) & mask)
+    }
+    unsafe fn shl_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I {
+        bytes(|i| (a[i] << N) & mask)
+    }
+    unsafe fn lookup(a: Self::I, table: &[u8; 16]) -> Self::I {
+        bytes(|i| table[usize::from(a[i] & 15)])
+    }
+    unsafe fn sums_zero() -> Self::S {
+        [0; LANES]
+    }
+    unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
+        let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
+        lanes(|i| {
+            sum[i]
+                + (0..4)
+                    .map(|j| i32::from(codes[4 * i + j]) * i32::from(x[j]))
+                    .sum::<i32>()
+        })
+    }
+    unsafe fn to_f32(a: Self::S) -> Self::F {
+        lanes(|i| a[i] as f32)
+    }
+    unsafe fn splat(x: f32) -> Self::F {
+        [x; LANES]
+    }
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] * b[i])
+    }
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] + b[i])
+    }
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        lanes(|i| a[i].mul_add(b[i], c[i]))
+    }
+    unsafe fn load_f32(p: *const f32) -> Self::F {
+        unsafe { p.cast::<[f32; LANES]>().read_unaligned() }
+    }
+    unsafe fn load_f16(p: *const u16) -> Self::F {
+        let h = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        lanes(|i| f16_to_f32(h[i]))
+    }
+    unsafe fn load_bf16(p: *const u16) -> Self::F {
+        let h = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        lanes(|i| f32::from_bits(u32::from(h[i]) << 16))
+    }
+    unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> Self::F {
+        let b = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        lanes(|i| f32::from((b[i] >> shift) & mask))
+    }
+    unsafe fn load_i8(p: *const u8) -> Self::F {
+        let b = unsafe { p.cast::<[i8; LANES]>().read_unaligned() };
+        lanes(|i| f32::from(b[i]))
+    }
+    unsafe fn load_e8m0(p: *const u8) -> Self::F {
+        let b = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        lanes(|i| f32::from_bits(u32::from(b[i].max(1) - 1) << 23))
+    }
+    unsafe fn store(p: *mut f32, a: Self::F) {
+        unsafe { p.cast::<[f32; LANES]>().write_unaligned(a) }
+    }
+}

@@ -1,0 +1,140 @@
+//! The vector operations that kernels are written in: sixteen lanes, whatever the CPU. Picks the instruction set once.
+
+use std::sync::OnceLock;
+
+/// Rows of a tile, lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen lanes of 4 bytes (`I`), of 32-bit sums (`S`) and of floats (`F`).
+///
+/// # Safety
+/// Every method may only run on a CPU that has the implementor's features; `Isa::detect` guarantees it. Pointers must be
+/// readable (writable) for the sixteen elements that the name says; alignment is not needed. Methods are
+/// `#[inline(always)]` without `target_feature`, to be inlined into a caller that carries it: closures and trait
+/// methods cannot carry it themselves.
+pub(crate) trait Simd: Copy {
+    type I: Copy;
+    type S: Copy;
+    type F: Copy;
+
+    unsafe fn load(p: *const u8) -> Self::I;
+    unsafe fn and(a: Self::I, mask: u8) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// `(a >> N) & mask`, byte by byte; `mask` must clear what a 16-bit shift drags in.
+    unsafe fn shr_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I;
+    unsafe fn shl_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I;
+    /// `table[a & 15]`, byte by byte; `a` is below 16.
+    unsafe fn lookup(a: Self::I, table: &[u8; 16]) -> Self::I;
+    unsafe fn sums_zero() -> Self::S;
+    /// Per lane: `sum` + the dot product of its four unsigned codes with the four signed bytes at `x`.
+    unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S;
+    unsafe fn to_f32(a: Self::S) -> Self::F;
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn load_f32(p: *const f32) -> Self::F;
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    /// Sixteen bytes, `(b >> shift) & mask`, as floats.
+    unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> Self::F;
+    unsafe fn load_i8(p: *const u8) -> Self::F;
+    /// Half of the power of two that an e8m0 byte means (MXFP4's scale); the two denormal ones become 0.
+    unsafe fn load_e8m0(p: *const u8) -> Self::F;
+    unsafe fn store(p: *mut f32, a: Self::F);
+}
+
+/// The instruction sets that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    Scalar,
+    /// AVX2 + FMA + F16C.
+    Avx2,
+    /// The same with 256-bit VNNI.
+    AvxVnni,
+    /// AVX-512 F/BW/VL/DQ + VNNI.
+    Avx512,
+}
+
+impl Isa {
+    /// The best of this CPU, found once.
+    pub fn detect() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Scalar))
+    }
+
+    /// All that this CPU can run, slowest first.
+    pub fn available() -> Vec<Self> {
+        let mut all = vec![Self::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2 {
+                all.push(Self::Avx2);
+            }
+            if avx2 && is_x86_feature_detected!("avxvnni") {
+                all.push(Self::AvxVnni);
+            }
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+            {
+                all.push(Self::Avx512);
+            }
+        }
+        all
+    }
+
+    /// Its name, as benchmarks report it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
+            Self::Avx512 => "avx512vnni",
+        }
+    }
+}
+
+/// `dispatch!(isa, fn name<S>(args) -> T { body })` makes one function that runs `body` compiled for `isa`.
+/// The body is generic over `S: Simd`.
+macro_rules! dispatch {
+    ($(#[$doc:meta])* $vis:vis unsafe fn $name:ident<$($g:ident $(: $bound:path)?),* $(; const $c:ident : $ct:ty)?>($($arg:ident : $ty:ty),* $(,)?) = $body:ident) => {
+        $(#[$doc])*
+        $vis unsafe fn $name<$($g $(: $bound)?,)* $(const $c: $ct)?>(isa: $crate::simd::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+                unsafe fn avx512<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
+                    unsafe { $body::<$crate::avx512::Avx512, $($g,)* $($c)?>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+                unsafe fn avxvnni<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
+                    unsafe { $body::<$crate::avx2::AvxVnni, $($g,)* $($c)?>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                unsafe fn avx2<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
+                    unsafe { $body::<$crate::avx2::Avx2, $($g,)* $($c)?>($($arg),*) }
+                }
+                // SAFETY: `Isa::available` named this set only after its features were detected.
+                unsafe {
+                    match isa {
+                        $crate::simd::Isa::Avx512 => return avx512::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Isa::AvxVnni => return avxvnni::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Isa::Avx2 => return avx2::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Isa::Scalar => {}
+                    }
+                }
+            }
+            let _ = isa;
+            unsafe { $body::<$crate::scalar::Scalar, $($g,)* $($c)?>($($arg),*) }
+        }
+    };
+}
+pub(crate) use dispatch;
