@@ -12,7 +12,7 @@ from hfcore.testing import tiny_model
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """langchain-tests uses the mark of pytest-benchmark, which is switched off in pyproject.toml."""
+    """langchain-tests uses a mark of pytest-benchmark, which pyproject.toml switches off."""
     config.addinivalue_line("markers", "benchmark: a mark of langchain-tests")
 
 
