@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage, engine as engine_module
+from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage
+from hfcore import engine as engine_module
 from hfcore.engine import shared_engine, total
 from hfcore.errors import EngineClosedError, HfcoreError, RequestTimeoutError
 
@@ -73,7 +74,8 @@ def test_logits_are_numpy_rows(engine: Engine) -> None:
     vocabulary = engine.tokenizer.vocab_size
     assert engine.logits([1, 2, 3]).shape == (vocabulary,)
     rows = engine.logits(np.array([1, 2, 3]), last_only=False)
-    assert (rows.shape, rows.dtype) == ((3, vocabulary), np.float32)
+    assert rows.shape == (3, vocabulary)
+    assert rows.dtype == np.float32
 
 
 def test_a_dropped_stream_cancels_its_request(engine: Engine) -> None:
@@ -198,7 +200,7 @@ def test_every_event_loop_gets_its_own_wake_ups(engine: Engine) -> None:
 
 def test_a_loop_that_cannot_watch_descriptors_works_too(engine: Engine) -> None:
     class Plain(asyncio.SelectorEventLoop):
-        def add_reader(self, *_: object) -> None:  # type: ignore[override]  # as on Windows
+        def add_reader(self, *_: object) -> None:
             raise NotImplementedError
 
     loop = Plain()
