@@ -11,11 +11,6 @@ from hfcore import fetch
 from hfcore.testing import tiny_model
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """langchain-tests uses a mark of pytest-benchmark, which pyproject.toml switches off."""
-    config.addinivalue_line("markers", "benchmark: a mark of langchain-tests")
-
-
 def demo_model(name: str) -> Path:
     """The demo model's file. Without it the test skips; in CI it fails if nobody tried."""
     path = fetch.path_of(name)
