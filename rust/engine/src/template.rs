@@ -75,8 +75,13 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`Error::Template`] with the line, if the source is no template.
-    pub fn new(name: &str, source: &str, special_tokens: &BTreeMap<String, String>) -> Result<ChatTemplate> {
-        let program = Program::compile(name, source).map_err(|fault| template_error(name, *fault))?;
+    pub fn new(
+        name: &str,
+        source: &str,
+        special_tokens: &BTreeMap<String, String>,
+    ) -> Result<ChatTemplate> {
+        let program =
+            Program::compile(name, source).map_err(|fault| template_error(name, *fault))?;
         Ok(ChatTemplate {
             name: name.to_owned(),
             source: source.to_owned(),
@@ -99,13 +104,18 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`render`](Self::render).
-    pub fn render_with_spans(&self, request: &RenderRequest) -> Result<(String, Vec<Range<usize>>)> {
+    pub fn render_with_spans(
+        &self,
+        request: &RenderRequest,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let mut messages = prepare(request)?;
         let continued = match request.continue_final_message {
             true => Some(self.mark_final_message(request, &mut messages)?),
             false => None,
         };
-        let rendered = self.run(request, &messages).map_err(|fault| template_error(&self.name, *fault))?;
+        let rendered = self
+            .run(request, &messages)
+            .map_err(|fault| template_error(&self.name, *fault))?;
         match continued {
             Some(content) => Ok((cut_at_tag(&rendered.0, &content)?, rendered.1)),
             None => Ok(rendered),
@@ -128,7 +138,11 @@ impl ChatTemplate {
     }
 
     fn run(&self, request: &RenderRequest, messages: &[Json]) -> Res<(String, Vec<Range<usize>>)> {
-        let size = messages.iter().chain(&request.tools).chain(&request.documents).chain(request.variables.values());
+        let size = messages
+            .iter()
+            .chain(&request.tools)
+            .chain(&request.documents)
+            .chain(request.variables.values());
         let budget = Budget::for_input(size.map(json_size).sum());
         let mut run = Run::new(&self.program, budget, request.now);
         for (name, token) in &self.special_tokens {
@@ -138,7 +152,10 @@ impl ChatTemplate {
             run.define(name, |budget| Value::from_json(value, budget))?;
         }
         run.define("messages", |budget| {
-            let items = messages.iter().map(|m| Value::from_json(m, budget)).collect::<Res<_>>()?;
+            let items = messages
+                .iter()
+                .map(|m| Value::from_json(m, budget))
+                .collect::<Res<_>>()?;
             Value::list(items, budget)
         })?;
         let optional = |json: &Option<Json>, budget: &mut Budget| match json {
@@ -147,7 +164,9 @@ impl ChatTemplate {
         };
         run.define("tools", |budget| optional(&request.tools, budget))?;
         run.define("documents", |budget| optional(&request.documents, budget))?;
-        run.define("add_generation_prompt", |_| Ok(Value::Bool(request.add_generation_prompt)))?;
+        run.define("add_generation_prompt", |_| {
+            Ok(Value::Bool(request.add_generation_prompt))
+        })?;
         run.finish()
     }
 
@@ -162,10 +181,15 @@ impl ChatTemplate {
             );
         }
         let Some(content) = messages.last_mut().and_then(|m| m.get_mut("content")) else {
-            return invalid("continue_final_message wants a last message with content, got one without".into());
+            return invalid(
+                "continue_final_message wants a last message with content, got one without".into(),
+            );
         };
         if !self.source.contains("content") {
-            return invalid(format!("continue_final_message: template {:?} does not read content", self.name));
+            return invalid(format!(
+                "continue_final_message: template {:?} does not read content",
+                self.name
+            ));
         }
         let text = match content {
             Json::Array(parts) => parts.iter_mut().rev().find_map(|part| part.get_mut("text")),
@@ -188,7 +212,10 @@ fn prepare(request: &RenderRequest) -> Result<Vec<Json>> {
     check_objects("tools", request.tools.as_ref())?;
     check_objects("documents", request.documents.as_ref())?;
     let Json::Array(messages) = &request.messages else {
-        return invalid(format!("messages must be an array of objects, got {}", kind(&request.messages)));
+        return invalid(format!(
+            "messages must be an array of objects, got {}",
+            kind(&request.messages)
+        ));
     };
     if messages.is_empty() {
         return invalid("messages must hold at least one message, got none".into());
@@ -196,20 +223,34 @@ fn prepare(request: &RenderRequest) -> Result<Vec<Json>> {
     let mut prepared = Vec::with_capacity(messages.len());
     for (i, message) in messages.iter().enumerate() {
         let Json::Object(message) = message else {
-            return invalid(format!("message {i} must be an object, got {}", kind(message)));
+            return invalid(format!(
+                "message {i} must be an object, got {}",
+                kind(message)
+            ));
         };
         if !message.contains_key("role") {
-            return invalid(format!("message {i} must have a role, got keys {:?}", message.keys().collect::<Vec<_>>()));
+            return invalid(format!(
+                "message {i} must have a role, got keys {:?}",
+                message.keys().collect::<Vec<_>>()
+            ));
         }
-        let kept = message.iter().filter(|(_, value)| request.keep_none_keys || !value.is_null());
-        prepared.push(Json::Object(with_reasoning(kept.map(|(k, v)| (k.clone(), v.clone())).collect())));
+        let kept = message
+            .iter()
+            .filter(|(_, value)| request.keep_none_keys || !value.is_null());
+        prepared.push(Json::Object(with_reasoning(
+            kept.map(|(k, v)| (k.clone(), v.clone())).collect(),
+        )));
     }
     Ok(prepared)
 }
 
 /// None, or an array of objects.
 fn check_objects(what: &str, given: Option<&Json>) -> Result<()> {
-    let wanted = |came: &str| Err(Error::InvalidRequest(format!("{what} must be an array of objects, got {came}")));
+    let wanted = |came: &str| {
+        Err(Error::InvalidRequest(format!(
+            "{what} must be an array of objects, got {came}"
+        )))
+    };
     match given {
         None | Some(Json::Null) => Ok(()),
         Some(Json::Array(items)) => match items.iter().find(|item| !item.is_object()) {
@@ -223,8 +264,13 @@ fn check_objects(what: &str, given: Option<&Json>) -> Result<()> {
 /// The first reasoning that is not null, under `reasoning_content` and, if missing, `thinking`.
 fn with_reasoning(mut message: Map<String, Json>) -> Map<String, Json> {
     let names = ["reasoning_content", "thinking", "reasoning"];
-    let reasoning = names.iter().find_map(|name| message.get(*name).filter(|v| !v.is_null())).cloned();
-    let Some(reasoning) = reasoning else { return message };
+    let reasoning = names
+        .iter()
+        .find_map(|name| message.get(*name).filter(|v| !v.is_null()))
+        .cloned();
+    let Some(reasoning) = reasoning else {
+        return message;
+    };
     message.insert("reasoning_content".into(), reasoning.clone());
     if message.contains_key("thinking") {
         return message;
@@ -268,7 +314,12 @@ fn json_size(json: &Json) -> usize {
     match json {
         Json::String(s) => s.len() + 2,
         Json::Array(items) => items.iter().map(json_size).sum::<usize>() + 2,
-        Json::Object(map) => map.iter().map(|(k, v)| k.len() + 4 + json_size(v)).sum::<usize>() + 2,
+        Json::Object(map) => {
+            map.iter()
+                .map(|(k, v)| k.len() + 4 + json_size(v))
+                .sum::<usize>()
+                + 2
+        }
         _ => 8,
     }
 }
@@ -279,5 +330,341 @@ fn template_error(name: &str, fault: Fault) -> Error {
         line: fault.line.map_or(1, |line| line as usize),
         message: fault.message,
         thrown: fault.thrown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn template(source: &str) -> Result<ChatTemplate> {
+        let special = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+        ChatTemplate::new("test", source, &special)
+    }
+
+    fn request(messages: Json) -> RenderRequest {
+        let now = Now {
+            year: 2026,
+            month: 3,
+            day: 4,
+            hour: 5,
+            minute: 6,
+            second: 7,
+        };
+        RenderRequest {
+            messages,
+            now: Some(now),
+            ..Default::default()
+        }
+    }
+
+    fn render(source: &str) -> Result<String> {
+        template(source)?.render(&request(json!([{"role": "user", "content": "hi"}])))
+    }
+
+    fn text(source: &str) -> String {
+        render(source).unwrap_or_else(|error| panic!("{source}: {error}"))
+    }
+
+    fn error(source: &str) -> String {
+        match render(source) {
+            Ok(text) => panic!("{source} must fail, rendered {} bytes", text.len()),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_template_crosses_threads() {
+        fn check<T: Send + Sync>() {}
+        check::<ChatTemplate>();
+    }
+
+    #[test]
+    fn tools_documents_and_special_tokens_are_always_defined() {
+        assert_eq!(
+            text("{{ tools }}{{ documents is none }}{{ add_generation_prompt }}{{ bos_token }}"),
+            "NoneTrueFalse<s>"
+        );
+        assert!(template("{% if tools %}{% endif %}").unwrap().takes_tools());
+        assert!(!template("{{ messages }}").unwrap().takes_tools());
+    }
+
+    #[test]
+    fn blocks_are_trimmed_and_line_ends_normalised() {
+        assert_eq!(
+            text("a\r\n  {% if true %}\r\nb\r\n{% endif %}\r\nc\n"),
+            "a\nb\nc"
+        );
+        assert_eq!(text("{% raw %}\n{{ x }}{% endraw %}"), "\n{{ x }}");
+    }
+
+    #[test]
+    fn values_print_as_python_prints_them() {
+        assert_eq!(
+            text("{{ [1.0, 1e16, 1e-7, true, none, 'it\\'s', '\\u200b'] }}"),
+            r#"[1.0, 1e+16, 1e-07, True, None, "it's", '\u200b']"#
+        );
+        assert_eq!(
+            text("{{ {'a': (1,)} }}{{ range(3) }}"),
+            "{'a': (1,)}range(0, 3)"
+        );
+    }
+
+    #[test]
+    fn tojson_is_json_dumps_without_ascii_or_html_escapes() {
+        assert_eq!(
+            text("{{ {'b': '<é>', 'a': [1, 2.0]} | tojson }}"),
+            r#"{"b": "<é>", "a": [1, 2.0]}"#
+        );
+        assert_eq!(
+            text("{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}"),
+            "{\n \"a\": 2,\n \"b\": 1\n}"
+        );
+    }
+
+    #[test]
+    fn integers_of_any_size_come_through() {
+        let digits = "123456789012345678901234567890123456789012345678901234567890";
+        let messages = json!([{"role": "user", "content": {"n": {BIG_INT_KEY: digits}}}]);
+        let template =
+            template("{{ messages[0].content | tojson }}{{ -messages[0].content.n }}").unwrap();
+        assert_eq!(
+            template.render(&request(messages)).unwrap(),
+            format!("{{\"n\": {digits}}}-{digits}")
+        );
+    }
+
+    #[test]
+    fn none_is_not_iterable_and_types_do_not_mix() {
+        assert!(
+            error("{% for x in none %}{% endfor %}").contains("'NoneType' object is not iterable")
+        );
+        assert!(error("{{ 'a' + 1 }}").contains("unsupported operand"));
+        assert!(
+            error("{{ 1 < 'a' }}").contains("not supported between instances of 'int' and 'str'")
+        );
+        assert!(error("{{ missing.field }}").contains("'missing' is undefined"));
+    }
+
+    #[test]
+    fn the_sandbox_refuses_changes_and_underscores() {
+        assert!(error("{{ messages.append(1) }}").contains("unsafe"));
+        assert!(error("{{ ''.__class__.__mro__ }}").contains("unsafe"));
+        assert!(error("{{ namespace(_x=1) }}").contains("unsafe"));
+    }
+
+    #[test]
+    fn errors_carry_name_line_and_whether_the_template_threw() {
+        let thrown = render("a\n\n{{ raise_exception('no ' ~ 'way') }}").unwrap_err();
+        assert!(
+            matches!(&thrown, Error::Template { name, line: 3, message, thrown: true } if name == "test" && message == "no way"),
+            "{thrown}"
+        );
+        let syntax = template("a\n{% if %}").unwrap_err();
+        assert!(
+            matches!(
+                &syntax,
+                Error::Template {
+                    line: 2,
+                    thrown: false,
+                    ..
+                }
+            ),
+            "{syntax}"
+        );
+        let unknown =
+            render("{% if false %}{{ 1 | bogus }}{% endif %}\n{{ 1 | bogus }}").unwrap_err();
+        assert!(
+            matches!(
+                &unknown,
+                Error::Template {
+                    line: 2,
+                    thrown: false,
+                    ..
+                }
+            ),
+            "{unknown}"
+        );
+    }
+
+    #[test]
+    fn scopes_are_jinja2s() {
+        assert_eq!(
+            text(
+                "{% set x = 1 %}{% for i in [1, 2] %}{% set x = x + i %}{{ x }}{% endfor %}{{ x }}"
+            ),
+            "231"
+        );
+        assert_eq!(
+            text(
+                "{% set n = namespace(x=1) %}{% for i in [1, 2] %}{% set n.x = n.x + i %}{% endfor %}{{ n.x }}"
+            ),
+            "4"
+        );
+        assert_eq!(
+            text(
+                "{% macro m(a, b=a) %}{{ a }}{{ b }}{{ varargs }}{% endmacro %}{{ m(1) }}{{ m(1, 2, 3) }}"
+            ),
+            "11()12(3,)"
+        );
+    }
+
+    #[test]
+    fn generation_spans_count_code_points() {
+        let source = "é{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}";
+        let messages =
+            json!([{"role": "assistant", "content": "äö"}, {"role": "assistant", "content": "x"}]);
+        let (text, spans) = template(source)
+            .unwrap()
+            .render_with_spans(&request(messages))
+            .unwrap();
+        assert_eq!((text.as_str(), spans), ("éäö;x;", vec![1..3, 4..5]));
+        assert!(
+            error("{% for i in [1] %}{% generation %}{% break %}{% endgeneration %}{% endfor %}")
+                .contains("not properly in loop")
+        );
+    }
+
+    #[test]
+    fn null_keys_are_dropped_and_reasoning_has_both_names() {
+        let messages = json!([{"role": "assistant", "tool_calls": null, "reasoning": "r"}]);
+        let template = template("{{ messages[0] }}").unwrap();
+        let wanted =
+            "{'thinking': 'r', 'role': 'assistant', 'reasoning': 'r', 'reasoning_content': 'r'}";
+        assert_eq!(template.render(&request(messages.clone())).unwrap(), wanted);
+        let raw = RenderRequest {
+            keep_none_keys: true,
+            ..request(messages)
+        };
+        assert!(
+            template
+                .render(&raw)
+                .unwrap()
+                .contains("'tool_calls': None")
+        );
+    }
+
+    #[test]
+    fn a_continued_message_ends_the_prompt() {
+        let continued = |source: &str, content: &str| {
+            let messages = json!([{"role": "assistant", "content": content}]);
+            template(source)?.render(&RenderRequest {
+                continue_final_message: true,
+                ..request(messages)
+            })
+        };
+        assert_eq!(
+            continued("<{{ messages[0].content }}></s>", "so ").unwrap(),
+            "<so "
+        );
+        assert_eq!(
+            continued("<{{ messages[0].content | trim }}></s>", "so ").unwrap(),
+            "<so"
+        );
+        assert!(matches!(
+            continued("<{{ messages[0].content | length }}>", "so"),
+            Err(Error::InvalidRequest(_))
+        ));
+        let both = RenderRequest {
+            add_generation_prompt: true,
+            continue_final_message: true,
+            ..request(json!([{"role": "user", "content": "a"}]))
+        };
+        assert!(matches!(
+            template("{{ messages[0].content }}").unwrap().render(&both),
+            Err(Error::InvalidRequest(_))
+        ));
+        let none = RenderRequest {
+            continue_final_message: true,
+            ..request(json!([{"role": "user"}]))
+        };
+        assert!(matches!(
+            template("{{ messages[0].content }}").unwrap().render(&none),
+            Err(Error::InvalidRequest(_))
+        ));
+    }
+
+    #[test]
+    fn what_is_no_conversation_is_refused_with_what_came() {
+        let refused = |messages: Json| {
+            template("x")
+                .unwrap()
+                .render(&request(messages))
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(refused(json!("hi")).contains("got a string"));
+        assert!(refused(json!([])).contains("got none"));
+        assert!(refused(json!([1])).contains("message 0 must be an object, got a number"));
+        assert!(
+            refused(json!([{"content": "x"}])).contains("must have a role, got keys [\"content\"]")
+        );
+    }
+
+    #[test]
+    fn the_clock_is_the_one_given() {
+        assert_eq!(
+            text("{{ strftime_now('%d %b %Y %H:%M:%S %j %A %V %-d %Z|') }}"),
+            "04 Mar 2026 05:06:07 063 Wednesday 10 4 |"
+        );
+    }
+
+    #[test]
+    fn hostile_templates_end_with_an_error() {
+        let endless =
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        assert!(error(endless).contains("used up"));
+        let doubling = "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}";
+        assert!(error(doubling).contains("bytes are used up"));
+        let lists = "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}";
+        assert!(error(lists).contains("used up"));
+        let shared = "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}";
+        assert!(error(shared).contains("used up"));
+        let deep = "{% set n = namespace(x=[1]) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}";
+        assert!(error(deep).contains("nest deeper"));
+        assert!(
+            error("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").contains("recursion depth")
+        );
+        assert!(error("{% macro m(x) %}{% if true %}{{ [[(x, m(x) ~ 'a') | first]] }}{% endif %}{% endmacro %}{{ m(1) }}").contains("recursion depth"));
+        assert!(error("{{ 'x' * 99999999999 }}").contains("used up"));
+        assert!(error("{{ '%999999999d' % 1 }}").contains("above"));
+        assert!(error("{{ 'a'.center(999999999999) }}").contains("used up"));
+        assert!(error("{{ 2 ** 9999 }}").contains("128 bits"));
+        assert!(error("{{ 'a' | map(*(['map'] * 3000)) }}").contains("recursion depth"));
+    }
+
+    #[test]
+    fn the_deepest_nesting_allowed_fits_into_a_small_stack() {
+        let nested = format!("{}m(x){}", "(not ".repeat(60), ")".repeat(60));
+        let source = format!("{{% macro m(x) %}}{{{{ {nested} }}}}{{% endmacro %}}{{{{ m(1) }}}}");
+        let run = move || error(&source);
+        let thread = std::thread::Builder::new().stack_size(1 << 20).spawn(run);
+        let message = thread.unwrap().join().unwrap();
+        assert!(message.contains("recursion depth"), "{message}");
+    }
+
+    #[test]
+    fn hostile_sources_do_not_compile() {
+        for source in [
+            format!("{{{{ {}1 }}}}", "-".repeat(9999)),
+            format!("{{{{ {}1 }}}}", "not ".repeat(9999)),
+            format!("{{{{ {}1{} }}}}", "(".repeat(9999), ")".repeat(9999)),
+            format!("{{{{ 1{} }}}}", "+1".repeat(1900)),
+            format!("{{{{ x{} }}}}", ".y".repeat(1900)),
+            format!("{{{{ x{} }}}}", "|e".repeat(99999)),
+            "{% if x %}".repeat(9999),
+            format!("{{% if x %}}{}{{% endif %}}", "{% elif x %}".repeat(9999)),
+            "x".repeat(2 << 20),
+        ] {
+            assert!(
+                matches!(
+                    template(&source),
+                    Err(Error::Template { thrown: false, .. })
+                ),
+                "{}",
+                &source[..40]
+            );
+        }
     }
 }

@@ -13,7 +13,14 @@ use serde_json::{Map, Value as Json, json};
 const ROWS_FLOOR: usize = 5791;
 const PROBES_FLOOR: usize = 275;
 
-const NOW: Now = Now { year: 2026, month: 3, day: 14, hour: 15, minute: 9, second: 26 };
+const NOW: Now = Now {
+    year: 2026,
+    month: 3,
+    day: 14,
+    hour: 15,
+    minute: 9,
+    second: 26,
+};
 
 fn cases() -> Option<PathBuf> {
     let cases = std::env::var_os("HFCORE_CASES").map(|dir| Path::new(&dir).join("text"));
@@ -24,8 +31,16 @@ fn cases() -> Option<PathBuf> {
 }
 
 fn gunzip(path: &Path) -> String {
-    let output = Command::new("gzip").arg("-dc").arg(path).output().expect("gzip runs");
-    assert!(output.status.success(), "gzip -dc {} failed", path.display());
+    let output = Command::new("gzip")
+        .arg("-dc")
+        .arg(path)
+        .output()
+        .expect("gzip runs");
+    assert!(
+        output.status.success(),
+        "gzip -dc {} failed",
+        path.display()
+    );
     String::from_utf8(output.stdout).expect("the goldens are UTF-8")
 }
 
@@ -59,7 +74,9 @@ fn parse(text: &str) -> Json {
 
 fn strings(json: &Json) -> BTreeMap<String, String> {
     let pairs = json.as_object().into_iter().flatten();
-    pairs.map(|(k, v)| (k.clone(), v.as_str().unwrap_or_default().to_owned())).collect()
+    pairs
+        .map(|(k, v)| (k.clone(), v.as_str().unwrap_or_default().to_owned()))
+        .collect()
 }
 
 /// What differs, if anything does.
@@ -74,22 +91,51 @@ fn judge(row: &Json, got: &Result<(String, Vec<Range<usize>>), Error>) -> Option
         }
         (true, Ok((text, _))) => {
             let wanted = wanted.unwrap_or_default();
-            let at = wanted.char_indices().zip(text.chars()).find(|((_, a), b)| a != b);
+            let at = wanted
+                .char_indices()
+                .zip(text.chars())
+                .find(|((_, a), b)| a != b);
             let at = at.map_or(wanted.len().min(text.len()), |((i, _), _)| i);
-            let cut = |s: &str| s.get(at..).unwrap_or_default().chars().take(80).collect::<String>();
-            Some(format!("text at {at}: wanted {:?}, got {:?}", cut(wanted), cut(text)))
+            let cut = |s: &str| {
+                s.get(at..)
+                    .unwrap_or_default()
+                    .chars()
+                    .take(80)
+                    .collect::<String>()
+            };
+            Some(format!(
+                "text at {at}: wanted {:?}, got {:?}",
+                cut(wanted),
+                cut(text)
+            ))
         }
         (true, Err(error)) => Some(format!("must render, raised {error}")),
         (false, Ok((text, _))) => {
             let text: String = text.chars().take(60).collect();
-            Some(format!("must raise {} {}, rendered {text:?}", row["etype"], row["err"]))
+            Some(format!(
+                "must raise {} {}, rendered {text:?}",
+                row["etype"], row["err"]
+            ))
         }
-        (false, Err(Error::Template { message, thrown, .. })) if is_thrown => {
-            let wanted: String = row["err"].as_str().unwrap_or_default().chars().take(200).collect();
+        (
+            false,
+            Err(Error::Template {
+                message, thrown, ..
+            }),
+        ) if is_thrown => {
+            let wanted: String = row["err"]
+                .as_str()
+                .unwrap_or_default()
+                .chars()
+                .take(200)
+                .collect();
             let same = *thrown && message.contains(&wanted);
-            (!same).then(|| format!("message: wanted {wanted:?}, got {message:?} (thrown: {thrown})"))
+            (!same)
+                .then(|| format!("message: wanted {wanted:?}, got {message:?} (thrown: {thrown})"))
         }
-        (false, Err(error)) => is_thrown.then(|| format!("must be thrown by the template, got {error}")),
+        (false, Err(error)) => {
+            is_thrown.then(|| format!("must be thrown by the template, got {error}"))
+        }
     }
 }
 
@@ -124,18 +170,26 @@ impl Tally {
 #[test]
 fn templates_render_as_transformers_renders_them() {
     let Some(cases) = cases() else { return };
-    let contexts = parse(&std::fs::read_to_string(cases.join("contexts.json")).expect("contexts.json"));
+    let contexts =
+        parse(&std::fs::read_to_string(cases.join("contexts.json")).expect("contexts.json"));
     let special = strings(&contexts["special"]);
     let contexts = contexts["contexts"].as_array().expect("contexts");
-    let by_id: HashMap<&str, &Json> = contexts.iter().map(|c| (c["id"].as_str().unwrap_or(""), c)).collect();
+    let by_id: HashMap<&str, &Json> = contexts
+        .iter()
+        .map(|c| (c["id"].as_str().unwrap_or(""), c))
+        .collect();
     let mut templates: HashMap<String, Result<ChatTemplate, Error>> = HashMap::new();
     let mut tally = Tally::default();
     for line in gunzip(&cases.join("templates_golden.jsonl.gz")).lines() {
         let row: Json = serde_json::from_str(line).expect("a row");
         let field = |name: &str| row[name].as_str();
-        let (Some(name), Some(context), Some(level)) = (field("t"), field("c"), field("level")) else { continue };
+        let (Some(name), Some(context), Some(level)) = (field("t"), field("c"), field("level"))
+        else {
+            continue;
+        };
         let template = templates.entry(name.to_owned()).or_insert_with(|| {
-            let source = std::fs::read_to_string(cases.join("templates").join(name)).expect("the template");
+            let source =
+                std::fs::read_to_string(cases.join("templates").join(name)).expect("the template");
             ChatTemplate::new(name, &source, &special)
         });
         let case = by_id[context];
@@ -145,19 +199,29 @@ fn templates_render_as_transformers_renders_them() {
         };
         let failure = judge(&row, &got).map(|f| format!("{name} [{context}/{level}] {f}"));
         let tags = case["tags"].as_array().into_iter().flatten();
-        let mut keys: Vec<String> = tags.map(|t| format!("tag {}", t.as_str().unwrap_or(""))).collect();
+        let mut keys: Vec<String> = tags
+            .map(|t| format!("tag {}", t.as_str().unwrap_or("")))
+            .collect();
         keys.extend(["all rows".to_owned(), format!("level {level}")]);
         tally.add(&keys, failure);
     }
     let (n, m) = tally.report("all rows");
-    assert!(n >= ROWS_FLOOR, "{n} of {m} rows identical, at least {ROWS_FLOOR} wanted");
+    assert!(
+        n >= ROWS_FLOOR,
+        "{n} of {m} rows identical, at least {ROWS_FLOOR} wanted"
+    );
 }
 
 fn request(case: &Json, level: &str) -> RenderRequest {
     let given = |key: &str| Some(case[key].clone()).filter(|v| !v.is_null());
     let mut variables: Map<String, Json> = case["kwargs"].as_object().cloned().unwrap_or_default();
     let documents = variables.remove("documents").filter(|d| !d.is_null());
-    let mut flag = |name: &str| variables.remove(name).and_then(|v| v.as_bool()).unwrap_or(false);
+    let mut flag = |name: &str| {
+        variables
+            .remove(name)
+            .and_then(|v| v.as_bool())
+            .unwrap_or(false)
+    };
     RenderRequest {
         messages: case["messages"].clone(),
         add_generation_prompt: flag("add_generation_prompt"),
@@ -189,11 +253,15 @@ fn probes_of_single_features_render_as_jinja2_renders_them() {
             variables: meta["vars"].as_object().cloned().unwrap_or_default(),
             ..Default::default()
         };
-        let got = ChatTemplate::new("probe", source, &special).and_then(|t| t.render_with_spans(&request));
+        let got = ChatTemplate::new("probe", source, &special)
+            .and_then(|t| t.render_with_spans(&request));
         let failure = judge(&row, &got).map(|f| format!("{} {source:?}: {f}", row["id"]));
         let category = format!("category {}", row["cat"].as_str().unwrap_or(""));
         tally.add(&["all probes".to_owned(), category], failure);
     }
     let (n, m) = tally.report("all probes");
-    assert!(n >= PROBES_FLOOR, "{n} of {m} probes identical, at least {PROBES_FLOOR} wanted");
+    assert!(
+        n >= PROBES_FLOOR,
+        "{n} of {m} probes identical, at least {PROBES_FLOOR} wanted"
+    );
 }

@@ -13,9 +13,27 @@ pub struct Now {
     pub second: u8,
 }
 
-const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
+const DAYS: [&str; 7] = [
+    "Sunday",
+    "Monday",
+    "Tuesday",
+    "Wednesday",
+    "Thursday",
+    "Friday",
+    "Saturday",
+];
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 
@@ -39,7 +57,8 @@ impl Now {
         let month = (i64::from(self.month) + 9) % 12;
         let of_era = year.rem_euclid(400);
         let of_year = (153 * month + 2) / 5 + i64::from(self.day) - 1;
-        year.div_euclid(400) * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
+        year.div_euclid(400) * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year
+            - 719_468
     }
 
     /// 0 is Sunday.
@@ -49,19 +68,37 @@ impl Now {
 
     /// 1 is the first of January.
     fn day_of_year(self) -> i64 {
-        self.days() - Now { month: 1, day: 1, ..self }.days() + 1
+        self.days()
+            - Now {
+                month: 1,
+                day: 1,
+                ..self
+            }
+            .days()
+            + 1
     }
 
     /// The ISO year and week: a week belongs to the year of its Thursday.
     fn iso(self) -> (i32, i64) {
         let monday_first = (self.weekday() + 6) % 7;
         let thursday = self.day_of_year() - monday_first + 3;
-        let length = |year| Now { year, month: 12, day: 31, ..self }.day_of_year();
+        let length = |year| {
+            Now {
+                year,
+                month: 12,
+                day: 31,
+                ..self
+            }
+            .day_of_year()
+        };
         if thursday < 1 {
-            return (self.year - 1, (thursday + length(self.year - 1) - 1) / 7 + 1);
+            return (
+                self.year.saturating_sub(1),
+                (thursday + length(self.year.saturating_sub(1)) - 1) / 7 + 1,
+            );
         }
         if thursday > length(self.year) {
-            return (self.year + 1, 1);
+            return (self.year.saturating_add(1), 1);
         }
         (self.year, (thursday - 1) / 7 + 1)
     }
@@ -130,7 +167,10 @@ impl Now {
             'u' => ((self.weekday() + 6) % 7 + 1).to_string(),
             'w' => self.weekday().to_string(),
             'U' => format!("{:02}", (self.day_of_year() + 6 - self.weekday()) / 7),
-            'W' => format!("{:02}", (self.day_of_year() + 6 - (self.weekday() + 6) % 7) / 7),
+            'W' => format!(
+                "{:02}",
+                (self.day_of_year() + 6 - (self.weekday() + 6) % 7) / 7
+            ),
             'V' => format!("{:02}", self.iso().1),
             'G' => self.iso().0.to_string(),
             'g' => format!("{:02}", self.iso().0.rem_euclid(100)),
@@ -140,10 +180,11 @@ impl Now {
             'R' => self.strftime("%H:%M"),
             'r' => self.strftime("%I:%M:%S %p"),
             'c' => self.strftime("%a %b %e %H:%M:%S %Y"),
-            's' => {
-                (self.days() * 86400 + i64::from(self.hour) * 3600 + i64::from(self.minute) * 60 + i64::from(self.second))
-                    .to_string()
-            }
+            's' => (self.days() * 86400
+                + i64::from(self.hour) * 3600
+                + i64::from(self.minute) * 60
+                + i64::from(self.second))
+            .to_string(),
             // A naive datetime has no zone.
             'Z' | 'z' => String::new(),
             'n' => "\n".into(),

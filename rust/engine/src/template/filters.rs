@@ -46,13 +46,19 @@ pub(super) fn call(run: &mut Run<'_>, builtin: Builtin, args: CallArgs) -> Res<V
     match builtin {
         Builtin::RaiseException => {
             let [message] = args.bind("raise_exception", ["message"])?;
-            let Some(message) = message else { return fault("raise_exception() missing 1 required positional argument: 'message'") };
+            let Some(message) = message else {
+                return fault(
+                    "raise_exception() missing 1 required positional argument: 'message'",
+                );
+            };
             let message = message.to_text(&mut run.budget)?;
             Err(thrown(message.to_string()))
         }
         Builtin::StrftimeNow => {
             let [format] = args.bind("strftime_now", ["format"])?;
-            let Some(Value::Str(format)) = format else { return fault("strftime() argument 1 must be str") };
+            let Some(Value::Str(format)) = format else {
+                return fault("strftime() argument 1 must be str");
+            };
             run.budget.bytes(format.text.len() * 16)?;
             let now = run.now.unwrap_or_else(Now::local);
             Ok(Value::from(now.strftime(&format.text)))
@@ -68,16 +74,26 @@ pub(super) fn call(run: &mut Run<'_>, builtin: Builtin, args: CallArgs) -> Res<V
             run.namespaces.push(Vec::new());
             let id = run.namespaces.len() - 1;
             for (key, value) in pairs {
-                let Value::Str(key) = key else { return fault("namespace keys must be strings") };
+                let Value::Str(key) = key else {
+                    return fault("namespace keys must be strings");
+                };
                 run.set_namespace(id, &key.text, value)?;
             }
             Ok(Value::Namespace(id))
         }
-        Builtin::Cycler if args.positional.is_empty() => fault("at least one item has to be provided"),
-        Builtin::Cycler => Ok(Value::Cycler(Value::counter(args.positional)?)),
+        Builtin::Cycler if args.positional.is_empty() => {
+            fault("at least one item has to be provided")
+        }
+        Builtin::Cycler => Ok(Value::Cycler(Value::counter(
+            args.positional,
+            &mut run.budget,
+        )?)),
         Builtin::Joiner => {
             let [separator] = args.bind("joiner", ["sep"])?;
-            Ok(Value::Joiner(Value::counter(vec![separator.unwrap_or_else(|| Value::from(", "))])?))
+            Ok(Value::Joiner(Value::counter(
+                vec![separator.unwrap_or_else(|| Value::from(", "))],
+                &mut run.budget,
+            )?))
         }
         Builtin::Lipsum => fault("lipsum() makes random text: it is not supported"),
     }
@@ -89,19 +105,32 @@ fn range(args: CallArgs) -> Res<Value> {
         None => Ok(default),
         Some(v) => match v.as_int().map(i64::try_from) {
             Some(Ok(i)) => Ok(i),
-            _ => fault(format!("'{}' object cannot be interpreted as an integer", v.type_name())),
+            _ => fault(format!(
+                "'{}' object cannot be interpreted as an integer",
+                v.type_name()
+            )),
         },
     };
     let range = match (a, b) {
         (None, _) => return fault("range expected at least 1 argument, got 0"),
-        (stop, None) => Range { start: 0, stop: int(stop, 0)?, step: 1 },
-        (start, stop) => Range { start: int(start, 0)?, stop: int(stop, 0)?, step: int(c, 1)? },
+        (stop, None) => Range {
+            start: 0,
+            stop: int(stop, 0)?,
+            step: 1,
+        },
+        (start, stop) => Range {
+            start: int(start, 0)?,
+            stop: int(stop, 0)?,
+            step: int(c, 1)?,
+        },
     };
     if range.step == 0 {
         return fault("range() arg 3 must not be zero");
     }
     if range.len() > MAX_RANGE {
-        return fault(format!("Range too big. The sandbox blocks ranges larger than MAX_RANGE ({MAX_RANGE})."));
+        return fault(format!(
+            "Range too big. The sandbox blocks ranges larger than MAX_RANGE ({MAX_RANGE})."
+        ));
     }
     Ok(Value::Range(Arc::new(range)))
 }
@@ -114,16 +143,33 @@ fn dict_pairs(mut args: CallArgs, budget: &mut Budget) -> Res<Vec<(Value, Value)
         (Some(Value::Dict(d)), 0) => pairs.extend(d.entries.iter().cloned()),
         (Some(other), 0) => {
             for pair in other.items(budget)? {
-                let [key, value] = <[Value; 2]>::try_from(pair.items(budget)?).or_else(|items| {
-                    fault(format!("dictionary update sequence element has length {}; 2 is required", items.len()))
-                })?;
+                let [key, value] =
+                    <[Value; 2]>::try_from(pair.items(budget)?).or_else(|items| {
+                        fault(format!(
+                            "dictionary update sequence element has length {}; 2 is required",
+                            items.len()
+                        ))
+                    })?;
                 pairs.push((key, value));
             }
         }
-        (Some(_), more) => return fault(format!("dict expected at most 1 argument, got {}", more + 1)),
+        (Some(_), more) => {
+            return fault(format!(
+                "dict expected at most 1 argument, got {}",
+                more + 1
+            ));
+        }
     }
     budget.bytes((pairs.len() + args.named.len()) * 64)?;
-    pairs.extend(args.named.into_iter().map(|(k, v)| (Value::Str(Str { text: k, markup: false }), v)));
+    pairs.extend(args.named.into_iter().map(|(k, v)| {
+        (
+            Value::Str(Str {
+                text: k,
+                markup: false,
+            }),
+            v,
+        )
+    }));
     Ok(pairs)
 }
 
@@ -136,8 +182,13 @@ pub(super) fn apply(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs)
         "length" | "count" => Ok(Value::int(value.len(&mut run.budget)?)),
         "default" | "d" => {
             let [default, boolean] = args.bind(name, ["default_value", "boolean"])?;
-            let replace = value.is_undefined() || boolean.is_some_and(|b| b.truth()) && !value.truth();
-            Ok(if replace { default.unwrap_or_else(|| Value::from("")) } else { value })
+            let replace =
+                value.is_undefined() || boolean.is_some_and(|b| b.truth()) && !value.truth();
+            Ok(if replace {
+                default.unwrap_or_else(|| Value::from(""))
+            } else {
+                value
+            })
         }
         "tojson" => to_json(run, &value, args),
         "items" => match &value {
@@ -148,21 +199,21 @@ pub(super) fn apply(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs)
             }
             _ => fault("Can only get item pairs from a mapping."),
         },
-        "map" | "select" | "reject" | "selectattr" | "rejectattr" | "list" | "join" | "first" | "last" | "random"
-        | "sum" | "sort" | "dictsort" | "unique" | "groupby" | "min" | "max" | "reverse" | "batch" | "slice" => {
-            sequence_filter(run, name, value, args)
+        "map" | "select" | "reject" | "selectattr" | "rejectattr" | "list" | "join" | "first"
+        | "last" | "random" | "sum" | "sort" | "dictsort" | "unique" | "groupby" | "min"
+        | "max" | "reverse" | "batch" | "slice" => sequence_filter(run, name, value, args),
+        "int" | "float" | "abs" | "round" | "filesizeformat" => {
+            number_filter(run, name, &value, args)
         }
-        "int" | "float" | "abs" | "round" | "filesizeformat" => number_filter(run, name, &value, args),
-        "string" | "safe" | "escape" | "e" | "forceescape" | "striptags" | "urlencode" | "xmlattr" | "pprint" => {
-            markup_filter(run, name, &value, args)
-        }
+        "string" | "safe" | "escape" | "e" | "forceescape" | "striptags" | "urlencode"
+        | "xmlattr" | "pprint" => markup_filter(run, name, &value, args),
         "attr" => {
             let [attr] = args.bind(name, ["name"])?;
             let attr = attr.unwrap_or(Value::None).to_text(&mut run.budget)?;
             match &value {
-                Value::Dict(_) if methods::find(&value, &attr).is_none() => {
-                    Ok(Value::Undefined(format!("'dict object' has no attribute '{attr}'").into()))
-                }
+                Value::Dict(_) if methods::find(&value, &attr).is_none() => Ok(Value::Undefined(
+                    format!("'dict object' has no attribute '{attr}'").into(),
+                )),
                 _ => run.attribute(&value, &attr),
             }
         }
@@ -174,15 +225,28 @@ pub(super) fn apply(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs)
 fn soft(value: &Value, budget: &mut Budget) -> Res<Str> {
     match value {
         Value::Str(s) => Ok(s.clone()),
-        other => Ok(Str { text: other.to_text(budget)?, markup: false }),
+        other => Ok(Str {
+            text: other.to_text(budget)?,
+            markup: false,
+        }),
     }
 }
 
 fn text_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Value> {
     let budget = &mut run.budget;
     let known = [
-        "trim", "upper", "lower", "capitalize", "title", "replace", "indent", "format", "truncate", "wordcount",
-        "wordwrap", "center",
+        "trim",
+        "upper",
+        "lower",
+        "capitalize",
+        "title",
+        "replace",
+        "indent",
+        "format",
+        "truncate",
+        "wordcount",
+        "wordwrap",
+        "center",
     ];
     if !known.contains(&name) {
         return fault(format!("No filter named '{name}'."));
@@ -205,16 +269,27 @@ fn text_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> 
         "title" => same(title(&s.text)),
         "replace" => {
             let [old, new, count] = args.bind(name, ["old", "new", "count"])?;
-            let (Some(old), Some(new)) = (old, new) else { return fault("replace needs old and new") };
+            let (Some(old), Some(new)) = (old, new) else {
+                return fault("replace needs old and new");
+            };
             let (old, new) = (old.to_text(budget)?, new.to_text(budget)?);
-            let plain = Str { text: s.text.clone(), markup: s.markup && run.autoescape };
+            let plain = Str {
+                text: s.text.clone(),
+                markup: s.markup && run.autoescape,
+            };
             methods::replace(&plain, &old, &new, count.as_ref(), budget)
         }
         "indent" => same(indent(&s.text, args, budget)?),
         "format" => match (args.named.is_empty(), args.positional.is_empty()) {
-            (false, false) => fault("can't handle positional and keyword arguments at the same time"),
+            (false, false) => {
+                fault("can't handle positional and keyword arguments at the same time")
+            }
             (false, true) => {
-                let pairs = args.named.into_iter().map(|(k, v)| (Value::from(&*k), v)).collect();
+                let pairs = args
+                    .named
+                    .into_iter()
+                    .map(|(k, v)| (Value::from(&*k), v))
+                    .collect();
                 let named = Value::dict(pairs, budget)?;
                 format::percent(&s, &named, budget)
             }
@@ -226,12 +301,17 @@ fn text_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> 
         "truncate" => same(truncate(&s.text, args, budget)?),
         "wordcount" => {
             let word = |c: char| c == '_' || c.is_alphanumeric();
-            Ok(Value::int(s.text.split(|c| !word(c)).filter(|w| !w.is_empty()).count()))
+            Ok(Value::int(
+                s.text.split(|c| !word(c)).filter(|w| !w.is_empty()).count(),
+            ))
         }
         "wordwrap" => same(word_wrap(&s.text, args, budget)?),
         _ => {
             let [width] = args.bind(name, ["width"])?;
-            let args = CallArgs { positional: vec![width.unwrap_or(Value::Int(80))], named: Vec::new() };
+            let args = CallArgs {
+                positional: vec![width.unwrap_or(Value::Int(80))],
+                named: Vec::new(),
+            };
             methods::call(run, &Value::Str(s.clone()), "center", args)
         }
     }
@@ -266,7 +346,10 @@ fn indent(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
             None => return fault("can't multiply sequence by non-int"),
         },
     };
-    let (first, blank) = (first.is_some_and(|f| f.truth()), blank.is_some_and(|b| b.truth()));
+    let (first, blank) = (
+        first.is_some_and(|f| f.truth()),
+        blank.is_some_and(|b| b.truth()),
+    );
     let with_newline = format!("{t}\n");
     let mut out = String::new();
     for (i, line) in text::lines(&with_newline, false).into_iter().enumerate() {
@@ -283,9 +366,12 @@ fn indent(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
 }
 
 fn truncate(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
-    let [length, kill, end, leeway] = args.bind("truncate", ["length", "killwords", "end", "leeway"])?;
+    let [length, kill, end, leeway] =
+        args.bind("truncate", ["length", "killwords", "end", "leeway"])?;
     let size = |v: Option<Value>, default: usize| {
-        v.and_then(|v| v.as_int()).and_then(|i| usize::try_from(i).ok()).unwrap_or(default)
+        v.and_then(|v| v.as_int())
+            .and_then(|i| usize::try_from(i).ok())
+            .unwrap_or(default)
     };
     let (length, leeway) = (size(length, 255), size(leeway, 5));
     let end = end.unwrap_or_else(|| Value::from("...")).to_text(budget)?;
@@ -305,8 +391,20 @@ fn truncate(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
 }
 
 fn word_wrap(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
-    let [width, break_long, with, _] = args.bind("wordwrap", ["width", "break_long_words", "wrapstring", "break_on_hyphens"])?;
-    let width = width.and_then(|w| w.as_int()).and_then(|w| usize::try_from(w).ok()).unwrap_or(79).max(1);
+    let [width, break_long, with, _] = args.bind(
+        "wordwrap",
+        [
+            "width",
+            "break_long_words",
+            "wrapstring",
+            "break_on_hyphens",
+        ],
+    )?;
+    let width = width
+        .and_then(|w| w.as_int())
+        .and_then(|w| usize::try_from(w).ok())
+        .unwrap_or(79)
+        .max(1);
     let break_long = break_long.is_none_or(|b| b.truth());
     let with = with.unwrap_or_else(|| Value::from("\n")).to_text(budget)?;
     let mut lines: Vec<String> = Vec::new();
@@ -334,8 +432,10 @@ fn word_wrap(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
 }
 
 fn number_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Value> {
-    if let Value::Undefined(message) = value {
-        return fault(message.to_string());
+    match value {
+        Value::Undefined(message) => return fault(message.to_string()),
+        Value::Str(s) => run.budget.bytes(s.text.len())?,
+        _ => {}
     }
     match name {
         "int" => {
@@ -354,7 +454,10 @@ fn number_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -
         "abs" => match (value, value.as_int().and_then(i128::checked_abs)) {
             (Value::Float(f), _) => Ok(Value::Float(f.abs())),
             (_, Some(i)) => Ok(Value::Int(i)),
-            _ => fault(format!("bad operand type for abs(): '{}'", value.type_name())),
+            _ => fault(format!(
+                "bad operand type for abs(): '{}'",
+                value.type_name()
+            )),
         },
         "round" => round(value, args, &mut run.budget),
         _ => {
@@ -363,8 +466,13 @@ fn number_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -
                 Value::Str(s) => parse_float(&s.text),
                 other => other.as_float(),
             };
-            let Some(bytes) = bytes else { return fault("could not convert to float") };
-            Ok(Value::from(file_size(bytes, binary.is_some_and(|b| b.truth()))))
+            let Some(bytes) = bytes else {
+                return fault("could not convert to float");
+            };
+            Ok(Value::from(file_size(
+                bytes,
+                binary.is_some_and(|b| b.truth()),
+            )))
         }
     }
 }
@@ -372,7 +480,9 @@ fn number_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -
 fn parse_float(text: &str) -> Option<f64> {
     let t = methods::stripped(text, "strip", None);
     let plain = t.trim_start_matches(['+', '-']).to_ascii_lowercase();
-    if matches!(&*plain, "inf" | "infinity" | "nan") || plain.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+    if matches!(&*plain, "inf" | "infinity" | "nan")
+        || plain.starts_with(|c: char| c.is_ascii_digit() || c == '.')
+    {
         return t.replace('_', "").parse().ok();
     }
     None
@@ -400,7 +510,9 @@ fn to_int(value: &Value, base: Option<&Value>) -> Option<Value> {
             let digits = digits.replace('_', "");
             let sign = if negative { "-" } else { "" };
             if !digits.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-                return parse_float(&s.text).filter(|f| f.is_finite()).map(|f| Value::Int(f.trunc() as i128));
+                return parse_float(&s.text)
+                    .filter(|f| f.is_finite())
+                    .map(|f| Value::Int(f.trunc() as i128));
             }
             match i128::from_str_radix(&format!("{sign}{digits}"), base) {
                 Ok(i) => Some(Value::Int(i)),
@@ -408,7 +520,9 @@ fn to_int(value: &Value, base: Option<&Value>) -> Option<Value> {
                     Value::integer(&format!("{sign}{digits}")).ok()
                 }
                 // int(float(value)), as the filter tries next.
-                Err(_) => parse_float(&s.text).filter(|f| f.is_finite()).map(|f| Value::Int(f.trunc() as i128)),
+                Err(_) => parse_float(&s.text)
+                    .filter(|f| f.is_finite())
+                    .map(|f| Value::Int(f.trunc() as i128)),
             }
         }
         other => other.as_int().map(Value::Int),
@@ -417,17 +531,30 @@ fn to_int(value: &Value, base: Option<&Value>) -> Option<Value> {
 
 fn round(value: &Value, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [precision, method] = args.bind("round", ["precision", "method"])?;
-    let precision = precision.and_then(|p| p.as_int()).unwrap_or(0).clamp(-300, 300) as i32;
-    let method = method.unwrap_or_else(|| Value::from("common")).to_text(budget)?;
+    let precision = precision
+        .and_then(|p| p.as_int())
+        .unwrap_or(0)
+        .clamp(-300, 300) as i32;
+    let method = method
+        .unwrap_or_else(|| Value::from("common"))
+        .to_text(budget)?;
     let Some(f) = value.as_float() else {
-        return fault(format!("type {} doesn't define __round__ method", value.type_name()));
+        return fault(format!(
+            "type {} doesn't define __round__ method",
+            value.type_name()
+        ));
     };
     let scale = 10f64.powi(precision);
     match (&*method, value) {
-        ("common", Value::Int(_) | Value::Bool(_)) if precision >= 0 => Ok(Value::Int(value.as_int().unwrap_or(0))),
+        ("common", Value::Int(_) | Value::Bool(_)) if precision >= 0 => {
+            Ok(Value::Int(value.as_int().unwrap_or(0)))
+        }
         ("common", _) if precision >= 0 => {
             let text = format!("{f:.*}", precision as usize);
             Ok(Value::Float(text.parse().unwrap_or(f)))
+        }
+        ("common", Value::Int(_) | Value::Bool(_)) => {
+            Ok(Value::Int(((f * scale).round_ties_even() / scale) as i128))
         }
         ("common", _) => Ok(Value::Float((f * scale).round_ties_even() / scale)),
         ("ceil", _) => Ok(Value::Float((f * scale).ceil() / scale)),
@@ -464,7 +591,10 @@ fn markup_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -
     budget.bytes(s.text.len())?;
     match name {
         "string" => Ok(Value::Str(s)),
-        "safe" => Ok(Value::Str(Str { text: s.text, markup: true })),
+        "safe" => Ok(Value::Str(Str {
+            text: s.text,
+            markup: true,
+        })),
         "escape" | "e" if s.markup => Ok(Value::Str(s)),
         "escape" | "e" | "forceescape" => {
             budget.bytes(s.text.len().saturating_mul(5))?;
@@ -475,7 +605,9 @@ fn markup_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -
         "urlencode" => url_encode(value, budget),
         _ => {
             let [space] = args.bind(name, ["autospace"])?;
-            let Value::Dict(d) = value else { return fault("xmlattr needs a dict") };
+            let Value::Dict(d) = value else {
+                return fault("xmlattr needs a dict");
+            };
             let mut out = String::new();
             for (key, value) in &d.entries {
                 if matches!(value, Value::None | Value::Undefined(_)) {
@@ -485,9 +617,17 @@ fn markup_filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -
                 if key.contains([' ', '/', '>', '=', '\t', '\n', '\u{c}']) {
                     return fault(format!("Invalid character in attribute name: '{key}'"));
                 }
-                let gap = if out.is_empty() && !space.as_ref().is_none_or(Value::truth) { "" } else { " " };
+                let gap = if out.is_empty() && !space.as_ref().is_none_or(Value::truth) {
+                    ""
+                } else {
+                    " "
+                };
                 budget.bytes(6 * (key.len() + value.len()) + 4)?;
-                out.push_str(&format!("{gap}{}=\"{}\"", html_escape(&key), html_escape(&value)));
+                out.push_str(&format!(
+                    "{gap}{}=\"{}\"",
+                    html_escape(&key),
+                    html_escape(&value)
+                ));
             }
             Ok(Value::text(out, run.autoescape))
         }
@@ -509,8 +649,18 @@ fn strip_tags(t: &str) -> String {
     plain.push_str(rest);
     let joined = text::words(&plain, usize::MAX).join(" ");
     // `&amp;` last, so that `&amp;lt;` gives `&lt;`.
-    let named = [("&lt;", "<"), ("&gt;", ">"), ("&quot;", "\""), ("&#34;", "\""), ("&#39;", "'"), ("&nbsp;", "\u{a0}")];
-    named.iter().fold(joined, |text, (entity, c)| text.replace(entity, c)).replace("&amp;", "&")
+    let named = [
+        ("&lt;", "<"),
+        ("&gt;", ">"),
+        ("&quot;", "\""),
+        ("&#34;", "\""),
+        ("&#39;", "'"),
+        ("&nbsp;", "\u{a0}"),
+    ];
+    named
+        .iter()
+        .fold(joined, |text, (entity, c)| text.replace(entity, c))
+        .replace("&amp;", "&")
 }
 
 fn url_encode(value: &Value, budget: &mut Budget) -> Res<Value> {
@@ -520,7 +670,9 @@ fn url_encode(value: &Value, budget: &mut Budget) -> Res<Value> {
         let mut out = String::new();
         for b in t.bytes() {
             match b {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => out.push(b as char),
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                    out.push(b as char)
+                }
                 b'/' if !form => out.push('/'),
                 b' ' if form => out.push('+'),
                 b => out.push_str(&format!("%{b:02X}")),
@@ -539,11 +691,17 @@ fn url_encode(value: &Value, budget: &mut Budget) -> Res<Value> {
     let mut out = String::new();
     for pair in pairs {
         let pair = pair.items(budget)?;
-        let [key, value] = &pair[..] else { return fault("urlencode needs pairs") };
+        let [key, value] = &pair[..] else {
+            return fault("urlencode needs pairs");
+        };
         if !out.is_empty() {
             out.push('&');
         }
-        out.push_str(&format!("{}={}", quote(key, true, budget)?, quote(value, true, budget)?));
+        out.push_str(&format!(
+            "{}={}",
+            quote(key, true, budget)?,
+            quote(value, true, budget)?
+        ));
     }
     Ok(Value::from(out))
 }
@@ -551,7 +709,10 @@ fn url_encode(value: &Value, budget: &mut Budget) -> Res<Value> {
 /// transformers' tojson: json.dumps, without HTML escaping.
 fn to_json(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
     let budget = &mut run.budget;
-    let [ascii, indent, separators, sort] = args.bind("tojson", ["ensure_ascii", "indent", "separators", "sort_keys"])?;
+    let [ascii, indent, separators, sort] = args.bind(
+        "tojson",
+        ["ensure_ascii", "indent", "separators", "sort_keys"],
+    )?;
     let indent = match indent {
         None | Some(Value::None) => None,
         Some(Value::Str(s)) => Some(s.text.to_string()),
@@ -561,11 +722,19 @@ fn to_json(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
                 budget.bytes(n)?;
                 Some(" ".repeat(n))
             }
-            None => return fault(format!("can't multiply sequence by non-int of type '{}'", other.type_name())),
+            None => {
+                return fault(format!(
+                    "can't multiply sequence by non-int of type '{}'",
+                    other.type_name()
+                ));
+            }
         },
     };
     let (item_separator, key_separator) = match separators {
-        None | Some(Value::None) => ((if indent.is_some() { "," } else { ", " }).to_owned(), ": ".to_owned()),
+        None | Some(Value::None) => (
+            (if indent.is_some() { "," } else { ", " }).to_owned(),
+            ": ".to_owned(),
+        ),
         Some(pair) => match &pair.items(budget)?[..] {
             [Value::Str(item), Value::Str(key)] => (item.text.to_string(), key.text.to_string()),
             _ => return fault("separators must be a pair of strings"),
@@ -596,7 +765,8 @@ fn sequence_filter(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs) 
                 Value::Iter(i) => i.next(),
                 other => other.items(&mut run.budget)?.into_iter().next(),
             };
-            Ok(first.unwrap_or_else(|| Value::Undefined("No first item, sequence was empty.".into())))
+            Ok(first
+                .unwrap_or_else(|| Value::Undefined("No first item, sequence was empty.".into())))
         }
         "last" | "random" => {
             if let Value::Iter(i) = &value {
@@ -607,7 +777,9 @@ fn sequence_filter(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs) 
                 "random" if !items.is_empty() => Some(items.swap_remove(any_index(items.len()))),
                 _ => items.pop(),
             };
-            Ok(last.unwrap_or_else(|| Value::Undefined(format!("No {name} item, sequence was empty.").into())))
+            Ok(last.unwrap_or_else(|| {
+                Value::Undefined(format!("No {name} item, sequence was empty.").into())
+            }))
         }
         "join" => join(run, &value, args),
         "map" => map(run, &value, args),
@@ -647,7 +819,12 @@ fn any_index(len: usize) -> usize {
 }
 
 /// The `a.0.b` of an item; `default` where it is undefined.
-fn by_attribute(run: &mut Run<'_>, item: &Value, attribute: Option<&Value>, default: Option<&Value>) -> Res<Value> {
+fn by_attribute(
+    run: &mut Run<'_>,
+    item: &Value,
+    attribute: Option<&Value>,
+    default: Option<&Value>,
+) -> Res<Value> {
     let mut value = item.clone();
     match attribute {
         None | Some(Value::None) => return Ok(value),
@@ -704,17 +881,28 @@ fn map(run: &mut Run<'_>, value: &Value, mut args: CallArgs) -> Res<Value> {
     }
     if args.positional.is_empty() {
         let [attribute, default] = args.bind("map", ["attribute", "default"])?;
-        let Some(attribute) = attribute else { return fault("map requires a filter argument") };
+        let Some(attribute) = attribute else {
+            return fault("map requires a filter argument");
+        };
         for item in value.items(&mut run.budget)? {
-            out.push(by_attribute(run, &item, Some(&attribute), default.as_ref())?);
+            out.push(by_attribute(
+                run,
+                &item,
+                Some(&attribute),
+                default.as_ref(),
+            )?);
         }
         return Value::iter("generator", out, &mut run.budget);
     }
     let filter = args.positional.remove(0).to_text(&mut run.budget)?;
     for item in value.items(&mut run.budget)? {
-        run.budget.bytes(args.positional.len() * size_of::<Value>())?;
-        let args = CallArgs { positional: args.positional.clone(), named: args.named.clone() };
-        out.push(apply(run, &filter, item, args)?);
+        run.budget
+            .bytes(args.positional.len() * size_of::<Value>())?;
+        let args = CallArgs {
+            positional: args.positional.clone(),
+            named: args.named.clone(),
+        };
+        out.push(run.nested_call(|run| apply(run, &filter, item, args))?);
     }
     Value::iter("generator", out, &mut run.budget)
 }
@@ -739,8 +927,12 @@ fn select(run: &mut Run<'_>, name: &str, value: &Value, mut args: CallArgs) -> R
         let passes = match &test_name {
             None => tested.truth(),
             Some(test_name) => {
-                run.budget.bytes(args.positional.len() * size_of::<Value>())?;
-                let args = CallArgs { positional: args.positional.clone(), named: args.named.clone() };
+                run.budget
+                    .bytes(args.positional.len() * size_of::<Value>())?;
+                let args = CallArgs {
+                    positional: args.positional.clone(),
+                    named: args.named.clone(),
+                };
                 test(run, test_name, &tested, args)?
             }
         };
@@ -754,9 +946,14 @@ fn select(run: &mut Run<'_>, name: &str, value: &Value, mut args: CallArgs) -> R
 fn batch(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Value> {
     let [count, fill] = args.bind(name, ["linecount", "fill_with"])?;
     let items = value.items(&mut run.budget)?;
-    let count = count.and_then(|c| c.as_int()).and_then(|c| usize::try_from(c).ok()).unwrap_or(0);
+    let count = count
+        .and_then(|c| c.as_int())
+        .and_then(|c| usize::try_from(c).ok())
+        .unwrap_or(0);
     if count == 0 || count > MAX_RANGE {
-        return fault(format!("{name} needs a count from 1 to {MAX_RANGE}, got {count}"));
+        return fault(format!(
+            "{name} needs a count from 1 to {MAX_RANGE}, got {count}"
+        ));
     }
     let fill = fill.filter(|f| !matches!(f, Value::None));
     let mut groups: Vec<Vec<Value>> = Vec::new();
@@ -770,12 +967,18 @@ fn batch(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Va
         let (each, larger) = (items.len() / count, items.len() % count);
         let mut items = items.into_iter();
         for i in 0..count {
-            let mut group: Vec<Value> = items.by_ref().take(each + usize::from(i < larger)).collect();
+            let mut group: Vec<Value> = items
+                .by_ref()
+                .take(each + usize::from(i < larger))
+                .collect();
             group.extend(fill.iter().filter(|_| i >= larger && larger > 0).cloned());
             groups.push(group);
         }
     }
-    let lists = groups.into_iter().map(|g| Value::list(g, &mut run.budget)).collect::<Res<Vec<_>>>()?;
+    let lists = groups
+        .into_iter()
+        .map(|g| Value::list(g, &mut run.budget))
+        .collect::<Res<Vec<_>>>()?;
     Value::iter("generator", lists, &mut run.budget)
 }
 
@@ -791,8 +994,12 @@ fn sort_key(value: Value, case_sensitive: bool, budget: &mut Budget) -> Res<Valu
 }
 
 /// A stable sort by a comparison that can fail and need not be consistent.
-pub(super) fn sort_by<T>(items: &mut Vec<T>, mut order: impl FnMut(&T, &T) -> Res<Option<Ordering>>) -> Res<()> {
-    let mut runs: std::collections::VecDeque<Vec<T>> = items.drain(..).map(|item| vec![item]).collect();
+pub(super) fn sort_by<T>(
+    items: &mut Vec<T>,
+    mut order: impl FnMut(&T, &T) -> Res<Option<Ordering>>,
+) -> Res<()> {
+    let mut runs: std::collections::VecDeque<Vec<T>> =
+        items.drain(..).map(|item| vec![item]).collect();
     while runs.len() > 1 {
         let mut merged = std::collections::VecDeque::with_capacity(runs.len() / 2 + 1);
         while let Some(left) = runs.pop_front() {
@@ -807,7 +1014,11 @@ pub(super) fn sort_by<T>(items: &mut Vec<T>, mut order: impl FnMut(&T, &T) -> Re
     Ok(())
 }
 
-fn merge<T>(left: Vec<T>, right: Vec<T>, order: &mut impl FnMut(&T, &T) -> Res<Option<Ordering>>) -> Res<Vec<T>> {
+fn merge<T>(
+    left: Vec<T>,
+    right: Vec<T>,
+    order: &mut impl FnMut(&T, &T) -> Res<Option<Ordering>>,
+) -> Res<Vec<T>> {
     let mut out = Vec::with_capacity(left.len() + right.len());
     let (mut left, mut right) = (left.into_iter().peekable(), right.into_iter().peekable());
     while let (Some(a), Some(b)) = (left.peek(), right.peek()) {
@@ -825,7 +1036,8 @@ fn merge<T>(left: Vec<T>, right: Vec<T>, order: &mut impl FnMut(&T, &T) -> Res<O
 fn ordered(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Value> {
     let (reverse, case, attribute) = match name {
         "sort" => {
-            let [reverse, case, attribute] = args.bind(name, ["reverse", "case_sensitive", "attribute"])?;
+            let [reverse, case, attribute] =
+                args.bind(name, ["reverse", "case_sensitive", "attribute"])?;
             (reverse.is_some_and(|r| r.truth()), case, attribute)
         }
         _ => {
@@ -841,7 +1053,10 @@ fn ordered(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<
     let budget = &mut run.budget;
     match name {
         "sort" => {
-            sort_by(&mut keyed, |a, b| a.0.compare(&b.0, "<", budget).map(|o| if reverse { o.map(Ordering::reverse) } else { o }))?;
+            sort_by(&mut keyed, |a, b| {
+                a.0.compare(&b.0, "<", budget)
+                    .map(|o| if reverse { o.map(Ordering::reverse) } else { o })
+            })?;
             Value::list(keyed.into_iter().map(|(_, item)| item).collect(), budget)
         }
         "unique" => {
@@ -855,10 +1070,18 @@ fn ordered(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<
                     seen.push((key, item));
                 }
             }
-            Value::iter("generator", seen.into_iter().map(|(_, item)| item).collect(), budget)
+            Value::iter(
+                "generator",
+                seen.into_iter().map(|(_, item)| item).collect(),
+                budget,
+            )
         }
         _ => {
-            let wanted = if name == "min" { Ordering::Less } else { Ordering::Greater };
+            let wanted = if name == "min" {
+                Ordering::Less
+            } else {
+                Ordering::Greater
+            };
             let mut best: Option<(Value, Value)> = None;
             for (key, item) in keyed {
                 let better = match &best {
@@ -869,13 +1092,21 @@ fn ordered(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<
                     best = Some((key, item));
                 }
             }
-            Ok(best.map_or_else(|| Value::Undefined("No aggregated item, sequence was empty.".into()), |b| b.1))
+            Ok(best.map_or_else(
+                || Value::Undefined("No aggregated item, sequence was empty.".into()),
+                |b| b.1,
+            ))
         }
     }
 }
 
 /// A sort key by one attribute or several (`"a,b"`).
-fn attribute_key(run: &mut Run<'_>, item: &Value, attribute: Option<&Value>, case: bool) -> Res<Value> {
+fn attribute_key(
+    run: &mut Run<'_>,
+    item: &Value,
+    attribute: Option<&Value>,
+    case: bool,
+) -> Res<Value> {
     match attribute {
         Some(Value::Str(s)) if s.text.contains(',') => {
             let mut keys = Vec::new();
@@ -899,21 +1130,34 @@ fn dict_sort(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
     if !matches!(&*by, "key" | "value") {
         return fault("You can only sort by either \"key\" or \"value\"");
     }
-    let (case, reverse) = (case.is_some_and(|c| c.truth()), reverse.is_some_and(|r| r.truth()));
+    let (case, reverse) = (
+        case.is_some_and(|c| c.truth()),
+        reverse.is_some_and(|r| r.truth()),
+    );
     let Value::Dict(dict) = value else {
-        return fault(format!("'{}' object has no attribute 'items'", value.type_name()));
+        return fault(format!(
+            "'{}' object has no attribute 'items'",
+            value.type_name()
+        ));
     };
     let mut keyed = Vec::new();
     for (k, v) in &dict.entries {
         let pair = Value::tuple(vec![k.clone(), v.clone()], budget)?;
-        keyed.push((sort_key(if &*by == "key" { k } else { v }.clone(), case, budget)?, pair));
+        keyed.push((
+            sort_key(if &*by == "key" { k } else { v }.clone(), case, budget)?,
+            pair,
+        ));
     }
-    sort_by(&mut keyed, |a, b| a.0.compare(&b.0, "<", budget).map(|o| if reverse { o.map(Ordering::reverse) } else { o }))?;
+    sort_by(&mut keyed, |a, b| {
+        a.0.compare(&b.0, "<", budget)
+            .map(|o| if reverse { o.map(Ordering::reverse) } else { o })
+    })?;
     Value::list(keyed.into_iter().map(|(_, pair)| pair).collect(), budget)
 }
 
 fn group_by(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
-    let [attribute, default, case] = args.bind("groupby", ["attribute", "default", "case_sensitive"])?;
+    let [attribute, default, case] =
+        args.bind("groupby", ["attribute", "default", "case_sensitive"])?;
     let case = case.is_some_and(|c| c.truth());
     let mut keyed = Vec::new();
     for item in value.items(&mut run.budget)? {
@@ -947,14 +1191,21 @@ fn group_by(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
 pub(super) fn test(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<bool> {
     let budget = &mut run.budget;
     budget.steps(1)?;
+    if let Value::Str(s) = value {
+        budget.steps(s.text.len() / 64)?;
+    }
     if let Some(op) = comparison(name) {
         let [other] = args.bind(name, ["other"])?;
-        let Some(other) = other else { return fault(format!("test '{name}' needs an argument")) };
+        let Some(other) = other else {
+            return fault(format!("test '{name}' needs an argument"));
+        };
         return compare(op, value, &other, budget);
     }
     if matches!(name, "divisibleby" | "sameas") {
         let [other] = args.bind(name, ["other"])?;
-        let Some(other) = other else { return fault(format!("test '{name}' needs an argument")) };
+        let Some(other) = other else {
+            return fault(format!("test '{name}' needs an argument"));
+        };
         if name == "sameas" {
             return Ok(value.type_name() == other.type_name() && value.equals(&other, budget)?);
         }
@@ -975,13 +1226,21 @@ pub(super) fn test(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs)
         "false" => matches!(value, Value::Bool(false)),
         "integer" => matches!(value, Value::Int(_) | Value::Big(_)),
         "float" => matches!(value, Value::Float(_)),
-        "number" => matches!(value, Value::Int(_) | Value::Big(_) | Value::Float(_) | Value::Bool(_)),
+        "number" => matches!(
+            value,
+            Value::Int(_) | Value::Big(_) | Value::Float(_) | Value::Bool(_)
+        ),
         "string" => matches!(value, Value::Str(_)),
         "mapping" => matches!(value, Value::Dict(_)),
         "escaped" => matches!(value, Value::Str(Str { markup: true, .. })),
         "sequence" => matches!(
             value,
-            Value::Str(_) | Value::List(_) | Value::Tuple(_) | Value::Dict(_) | Value::Range(_) | Value::Undefined(_)
+            Value::Str(_)
+                | Value::List(_)
+                | Value::Tuple(_)
+                | Value::Dict(_)
+                | Value::Range(_)
+                | Value::Undefined(_)
         ),
         "iterable" => matches!(
             value,
@@ -997,12 +1256,18 @@ pub(super) fn test(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs)
         ),
         "callable" => matches!(
             value,
-            Value::Function(_) | Value::Method(_) | Value::Macro(_) | Value::Loop(_) | Value::Joiner(_) | Value::Undefined(_)
+            Value::Function(_)
+                | Value::Method(_)
+                | Value::Macro(_)
+                | Value::Loop(_)
+                | Value::Joiner(_)
+                | Value::Undefined(_)
         ),
         "lower" => methods::is_lower(&value.to_text(budget)?),
         "upper" => {
             let t = value.to_text(budget)?;
-            t.chars().any(text::is_upper) && !t.chars().any(|c| text::is_cased(c) && !text::is_upper(c))
+            t.chars().any(text::is_upper)
+                && !t.chars().any(|c| text::is_cased(c) && !text::is_upper(c))
         }
         "filter" => FILTERS.contains(&&*value.to_text(budget)?),
         "test" => TESTS.contains(&&*value.to_text(budget)?),
@@ -1024,15 +1289,98 @@ fn comparison(name: &str) -> Option<Comparison> {
 }
 
 const FILTERS: &[&str] = &[
-    "abs", "attr", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape",
-    "filesizeformat", "first", "float", "forceescape", "format", "groupby", "indent", "int", "items", "join", "last",
-    "length", "list", "lower", "map", "max", "min", "pprint", "random", "reject", "rejectattr", "replace", "reverse",
-    "round", "safe", "select", "selectattr", "slice", "sort", "string", "striptags", "sum", "title", "tojson", "trim",
-    "truncate", "unique", "upper", "urlencode", "wordcount", "wordwrap", "xmlattr",
+    "abs",
+    "attr",
+    "batch",
+    "capitalize",
+    "center",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "e",
+    "escape",
+    "filesizeformat",
+    "first",
+    "float",
+    "forceescape",
+    "format",
+    "groupby",
+    "indent",
+    "int",
+    "items",
+    "join",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "pprint",
+    "random",
+    "reject",
+    "rejectattr",
+    "replace",
+    "reverse",
+    "round",
+    "safe",
+    "select",
+    "selectattr",
+    "slice",
+    "sort",
+    "string",
+    "striptags",
+    "sum",
+    "title",
+    "tojson",
+    "trim",
+    "truncate",
+    "unique",
+    "upper",
+    "urlencode",
+    "wordcount",
+    "wordwrap",
+    "xmlattr",
 ];
 const TESTS: &[&str] = &[
-    "!=", "<", "<=", "==", ">", ">=", "boolean", "callable", "defined", "divisibleby", "eq", "equalto", "escaped",
-    "even", "false", "filter", "float", "ge", "greaterthan", "gt", "in", "integer", "iterable", "le", "lessthan",
-    "lower", "lt", "mapping", "ne", "none", "number", "odd", "sameas", "sequence", "string", "test", "true",
-    "undefined", "upper",
+    "!=",
+    "<",
+    "<=",
+    "==",
+    ">",
+    ">=",
+    "boolean",
+    "callable",
+    "defined",
+    "divisibleby",
+    "eq",
+    "equalto",
+    "escaped",
+    "even",
+    "false",
+    "filter",
+    "float",
+    "ge",
+    "greaterthan",
+    "gt",
+    "in",
+    "integer",
+    "iterable",
+    "le",
+    "lessthan",
+    "lower",
+    "lt",
+    "mapping",
+    "ne",
+    "none",
+    "number",
+    "odd",
+    "sameas",
+    "sequence",
+    "string",
+    "test",
+    "true",
+    "undefined",
+    "upper",
 ];

@@ -1,10 +1,10 @@
 //! Python's three ways to format: `%`, str.format and format(); and JSON as json.dumps writes it.
 
 use super::run::{CallArgs, Run, index};
-use super::value::{Budget, Res, Str, Value, fault, float_repr};
+use super::value::{Budget, Res, Str, Value, fault, float_repr, html_escape};
 
-/// Widths and precisions beyond this are refused.
-const MAX_WIDTH: usize = 100_000;
+/// Widths and precisions beyond this are refused; Rust's own formatting ends at 65,535.
+const MAX_WIDTH: usize = 50_000;
 
 /// A parsed format specification: `[[fill]align][sign][#][0][width][,][.precision][type]`.
 #[derive(Default)]
@@ -58,7 +58,9 @@ impl Spec {
         spec.width = number(&mut chars)?.unwrap_or(0);
         spec.comma = chars.next_if(|c| matches!(c, ',' | '_'));
         if chars.next_if_eq(&'.').is_some() {
-            let Some(precision) = number(&mut chars)? else { return fault("Format specifier missing precision") };
+            let Some(precision) = number(&mut chars)? else {
+                return fault("Format specifier missing precision");
+            };
             spec.precision = Some(precision);
         }
         spec.kind = chars.next();
@@ -70,7 +72,9 @@ impl Spec {
 
     fn pad(&self, sign: &str, body: &str, default: char) -> String {
         let fill = self.fill.unwrap_or(' ');
-        let missing = self.width.saturating_sub(sign.chars().count() + body.chars().count());
+        let missing = self
+            .width
+            .saturating_sub(sign.chars().count() + body.chars().count());
         let fills = |n: usize| fill.to_string().repeat(n);
         match self.align.unwrap_or(default) {
             '>' => fills(missing) + sign + body,
@@ -92,8 +96,12 @@ impl Spec {
 
 /// Digits in groups of three before the point.
 fn grouped(body: &str, comma: Option<char>) -> String {
-    let Some(comma) = comma else { return body.to_owned() };
-    let end = body.find(|c: char| !c.is_ascii_digit()).unwrap_or(body.len());
+    let Some(comma) = comma else {
+        return body.to_owned();
+    };
+    let end = body
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(body.len());
     let mut out = String::new();
     for (i, c) in body[..end].chars().enumerate() {
         if i > 0 && (end - i) % 3 == 0 {
@@ -114,16 +122,26 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
     match value {
         Value::Str(s) => {
             if !matches!(spec.kind, None | Some('s')) {
-                return fault(format!("Unknown format code for object of type '{}'", value.type_name()));
+                return fault(format!(
+                    "Unknown format code for object of type '{}'",
+                    value.type_name()
+                ));
             }
             budget.bytes(s.text.len())?;
-            let cut: String = s.text.chars().take(spec.precision.unwrap_or(usize::MAX)).collect();
+            let cut: String = s
+                .text
+                .chars()
+                .take(spec.precision.unwrap_or(usize::MAX))
+                .collect();
             Ok(spec.pad("", &cut, '<'))
         }
         Value::Bool(_) if spec.kind.is_none() => Ok(spec.pad("", &value.to_text(budget)?, '<')),
         Value::Int(_) | Value::Bool(_) => format_int(value.as_int().unwrap_or(0), &spec),
         Value::Float(f) => format_float(*f, &spec),
-        other => fault(format!("unsupported format string passed to {}.__format__", other.type_name())),
+        other => fault(format!(
+            "unsupported format string passed to {}.__format__",
+            other.type_name()
+        )),
     }
 }
 
@@ -140,7 +158,11 @@ fn format_int(i: i128, spec: &Spec) -> Res<String> {
             None => return fault("%c arg not in range(0x110000)"),
         },
         Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%') => return format_float(i as f64, spec),
-        Some(kind) => return fault(format!("Unknown format code '{kind}' for object of type 'int'")),
+        Some(kind) => {
+            return fault(format!(
+                "Unknown format code '{kind}' for object of type 'int'"
+            ));
+        }
     };
     Ok(spec.pad(spec.signed(i < 0), &body, '>'))
 }
@@ -153,7 +175,11 @@ fn format_float(f: f64, spec: &Spec) -> Res<String> {
         None if spec.precision.is_none() => float_repr(size),
         None => {
             let text = general(size, precision, spec.alternate);
-            if text.contains(['.', 'e']) { text } else { text + ".0" }
+            if text.contains(['.', 'e']) {
+                text
+            } else {
+                text + ".0"
+            }
         }
         Some('f' | 'F') => format!("{size:.precision$}"),
         Some('%') => format!("{:.precision$}%", size * 100.0),
@@ -161,22 +187,37 @@ fn format_float(f: f64, spec: &Spec) -> Res<String> {
         Some('E') => exponential(size, precision).to_uppercase(),
         Some('g' | 'n') => general(size, precision, spec.alternate),
         Some('G') => general(size, precision, spec.alternate).to_uppercase(),
-        Some(kind) => return fault(format!("Unknown format code '{kind}' for object of type 'float'")),
+        Some(kind) => {
+            return fault(format!(
+                "Unknown format code '{kind}' for object of type 'float'"
+            ));
+        }
     };
-    Ok(spec.pad(spec.signed(f.is_sign_negative() && !f.is_nan()), &grouped(&body, spec.comma), '>'))
+    Ok(spec.pad(
+        spec.signed(f.is_sign_negative() && !f.is_nan()),
+        &grouped(&body, spec.comma),
+        '>',
+    ))
 }
 
 fn exponential(f: f64, precision: usize) -> String {
     let text = format!("{f:.precision$e}");
     let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
-    format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+    format!(
+        "{digits}e{}{:02}",
+        if exponent < 0 { '-' } else { '+' },
+        exponent.abs()
+    )
 }
 
 fn general(f: f64, precision: usize, alternate: bool) -> String {
     let precision = precision.max(1);
     let scientific = format!("{f:.*e}", precision - 1);
-    let exponent: i32 = scientific.split_once('e').and_then(|(_, e)| e.parse().ok()).unwrap_or(0);
+    let exponent: i32 = scientific
+        .split_once('e')
+        .and_then(|(_, e)| e.parse().ok())
+        .unwrap_or(0);
     let trimmed = |text: String| match text.contains('.') && !alternate {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
         false => text,
@@ -206,7 +247,9 @@ pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Re
         rest = &rest[at + 1..];
         let mut key = None;
         if let Some(inner) = rest.strip_prefix('(') {
-            let Some((name, after)) = inner.split_once(')') else { return fault("incomplete format key") };
+            let Some((name, after)) = inner.split_once(')') else {
+                return fault("incomplete format key");
+            };
             (key, rest, keyed) = (Some(name), after, true);
         }
         let (directive, after) = directive(rest, &mut given)?;
@@ -227,7 +270,12 @@ pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Re
             },
         };
         budget.bytes(directive.width + directive.precision.unwrap_or(0))?;
-        out.push_str(&percent_value(&value, &directive, budget)?);
+        let text = percent_value(&value, &directive, budget)?;
+        out.push_str(&if template.markup && needs_escape(&value) {
+            html_escape(&text)
+        } else {
+            text
+        });
     }
     budget.bytes(rest.len())?;
     out.push_str(rest);
@@ -237,9 +285,20 @@ pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Re
     Ok(Value::text(out, template.markup))
 }
 
+/// Is this a text that a safe template must escape?
+fn needs_escape(value: &Value) -> bool {
+    !matches!(
+        value,
+        Value::Str(Str { markup: true, .. }) | Value::Int(_) | Value::Float(_) | Value::Bool(_)
+    )
+}
+
 /// One directive after its `%` and key: flags, width, precision, type.
 fn directive<'t>(rest: &'t str, given: &mut Vec<Value>) -> Res<(Spec, &'t str)> {
-    let mut spec = Spec { align: Some('>'), ..Spec::default() };
+    let mut spec = Spec {
+        align: Some('>'),
+        ..Spec::default()
+    };
     let mut chars = rest.chars().peekable();
     while let Some(flag) = chars.next_if(|c| "-+ #0".contains(*c)) {
         match flag {
@@ -251,10 +310,11 @@ fn directive<'t>(rest: &'t str, given: &mut Vec<Value>) -> Res<(Spec, &'t str)> 
             _ => {}
         }
     }
-    let star = |given: &mut Vec<Value>| match given.pop().and_then(|v| v.as_int()).map(usize::try_from) {
-        Some(Ok(n)) if n <= MAX_WIDTH => Ok(n),
-        _ => fault("* wants int"),
-    };
+    let star =
+        |given: &mut Vec<Value>| match given.pop().and_then(|v| v.as_int()).map(usize::try_from) {
+            Some(Ok(n)) if n <= MAX_WIDTH => Ok(n),
+            _ => fault("* wants int"),
+        };
     spec.width = match chars.next_if_eq(&'*') {
         Some(_) => star(given)?,
         None => number(&mut chars)?.unwrap_or(0),
@@ -276,8 +336,16 @@ fn directive<'t>(rest: &'t str, given: &mut Vec<Value>) -> Res<(Spec, &'t str)> 
 
 fn percent_value(value: &Value, spec: &Spec, budget: &mut Budget) -> Res<String> {
     let as_text = |text: &str| {
-        let cut: String = text.chars().take(spec.precision.unwrap_or(usize::MAX)).collect();
-        let padded = Spec { fill: None, align: spec.align.map(|a| if a == '=' { '>' } else { a }), width: spec.width, ..Spec::default() };
+        let cut: String = text
+            .chars()
+            .take(spec.precision.unwrap_or(usize::MAX))
+            .collect();
+        let padded = Spec {
+            fill: None,
+            align: spec.align.map(|a| if a == '=' { '>' } else { a }),
+            width: spec.width,
+            ..Spec::default()
+        };
         padded.pad("", &cut, '>')
     };
     match spec.kind.unwrap_or('s') {
@@ -305,7 +373,12 @@ fn percent_int(value: &Value, kind: char, spec: &Spec) -> Res<String> {
         (Value::Float(f), 'd' | 'i' | 'u') if f.is_finite() => f.trunc() as i128,
         (other, _) => match other.as_int() {
             Some(i) => i,
-            None => return fault(format!("%{kind} format: a real number is required, not {}", other.type_name())),
+            None => {
+                return fault(format!(
+                    "%{kind} format: a real number is required, not {}",
+                    other.type_name()
+                ));
+            }
         },
     };
     let size = i.unsigned_abs();
@@ -322,8 +395,35 @@ fn percent_int(value: &Value, kind: char, spec: &Spec) -> Res<String> {
 /// `template.format(...)`, in the sandbox: attributes and items as templates see them.
 pub(super) fn format_method(run: &mut Run<'_>, template: &Str, args: &CallArgs) -> Res<Value> {
     let mut automatic = Some(0);
-    let text = format_fields(run, &template.text, args, &mut automatic, 0)?;
+    let text = if template.markup {
+        let args = escaped(args, &mut run.budget)?;
+        format_fields(run, &template.text, &args, &mut automatic, 0)?
+    } else {
+        format_fields(run, &template.text, args, &mut automatic, 0)?
+    };
     Ok(Value::text(text, template.markup))
+}
+
+/// The arguments of a safe template: plain strings escaped.
+fn escaped(args: &CallArgs, budget: &mut Budget) -> Res<CallArgs> {
+    let mut escape = |value: &Value| match value {
+        Value::Str(s) if !s.markup => {
+            budget.bytes(s.text.len().saturating_mul(5))?;
+            Ok(Value::text(html_escape(&s.text), true))
+        }
+        other => Ok(other.clone()),
+    };
+    let positional = args
+        .positional
+        .iter()
+        .map(&mut escape)
+        .collect::<Res<_>>()?;
+    let named = args
+        .named
+        .iter()
+        .map(|(k, v)| Ok((k.clone(), escape(v)?)))
+        .collect::<Res<_>>()?;
+    Ok(CallArgs { positional, named })
 }
 
 /// `automatic` counts the fields without a number; None once a numbered one was seen.
@@ -352,7 +452,9 @@ fn format_fields(
         if brace == "}" {
             return fault("Single '}' encountered in format string");
         }
-        let Some(end) = field_end(rest) else { return fault("expected '}' before end of string") };
+        let Some(end) = field_end(rest) else {
+            return fault("expected '}' before end of string");
+        };
         out.push_str(&format_field(run, &rest[..end], args, automatic, depth)?);
         rest = &rest[end + 1..];
     }
@@ -408,30 +510,43 @@ fn format_field(
     format_value(&value, &spec, &mut run.budget)
 }
 
-fn format_path(run: &mut Run<'_>, path: &str, args: &CallArgs, automatic: &mut Option<usize>) -> Res<Value> {
+fn format_path(
+    run: &mut Run<'_>,
+    path: &str,
+    args: &CallArgs,
+    automatic: &mut Option<usize>,
+) -> Res<Value> {
     let end = path.find(['.', '[']).unwrap_or(path.len());
     let (first, mut rest) = path.split_at(end);
-    let mut value = if first.is_empty() || first.bytes().all(|b| b.is_ascii_digit()) {
-        let at = match (first.parse::<usize>(), automatic.as_mut()) {
-            (Ok(at), _) => {
-                *automatic = None;
-                at
-            }
-            (Err(_), Some(next)) => {
-                *next += 1;
-                *next - 1
-            }
-            _ => return fault("cannot switch from manual field specification to automatic field numbering"),
-        };
-        match args.positional.get(at) {
-            Some(value) => value.clone(),
-            None => return fault(format!("Replacement index {at} out of range for positional args tuple")),
+    let mixed = "cannot switch from manual field specification to automatic field numbering";
+    let positional = |at: usize| match args.positional.get(at) {
+        Some(value) => Ok(value.clone()),
+        None => fault(format!(
+            "Replacement index {at} out of range for positional args tuple"
+        )),
+    };
+    let mut value = match (path.is_empty(), automatic.as_mut()) {
+        (true, Some(next)) => {
+            *next += 1;
+            positional(*next - 1)?
         }
-    } else {
-        match args.named.iter().find(|(n, _)| **n == *first) {
-            Some((_, value)) => value.clone(),
-            None => return fault(format!("'{first}'")),
-        }
+        (true, None) => return fault(mixed),
+        (false, next) => match first.parse() {
+            Ok(at) => {
+                // A number with a path behind it does not count as manual numbering in Python either.
+                if rest.is_empty() {
+                    if next.is_some_and(|n| *n > 0) {
+                        return fault(mixed);
+                    }
+                    *automatic = None;
+                }
+                positional(at)?
+            }
+            Err(_) => match args.named.iter().find(|(n, _)| **n == *first) {
+                Some((_, value)) => value.clone(),
+                None => return fault(format!("'{first}'")),
+            },
+        },
     };
     while !rest.is_empty() {
         if let Some(after) = rest.strip_prefix('.') {
@@ -459,7 +574,13 @@ pub(super) struct Json {
 }
 
 impl Json {
-    pub fn write(&self, value: &Value, level: usize, out: &mut String, budget: &mut Budget) -> Res<()> {
+    pub fn write(
+        &self,
+        value: &Value,
+        level: usize,
+        out: &mut String,
+        budget: &mut Budget,
+    ) -> Res<()> {
         budget.bytes(8)?;
         match value {
             Value::None => out.push_str("null"),
@@ -473,24 +594,45 @@ impl Json {
                 self.string(&s.text, out);
             }
             Value::List(s) | Value::Tuple(s) => {
-                self.bracketed(('[', ']'), &s.items, level, out, budget, |json, item, out, budget| {
-                    json.write(item, level + 1, out, budget)
-                })?;
+                self.bracketed(
+                    ('[', ']'),
+                    &s.items,
+                    level,
+                    out,
+                    budget,
+                    |json, item, out, budget| json.write(item, level + 1, out, budget),
+                )?;
             }
             Value::Dict(d) => {
                 let entries = self.entries(&d.entries, budget)?;
-                self.bracketed(('{', '}'), &entries, level, out, budget, |json, (key, value), out, budget| {
-                    json.string(&json_key(key)?, out);
-                    out.push_str(&json.key_separator);
-                    json.write(value, level + 1, out, budget)
-                })?;
+                self.bracketed(
+                    ('{', '}'),
+                    &entries,
+                    level,
+                    out,
+                    budget,
+                    |json, (key, value), out, budget| {
+                        json.string(&json_key(key)?, out);
+                        out.push_str(&json.key_separator);
+                        json.write(value, level + 1, out, budget)
+                    },
+                )?;
             }
-            other => return fault(format!("Object of type {} is not JSON serializable", other.type_name())),
+            other => {
+                return fault(format!(
+                    "Object of type {} is not JSON serializable",
+                    other.type_name()
+                ));
+            }
         }
         Ok(())
     }
 
-    fn entries<'v>(&self, entries: &'v [(Value, Value)], budget: &mut Budget) -> Res<Vec<&'v (Value, Value)>> {
+    fn entries<'v>(
+        &self,
+        entries: &'v [(Value, Value)],
+        budget: &mut Budget,
+    ) -> Res<Vec<&'v (Value, Value)>> {
         let mut entries: Vec<_> = entries.iter().collect();
         if self.sort_keys {
             super::filters::sort_by(&mut entries, |a, b| a.0.compare(&b.0, "<", budget))?;
@@ -570,7 +712,12 @@ fn json_key(key: &Value) -> Res<String> {
         Value::Bool(b) => b.to_string(),
         Value::Int(i) => i.to_string(),
         Value::Float(f) => json_float(*f),
-        other => return fault(format!("keys must be str, int, float, bool or None, not {}", other.type_name())),
+        other => {
+            return fault(format!(
+                "keys must be str, int, float, bool or None, not {}",
+                other.type_name()
+            ));
+        }
     })
 }
 

@@ -10,11 +10,51 @@ use super::text;
 use super::value::{Budget, Dict, Res, Str, Value, fault, is_printable};
 
 const STR: &[&str] = &[
-    "capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "format_map", "index",
-    "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable",
-    "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
-    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith",
-    "strip", "swapcase", "title", "translate", "upper", "zfill",
+    "capitalize",
+    "casefold",
+    "center",
+    "count",
+    "endswith",
+    "expandtabs",
+    "find",
+    "format",
+    "format_map",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "ljust",
+    "lower",
+    "lstrip",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "translate",
+    "upper",
+    "zfill",
 ];
 const SEQUENCE: &[&str] = &["count", "index"];
 const LIST: &[&str] = &["copy", "count", "index"];
@@ -25,7 +65,9 @@ const LOOP: &[&str] = &["changed", "cycle"];
 const CYCLER: &[&str] = &["next", "reset"];
 
 /// Methods that change their object: the sandbox refuses them.
-const LIST_CHANGES: &[&str] = &["append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"];
+const LIST_CHANGES: &[&str] = &[
+    "append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort",
+];
 const DICT_CHANGES: &[&str] = &["clear", "pop", "popitem", "setdefault", "update"];
 
 /// The method of this name, if values of this type have it.
@@ -55,13 +97,22 @@ pub(super) fn is_unsafe(object: &Value, name: &str) -> bool {
     }
 }
 
-pub(super) fn call(run: &mut Run<'_>, object: &Value, name: &'static str, args: CallArgs) -> Res<Value> {
+pub(super) fn call(
+    run: &mut Run<'_>,
+    object: &Value,
+    name: &'static str,
+    args: CallArgs,
+) -> Res<Value> {
     match object {
         Value::Str(s) if name == "format" => format_method(run, s, &args),
         Value::Str(s) => str_method(s, name, args, &mut run.budget),
-        Value::Dict(_) | Value::Function(Builtin::Dict) if name == "fromkeys" => from_keys(args, &mut run.budget),
+        Value::Dict(_) | Value::Function(Builtin::Dict) if name == "fromkeys" => {
+            from_keys(args, &mut run.budget)
+        }
         Value::Dict(d) => dict_method(object, d, name, args, &mut run.budget),
-        Value::List(s) | Value::Tuple(s) => sequence_method(object, &s.items, name, args, &mut run.budget),
+        Value::List(s) | Value::Tuple(s) => {
+            sequence_method(object, &s.items, name, args, &mut run.budget)
+        }
         Value::Range(_) => {
             let items = object.items(&mut run.budget)?;
             sequence_method(object, &items, name, args, &mut run.budget)
@@ -96,14 +147,17 @@ fn loop_method(object: &Value, name: &str, args: CallArgs, budget: &mut Budget) 
             let mut last = state.changed.lock().unwrap_or_else(PoisonError::into_inner);
             let now = Value::tuple(args.positional.clone(), budget)?;
             let before = last.replace(args.positional);
-            let Some(before) = before else { return Ok(Value::Bool(true)) };
+            let Some(before) = before else {
+                return Ok(Value::Bool(true));
+            };
             let before = Value::tuple(before, budget)?;
             Ok(Value::Bool(!now.equals(&before, budget)?))
         }
         (Value::Cycler(c), "next") => {
             let at = c.used.load(Ordering::Relaxed);
-            c.used.store((at + 1) % c.items.len().max(1), Ordering::Relaxed);
-            Ok(c.items.get(at).cloned().unwrap_or(Value::None))
+            c.used
+                .store((at + 1) % c.items.items.len().max(1), Ordering::Relaxed);
+            Ok(c.items.items.get(at).cloned().unwrap_or(Value::None))
         }
         (Value::Cycler(c), _) => {
             c.used.store(0, Ordering::Relaxed);
@@ -113,13 +167,24 @@ fn loop_method(object: &Value, name: &str, args: CallArgs, budget: &mut Budget) 
     }
 }
 
-fn sequence_method(object: &Value, items: &[Value], name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+fn sequence_method(
+    object: &Value,
+    items: &[Value],
+    name: &str,
+    args: CallArgs,
+    budget: &mut Budget,
+) -> Res<Value> {
     if name == "copy" {
         return Ok(object.clone());
     }
     let [needle, start, stop] = args.bind(name, ["value", "start", "stop"])?;
-    let Some(needle) = needle else { return fault(format!("{name}() takes exactly one argument (0 given)")) };
-    let (from, to) = (bound(start.as_ref(), items.len(), 0), bound(stop.as_ref(), items.len(), items.len()));
+    let Some(needle) = needle else {
+        return fault(format!("{name}() takes exactly one argument (0 given)"));
+    };
+    let (from, to) = (
+        bound(start.as_ref(), items.len(), 0),
+        bound(stop.as_ref(), items.len(), items.len()),
+    );
     let mut count = 0;
     for (i, item) in items.iter().enumerate().take(to).skip(from) {
         if item.equals(&needle, budget)? {
@@ -140,21 +205,40 @@ fn from_keys(args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [keys, value] = args.bind("fromkeys", ["iterable", "value"])?;
     let value = value.unwrap_or(Value::None);
     let keys = keys.unwrap_or(Value::None).items(budget)?;
-    Value::dict(keys.into_iter().map(|k| (k, value.clone())).collect(), budget)
+    Value::dict(
+        keys.into_iter().map(|k| (k, value.clone())).collect(),
+        budget,
+    )
 }
 
-fn dict_method(object: &Value, dict: &Dict, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+fn dict_method(
+    object: &Value,
+    dict: &Dict,
+    name: &str,
+    args: CallArgs,
+    budget: &mut Budget,
+) -> Res<Value> {
     if name == "get" {
         let [key, default] = args.bind(name, ["key", "default"])?;
-        let Some(key) = key else { return fault("get expected at least 1 argument, got 0") };
+        let Some(key) = key else {
+            return fault("get expected at least 1 argument, got 0");
+        };
         let found = dict.get(&key, budget)?.cloned();
         return Ok(found.or(default).unwrap_or(Value::None));
     }
     let [] = args.bind(name, [])?;
     let entries = dict.entries.iter();
     match name {
-        "keys" => Value::view("dict_keys", entries.map(|(k, _)| k.clone()).collect(), budget),
-        "values" => Value::view("dict_values", entries.map(|(_, v)| v.clone()).collect(), budget),
+        "keys" => Value::view(
+            "dict_keys",
+            entries.map(|(k, _)| k.clone()).collect(),
+            budget,
+        ),
+        "values" => Value::view(
+            "dict_values",
+            entries.map(|(_, v)| v.clone()).collect(),
+            budget,
+        ),
         "items" => Value::view("dict_items", pairs(dict, budget)?, budget),
         _ => Ok(object.clone()),
     }
@@ -162,14 +246,20 @@ fn dict_method(object: &Value, dict: &Dict, name: &str, args: CallArgs, budget: 
 
 /// A dict's entries as tuples.
 pub(super) fn pairs(dict: &Dict, budget: &mut Budget) -> Res<Vec<Value>> {
-    dict.entries.iter().map(|(k, v)| Value::tuple(vec![k.clone(), v.clone()], budget)).collect()
+    dict.entries
+        .iter()
+        .map(|(k, v)| Value::tuple(vec![k.clone(), v.clone()], budget))
+        .collect()
 }
 
 /// An argument that must be a string.
 fn wanted(value: Option<Value>, method: &str) -> Res<Str> {
     match value {
         Some(Value::Str(s)) => Ok(s),
-        Some(other) => fault(format!("{method}() argument must be str, not {}", other.type_name())),
+        Some(other) => fault(format!(
+            "{method}() argument must be str, not {}",
+            other.type_name()
+        )),
         None => fault(format!("{method}() takes at least 1 argument (0 given)")),
     }
 }
@@ -241,12 +331,16 @@ fn str_is(t: &str, name: &str) -> bool {
         "isspace" => all(&text::is_space),
         "isprintable" => t.chars().all(is_printable),
         "islower" => is_lower(t),
-        "isupper" => t.chars().any(text::is_upper) && !t.chars().any(|c| text::is_cased(c) && !text::is_upper(c)),
+        "isupper" => {
+            t.chars().any(text::is_upper)
+                && !t.chars().any(|c| text::is_cased(c) && !text::is_upper(c))
+        }
         "istitle" => text::is_title(t),
         // isidentifier
         _ => {
             let mut chars = t.chars();
-            chars.next().is_some_and(|c| c == '_' || c.is_alphabetic()) && chars.all(|c| c == '_' || c.is_alphanumeric())
+            chars.next().is_some_and(|c| c == '_' || c.is_alphabetic())
+                && chars.all(|c| c == '_' || c.is_alphanumeric())
         }
     }
 }
@@ -257,7 +351,10 @@ pub(super) fn is_lower(t: &str) -> bool {
 
 /// A list of parts of `s`.
 fn pieces(parts: Vec<&str>, s: &Str, budget: &mut Budget) -> Res<Value> {
-    let items = parts.into_iter().map(|p| Value::text(p.to_owned(), s.markup)).collect();
+    let items = parts
+        .into_iter()
+        .map(|p| Value::text(p.to_owned(), s.markup))
+        .collect();
     Value::list(items, budget)
 }
 
@@ -267,7 +364,10 @@ fn strip(s: &Str, name: &str, args: CallArgs) -> Res<Value> {
         None | Some(Value::None) => None,
         given => Some(wanted(given, name)?),
     };
-    Ok(Value::text(stripped(&s.text, name, chars.as_ref().map(|c| &*c.text)).to_owned(), s.markup))
+    Ok(Value::text(
+        stripped(&s.text, name, chars.as_ref().map(|c| &*c.text)).to_owned(),
+        s.markup,
+    ))
 }
 
 /// strip, lstrip or rstrip.
@@ -286,7 +386,9 @@ fn split(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value>
     let [separator, limit] = args.bind(name, ["sep", "maxsplit"])?;
     let limit = match limit.as_ref().map(|l| l.as_int()) {
         None => usize::MAX - 1,
-        Some(Some(l)) => usize::try_from(l).unwrap_or(usize::MAX - 1).min(usize::MAX - 1),
+        Some(Some(l)) => usize::try_from(l)
+            .unwrap_or(usize::MAX - 1)
+            .min(usize::MAX - 1),
         Some(None) => return fault("maxsplit must be an integer"),
     };
     let t = &*s.text;
@@ -318,13 +420,23 @@ fn partition(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Va
         return fault("empty separator");
     }
     let t = &*s.text;
-    let found = if name == "partition" { t.find(&*separator.text) } else { t.rfind(&*separator.text) };
+    let found = if name == "partition" {
+        t.find(&*separator.text)
+    } else {
+        t.rfind(&*separator.text)
+    };
     let parts = match (found, name) {
         (Some(at), _) => [&t[..at], &*separator.text, &t[at + separator.text.len()..]],
         (None, "partition") => [t, "", ""],
         (None, _) => ["", "", t],
     };
-    Value::tuple(parts.into_iter().map(|p| Value::text(p.to_owned(), s.markup)).collect(), budget)
+    Value::tuple(
+        parts
+            .into_iter()
+            .map(|p| Value::text(p.to_owned(), s.markup))
+            .collect(),
+        budget,
+    )
 }
 
 /// The part of `t` between two optional indices of characters, and where it starts (in characters).
@@ -334,7 +446,10 @@ fn window<'t>(t: &'t str, start: Option<&Value>, stop: Option<&Value>) -> Option
         return Some((t, 0));
     }
     let len = t.chars().count();
-    if start.and_then(Value::as_int).is_some_and(|i| i > len as i128) {
+    if start
+        .and_then(Value::as_int)
+        .is_some_and(|i| i > len as i128)
+    {
         return None;
     }
     let (from, to) = (bound(start, len, 0), bound(stop, len, len));
@@ -349,10 +464,16 @@ fn affix(t: &str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value>
         other => vec![Value::Str(wanted(other, name)?)],
     };
     budget.steps(affixes.len())?;
-    let Some((t, _)) = window(t, start.as_ref(), stop.as_ref()) else { return Ok(Value::Bool(false)) };
+    let Some((t, _)) = window(t, start.as_ref(), stop.as_ref()) else {
+        return Ok(Value::Bool(false));
+    };
     for affix in affixes {
         let affix = wanted(Some(affix), name)?;
-        let fits = if name == "startswith" { t.starts_with(&*affix.text) } else { t.ends_with(&*affix.text) };
+        let fits = if name == "startswith" {
+            t.starts_with(&*affix.text)
+        } else {
+            t.ends_with(&*affix.text)
+        };
         if fits {
             return Ok(Value::Bool(true));
         }
@@ -372,7 +493,11 @@ fn search(t: &str, name: &str, args: CallArgs) -> Res<Value> {
         }));
     }
     let found = window.and_then(|(t, from)| {
-        let at = if name.starts_with('r') { t.rfind(&*needle.text) } else { t.find(&*needle.text) };
+        let at = if name.starts_with('r') {
+            t.rfind(&*needle.text)
+        } else {
+            t.find(&*needle.text)
+        };
         at.map(|at| from + t[..at].chars().count())
     });
     match (found, name) {
@@ -383,7 +508,13 @@ fn search(t: &str, name: &str, args: CallArgs) -> Res<Value> {
 }
 
 /// str.replace, paid for before it is made.
-pub(super) fn replace(s: &Str, old: &str, new: &str, count: Option<&Value>, budget: &mut Budget) -> Res<Value> {
+pub(super) fn replace(
+    s: &Str,
+    old: &str,
+    new: &str,
+    count: Option<&Value>,
+    budget: &mut Budget,
+) -> Res<Value> {
     let limit = match count {
         None | Some(Value::None) => usize::MAX,
         Some(n) => match n.as_int() {
@@ -400,7 +531,10 @@ fn join(s: &Str, items: &[Value], budget: &mut Budget) -> Res<Value> {
     let mut out = String::new();
     for (i, item) in items.iter().enumerate() {
         let Value::Str(text) = item else {
-            return fault(format!("sequence item {i}: expected str instance, {} found", item.type_name()));
+            return fault(format!(
+                "sequence item {i}: expected str instance, {} found",
+                item.type_name()
+            ));
         };
         let separator = if i > 0 { &*s.text } else { "" };
         budget.bytes(separator.len() + text.text.len())?;
@@ -415,7 +549,9 @@ fn join(s: &Str, items: &[Value], budget: &mut Budget) -> Res<Value> {
 
 fn pad(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [width, fill] = args.bind(name, ["width", "fillchar"])?;
-    let Some(width) = width.as_ref().and_then(Value::as_int) else { return fault(format!("{name}() needs an integer width")) };
+    let Some(width) = width.as_ref().and_then(Value::as_int) else {
+        return fault(format!("{name}() needs an integer width"));
+    };
     let fill = match fill {
         None => " ".into(),
         given => wanted(given, name)?.text,
@@ -424,7 +560,9 @@ fn pad(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
         return fault("The fill character must be exactly one character long");
     }
     let t = &*s.text;
-    let missing = usize::try_from(width).unwrap_or(0).saturating_sub(t.chars().count());
+    let missing = usize::try_from(width)
+        .unwrap_or(0)
+        .saturating_sub(t.chars().count());
     budget.bytes(t.len().saturating_add(missing.saturating_mul(fill.len())))?;
     let fills = |n: usize| fill.repeat(n);
     Ok(Value::text(
@@ -460,7 +598,11 @@ fn expand_tabs(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
             }
             '\t' => {}
             c => {
-                column = if matches!(c, '\n' | '\r') { 0 } else { column + 1 };
+                column = if matches!(c, '\n' | '\r') {
+                    0
+                } else {
+                    column + 1
+                };
                 out.push(c);
             }
         }
@@ -470,7 +612,9 @@ fn expand_tabs(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
 
 fn translate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [table] = args.bind("translate", ["table"])?;
-    let Some(Value::Dict(table)) = table else { return fault("translate() argument must be a dict") };
+    let Some(Value::Dict(table)) = table else {
+        return fault("translate() argument must be a dict");
+    };
     let mut out = String::new();
     for c in s.text.chars() {
         match table.get(&Value::Int((c as u32).into()), budget)? {
@@ -480,7 +624,11 @@ fn translate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
                 budget.bytes(with.text.len())?;
                 out.push_str(&with.text);
             }
-            Some(other) => match other.as_int().and_then(|i| u32::try_from(i).ok()).and_then(char::from_u32) {
+            Some(other) => match other
+                .as_int()
+                .and_then(|i| u32::try_from(i).ok())
+                .and_then(char::from_u32)
+            {
                 Some(c) => out.push(c),
                 None => return fault("character mapping must return integer, None or str"),
             },

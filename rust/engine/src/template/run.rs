@@ -29,7 +29,10 @@ impl CallArgs {
     /// Sort the arguments to these parameters; a TypeError for what does not fit.
     pub fn bind<const N: usize>(self, what: &str, names: [&str; N]) -> Res<[Option<Value>; N]> {
         if self.positional.len() > N {
-            return fault(format!("{what}() takes at most {N} arguments ({} given)", self.positional.len()));
+            return fault(format!(
+                "{what}() takes at most {N} arguments ({} given)",
+                self.positional.len()
+            ));
         }
         let mut bound = [const { None }; N];
         for (slot, value) in bound.iter_mut().zip(self.positional) {
@@ -38,8 +41,16 @@ impl CallArgs {
         for (name, value) in self.named {
             match names.iter().position(|n| **n == *name) {
                 Some(i) if bound[i].is_none() => bound[i] = Some(value),
-                Some(_) => return fault(format!("{what}() got multiple values for argument '{name}'")),
-                None => return fault(format!("{what}() got an unexpected keyword argument '{name}'")),
+                Some(_) => {
+                    return fault(format!(
+                        "{what}() got multiple values for argument '{name}'"
+                    ));
+                }
+                None => {
+                    return fault(format!(
+                        "{what}() got an unexpected keyword argument '{name}'"
+                    ));
+                }
             }
         }
         Ok(bound)
@@ -87,7 +98,11 @@ impl<'p> Run<'p> {
             budget,
             now,
             context: vec![None; program.names.len()],
-            scopes: vec![Scope { vars: Vec::new(), parent: None, captured: true }],
+            scopes: vec![Scope {
+                vars: Vec::new(),
+                parent: None,
+                captured: true,
+            }],
             scope: 0,
             namespaces: Vec::new(),
             captured: Vec::new(),
@@ -115,6 +130,7 @@ impl<'p> Run<'p> {
         Ok((self.buffers.swap_remove(0), self.spans))
     }
 
+    /// One level down: everything that recurses goes through here.
     fn deeper<T>(&mut self, inner: impl FnOnce(&mut Self) -> Res<T>) -> Res<T> {
         self.budget.steps(1)?;
         self.nesting += 1;
@@ -175,7 +191,7 @@ impl<'p> Run<'p> {
                 let closure = self.closure(*id);
                 let name = self.program.macros[*id].name.clone();
                 if let Some(name) = self.program.id(&name) {
-                    self.bind(name, closure);
+                    self.bind(name, closure)?;
                 }
             }
             StmtKind::CallBlock(call, id) => self.call_block(call, *id)?,
@@ -215,7 +231,9 @@ impl<'p> Run<'p> {
     }
 
     fn filtered(&mut self, value: Value, filter: Option<&'p Expr>) -> Res<Value> {
-        let Some(filter) = filter else { return Ok(value) };
+        let Some(filter) = filter else {
+            return Ok(value);
+        };
         self.captured.push(value);
         let result = self.eval(filter);
         self.captured.pop();
@@ -245,7 +263,11 @@ impl<'p> Run<'p> {
         let outer = self.scope;
         self.scope = self.scopes.len();
         self.budget.bytes(size_of::<Scope>())?;
-        self.scopes.push(Scope { vars: Vec::new(), parent: Some(parent), captured: false });
+        self.scopes.push(Scope {
+            vars: Vec::new(),
+            parent: Some(parent),
+            captured: false,
+        });
         let result = inner(self);
         if self.scope + 1 == self.scopes.len() && !self.scopes[self.scope].captured {
             self.scopes.pop();
@@ -254,38 +276,47 @@ impl<'p> Run<'p> {
         result
     }
 
-    fn bind(&mut self, name: u32, value: Value) {
+    fn bind(&mut self, name: u32, value: Value) -> Res<()> {
         let vars = &mut self.scopes[self.scope].vars;
+        self.budget.steps(vars.len() / 16)?;
         match vars.iter_mut().find(|(id, _)| *id == name) {
             Some(slot) => slot.1 = value,
             None => vars.push((name, value)),
         }
+        Ok(())
     }
 
     fn closure(&mut self, id: usize) -> Value {
         self.scopes[self.scope].captured = true;
-        Value::Macro(Arc::new(Closure { id, scope: self.scope }))
+        Value::Macro(Arc::new(Closure {
+            id,
+            scope: self.scope,
+        }))
     }
 
-    fn lookup(&self, name: u32) -> Value {
+    fn lookup(&mut self, name: u32) -> Res<Value> {
         let mut at = Some(self.scope);
         while let Some(scope) = at {
             let scope = &self.scopes[scope];
+            self.budget.steps(scope.vars.len() / 16)?;
             if let Some((_, value)) = scope.vars.iter().find(|(id, _)| *id == name) {
-                return value.clone();
+                return Ok(value.clone());
             }
             at = scope.parent;
         }
         if let Some(Some(value)) = self.context.get(name as usize) {
-            return value.clone();
+            return Ok(value.clone());
         }
         let name = &self.program.names[name as usize];
-        Builtin::named(name).map_or_else(|| Value::Undefined(format!("'{name}' is undefined").into()), Value::Function)
+        Ok(match Builtin::named(name) {
+            Some(builtin) => Value::Function(builtin),
+            None => Value::Undefined(format!("'{name}' is undefined").into()),
+        })
     }
 
     fn assign(&mut self, target: &'p Target, value: Value) -> Res<()> {
         match target {
-            Target::Name(name) => self.bind(*name, value),
+            Target::Name(name) => self.bind(*name, value)?,
             Target::Attr(object, name) => match self.eval(object)? {
                 Value::Namespace(id) => self.set_namespace(id, name, value)?,
                 Value::Undefined(message) => return fault(message.to_string()),
@@ -295,7 +326,9 @@ impl<'p> Run<'p> {
                 let items = value.items(&mut self.budget)?;
                 if items.len() != targets.len() {
                     let (wanted, got) = (targets.len(), items.len());
-                    return fault(format!("cannot unpack: expected {wanted} values, got {got}"));
+                    return fault(format!(
+                        "cannot unpack: expected {wanted} values, got {got}"
+                    ));
                 }
                 for (target, item) in targets.iter().zip(items) {
                     self.assign(target, item)?;
@@ -330,7 +363,10 @@ impl<'p> Run<'p> {
     }
 
     fn with_stmt(&mut self, pairs: &'p [(Target, Expr)], body: &'p [Stmt]) -> Res<Flow> {
-        let values = pairs.iter().map(|(_, e)| self.eval(e)).collect::<Res<Vec<_>>>()?;
+        let values = pairs
+            .iter()
+            .map(|(_, e)| self.eval(e))
+            .collect::<Res<Vec<_>>>()?;
         self.in_scope(self.scope, |run| {
             for ((target, _), value) in pairs.iter().zip(values) {
                 run.assign(target, value)?;
@@ -348,7 +384,9 @@ impl<'p> Run<'p> {
     }
 
     fn for_stmt(&mut self, id: usize) -> Res<()> {
-        let items = self.eval(&self.program.loops[id].iter)?.items(&mut self.budget)?;
+        let items = self
+            .eval(&self.program.loops[id].iter)?
+            .items(&mut self.budget)?;
         self.run_loop(id, items, 0, self.scope)
     }
 
@@ -357,18 +395,28 @@ impl<'p> Run<'p> {
         let node = &program.loops[id];
         let items = self.loop_filter(node, items, scope)?;
         if items.is_empty() {
-            return self.in_scope(scope, |run| run.exec(&node.otherwise)).map(|_| ());
+            return self
+                .in_scope(scope, |run| run.exec(&node.otherwise))
+                .map(|_| ());
         }
+        let items = Value::seq(items, &mut self.budget)?;
         let changed = Mutex::new(None);
-        let state = Arc::new(LoopState { items, index: AtomicUsize::new(0), depth, id, scope, changed });
+        let state = Arc::new(LoopState {
+            items,
+            index: AtomicUsize::new(0),
+            depth,
+            id,
+            scope,
+            changed,
+        });
         let loop_name = program.id("loop");
         let mut result = Ok(());
-        for (i, item) in state.items.iter().enumerate() {
+        for (i, item) in state.items.items.iter().enumerate() {
             state.index.store(i, Ordering::Relaxed);
             let flow = self.in_scope(scope, |run| {
                 run.budget.steps(1)?;
                 if let Some(name) = loop_name {
-                    run.bind(name, Value::Loop(state.clone()));
+                    run.bind(name, Value::Loop(state.clone()))?;
                 }
                 run.assign(&node.target, item.clone())?;
                 run.exec(&node.body)
@@ -388,7 +436,9 @@ impl<'p> Run<'p> {
     }
 
     fn loop_filter(&mut self, node: &'p For, items: Vec<Value>, scope: usize) -> Res<Vec<Value>> {
-        let Some(filter) = &node.filter else { return Ok(items) };
+        let Some(filter) = &node.filter else {
+            return Ok(items);
+        };
         let mut kept = Vec::new();
         for item in items {
             let keep = self.in_scope(scope, |run| {
@@ -404,7 +454,9 @@ impl<'p> Run<'p> {
 
     fn call_block(&mut self, call: &'p Expr, id: usize) -> Res<()> {
         let caller = self.closure(id);
-        let Expr::Call(function, args) = call else { return fault("expected a call in the call block") };
+        let Expr::Call(function, args) = call else {
+            return fault("expected a call in the call block");
+        };
         let function = self.eval(function)?;
         let mut args = self.args(args)?;
         args.named.push(("caller".into(), caller));
@@ -417,7 +469,7 @@ impl<'p> Run<'p> {
     pub fn eval(&mut self, expr: &'p Expr) -> Res<Value> {
         match expr {
             Expr::Const(value) => Ok(value.clone()),
-            Expr::Name(name) => Ok(self.lookup(*name)),
+            Expr::Name(name) => self.lookup(*name),
             other => self.deeper(|run| run.eval_deep(other)),
         }
     }
@@ -425,7 +477,7 @@ impl<'p> Run<'p> {
     fn eval_deep(&mut self, expr: &'p Expr) -> Res<Value> {
         match expr {
             Expr::Const(value) => Ok(value.clone()),
-            Expr::Name(name) => Ok(self.lookup(*name)),
+            Expr::Name(name) => self.lookup(*name),
             Expr::Captured => Ok(self.captured.last().cloned().unwrap_or(Value::None)),
             Expr::List(items) => {
                 let items = self.all(items)?;
@@ -475,7 +527,10 @@ impl<'p> Run<'p> {
             Expr::If(parts) => match (self.eval(&parts.0)?.truth(), &parts.2) {
                 (true, _) => self.eval(&parts.1),
                 (false, Some(otherwise)) => self.eval(otherwise),
-                (false, None) => Ok(Value::Undefined("the inline if-expression evaluated to false and no else section was defined.".into())),
+                (false, None) => Ok(Value::Undefined(
+                    "the inline if-expression evaluated to false and no else section was defined."
+                        .into(),
+                )),
             },
         }
     }
@@ -505,7 +560,10 @@ impl<'p> Run<'p> {
     }
 
     fn args(&mut self, args: &'p Args) -> Res<CallArgs> {
-        let mut out = CallArgs { positional: self.all(&args.positional)?, named: Vec::with_capacity(args.named.len()) };
+        let mut out = CallArgs {
+            positional: self.all(&args.positional)?,
+            named: Vec::with_capacity(args.named.len()),
+        };
         for (name, expr) in &args.named {
             out.named.push((name.clone(), self.eval(expr)?));
         }
@@ -514,10 +572,14 @@ impl<'p> Run<'p> {
             out.positional.extend(more);
         }
         if let Some(star_star) = &args.star_star {
-            let Value::Dict(more) = self.eval(star_star)? else { return fault("argument after ** must be a mapping") };
+            let Value::Dict(more) = self.eval(star_star)? else {
+                return fault("argument after ** must be a mapping");
+            };
             self.budget.bytes(more.entries.len() * size_of::<Value>())?;
             for (key, value) in &more.entries {
-                let Value::Str(key) = key else { return fault("keywords must be strings") };
+                let Value::Str(key) = key else {
+                    return fault("keywords must be strings");
+                };
                 out.named.push((key.text.clone(), value.clone()));
             }
         }
@@ -549,13 +611,14 @@ impl<'p> Run<'p> {
             Value::Loop(state) => self.nested_call(|run| run.recurse(state, args)),
             Value::Joiner(joiner) => Ok(match joiner.used.fetch_add(1, Ordering::Relaxed) {
                 0 => Value::from(""),
-                _ => joiner.items.first().cloned().unwrap_or(Value::None),
+                _ => joiner.items.items.first().cloned().unwrap_or(Value::None),
             }),
             other => fault(format!("'{}' object is not callable", other.type_name())),
         }
     }
 
-    fn nested_call(&mut self, inner: impl FnOnce(&mut Self) -> Res<Value>) -> Res<Value> {
+    /// A call that can come back to itself: macros, recursive loops, filters that apply filters.
+    pub fn nested_call(&mut self, inner: impl FnOnce(&mut Self) -> Res<Value>) -> Res<Value> {
         self.calls += 1;
         if self.calls > MAX_CALLS {
             return fault("maximum recursion depth exceeded");
@@ -593,22 +656,33 @@ impl<'p> Run<'p> {
 
     /// Arguments by place, then by name, then defaults, which may use the parameters before them.
     fn bind_macro(&mut self, node: &'p Macro, args: CallArgs) -> Res<()> {
-        let CallArgs { mut positional, mut named } = args;
+        let CallArgs {
+            mut positional,
+            mut named,
+        } = args;
         let extra = positional.split_off(node.params.len().min(positional.len()));
         let mut positional = positional.into_iter();
         for (param, default) in &node.params {
             let name = &self.program.names[*param as usize];
             let given = positional.next().or_else(|| {
-                named.iter().position(|(n, _)| n == name).map(|i| named.remove(i).1)
+                named
+                    .iter()
+                    .position(|(n, _)| n == name)
+                    .map(|i| named.remove(i).1)
             });
             let value = match (given, default) {
                 (Some(value), _) => value,
                 (None, Some(default)) => self.eval(default)?,
-                (None, None) => Value::Undefined(format!("parameter '{name}' was not provided").into()),
+                (None, None) => {
+                    Value::Undefined(format!("parameter '{name}' was not provided").into())
+                }
             };
-            self.bind(*param, value);
+            self.bind(*param, value)?;
         }
-        let caller = named.iter().position(|(n, _)| **n == *"caller").map(|i| named.remove(i).1);
+        let caller = named
+            .iter()
+            .position(|(n, _)| **n == *"caller")
+            .map(|i| named.remove(i).1);
         self.bind_macro_rest(node, extra, named, caller)
     }
 
@@ -620,29 +694,38 @@ impl<'p> Run<'p> {
         caller: Option<Value>,
     ) -> Res<()> {
         let name = &node.name;
-        let set = |run: &mut Self, what: &str, value: Value| {
-            if let Some(id) = run.program.id(what) {
-                run.bind(id, value);
-            }
+        let set = |run: &mut Self, what: &str, value: Value| match run.program.id(what) {
+            Some(id) => run.bind(id, value),
+            None => Ok(()),
         };
         match (node.caller, caller) {
-            (true, None) => set(self, "caller", Value::Undefined("No caller defined".into())),
-            (true, Some(caller)) => set(self, "caller", caller),
-            (false, Some(_)) => return fault(format!("macro '{name}' takes no keyword argument 'caller'")),
+            (true, None) => set(self, "caller", Value::Undefined("No caller defined".into()))?,
+            (true, Some(caller)) => set(self, "caller", caller)?,
+            (false, Some(_)) => {
+                return fault(format!("macro '{name}' takes no keyword argument 'caller'"));
+            }
             (false, None) => {}
         }
         if node.varargs {
             let extra = Value::tuple(extra, &mut self.budget)?;
-            set(self, "varargs", extra);
+            set(self, "varargs", extra)?;
         } else if !extra.is_empty() {
-            return fault(format!("macro '{name}' takes not more than {} argument(s)", node.params.len()));
+            return fault(format!(
+                "macro '{name}' takes not more than {} argument(s)",
+                node.params.len()
+            ));
         }
         if node.kwargs {
-            let pairs = named.into_iter().map(|(k, v)| (Value::from(&*k), v)).collect();
+            let pairs = named
+                .into_iter()
+                .map(|(k, v)| (Value::from(&*k), v))
+                .collect();
             let kwargs = Value::dict(pairs, &mut self.budget)?;
-            set(self, "kwargs", kwargs);
+            set(self, "kwargs", kwargs)?;
         } else if let Some((unknown, _)) = named.first() {
-            return fault(format!("macro '{name}' takes no keyword argument '{unknown}'"));
+            return fault(format!(
+                "macro '{name}' takes no keyword argument '{unknown}'"
+            ));
         }
         Ok(())
     }
@@ -658,23 +741,32 @@ impl<'p> Run<'p> {
             return Ok(Value::Method(Arc::new((object.clone(), method))));
         }
         if methods::is_unsafe(object, name) {
-            let message = format!("access to attribute '{name}' of '{}' object is unsafe.", object.type_name());
+            let message = format!(
+                "access to attribute '{name}' of '{}' object is unsafe.",
+                object.type_name()
+            );
             return Ok(Value::Undefined(message.into()));
         }
         let found = match object {
             Value::Dict(dict) => dict.get_str(name).cloned(),
             Value::Namespace(id) => {
                 let vars = &self.namespaces[*id];
-                vars.iter().find(|(n, _)| **n == *name).map(|(_, v)| v.clone())
+                vars.iter()
+                    .find(|(n, _)| **n == *name)
+                    .map(|(_, v)| v.clone())
             }
             Value::Loop(state) => loop_attribute(state, name),
             Value::Macro(closure) => self.macro_attribute(closure, name)?,
             // groupby's pairs have names.
-            Value::Tuple(pair) if pair.items.len() == 2 && name == "grouper" => Some(pair.items[0].clone()),
-            Value::Tuple(pair) if pair.items.len() == 2 && name == "list" => Some(pair.items[1].clone()),
+            Value::Tuple(pair) if pair.items.len() == 2 && name == "grouper" => {
+                Some(pair.items[0].clone())
+            }
+            Value::Tuple(pair) if pair.items.len() == 2 && name == "list" => {
+                Some(pair.items[1].clone())
+            }
             Value::Cycler(c) if name == "current" => {
-                let at = c.used.load(Ordering::Relaxed) % c.items.len().max(1);
-                c.items.get(at).cloned()
+                let at = c.used.load(Ordering::Relaxed) % c.items.items.len().max(1);
+                c.items.items.get(at).cloned()
             }
             _ => None,
         };
@@ -689,7 +781,10 @@ impl<'p> Run<'p> {
             "catch_varargs" => Value::Bool(node.varargs),
             "caller" => Value::Bool(node.caller),
             "arguments" => {
-                let names = node.params.iter().map(|(id, _)| Value::from(&*self.program.names[*id as usize]));
+                let names = node
+                    .params
+                    .iter()
+                    .map(|(id, _)| Value::from(&*self.program.names[*id as usize]));
                 Value::tuple(names.collect(), &mut self.budget)?
             }
             _ => return Ok(None),
@@ -708,7 +803,8 @@ impl<'p> Run<'p> {
             (Value::Str(s), _) if key.as_int().is_some() => {
                 self.budget.steps(s.text.len() / 64)?;
                 let i = index(key, object.len(&mut self.budget)?);
-                i.and_then(|i| s.text.chars().nth(i)).map(|c| Value::text(c.to_string(), s.markup))
+                i.and_then(|i| s.text.chars().nth(i))
+                    .map(|c| Value::text(c.to_string(), s.markup))
             }
             _ => None,
         };
@@ -731,7 +827,11 @@ impl<'p> Run<'p> {
                 Value::None => None,
                 value => match value.as_int() {
                     Some(i) => Some(i),
-                    None => return fault("slice indices must be integers or None or have an __index__ method"),
+                    None => {
+                        return fault(
+                            "slice indices must be integers or None or have an __index__ method",
+                        );
+                    }
                 },
             };
         }
@@ -744,24 +844,39 @@ impl<'p> Run<'p> {
         match &object {
             Value::Str(s) => {
                 let chars: Vec<char> = s.text.chars().collect();
-                let text: String = indices(&mut self.budget)?.into_iter().map(|i| chars[i]).collect();
+                let text: String = indices(&mut self.budget)?
+                    .into_iter()
+                    .map(|i| chars[i])
+                    .collect();
                 self.budget.bytes(text.len() + 4 * chars.len())?;
                 Ok(Value::text(text, s.markup))
             }
             Value::List(s) => {
-                let items = indices(&mut self.budget)?.into_iter().map(|i| s.items[i].clone()).collect();
+                let items = indices(&mut self.budget)?
+                    .into_iter()
+                    .map(|i| s.items[i].clone())
+                    .collect();
                 Value::list(items, &mut self.budget)
             }
             Value::Tuple(s) => {
-                let items = indices(&mut self.budget)?.into_iter().map(|i| s.items[i].clone()).collect();
+                let items = indices(&mut self.budget)?
+                    .into_iter()
+                    .map(|i| s.items[i].clone())
+                    .collect();
                 Value::tuple(items, &mut self.budget)
             }
             Value::Range(r) => {
-                let items = indices(&mut self.budget)?.into_iter().map(|i| r.at(i)).collect();
+                let items = indices(&mut self.budget)?
+                    .into_iter()
+                    .map(|i| r.at(i))
+                    .collect();
                 Value::list(items, &mut self.budget)
             }
             Value::Undefined(message) => fault(message.to_string()),
-            other => fault(format!("'{}' object is not subscriptable", other.type_name())),
+            other => fault(format!(
+                "'{}' object is not subscriptable",
+                other.type_name()
+            )),
         }
     }
 
@@ -790,18 +905,35 @@ impl<'p> Run<'p> {
                 let items = [a.items.as_slice(), &b.items].concat();
                 Value::tuple(items, &mut self.budget)
             }
-            (Op::Mul, Value::Str(_) | Value::List(_) | Value::Tuple(_), n) if n.as_int().is_some() => self.repeat(left, n),
-            (Op::Mul, n, Value::Str(_) | Value::List(_) | Value::Tuple(_)) if n.as_int().is_some() => self.repeat(right, n),
+            (Op::Mul, Value::Str(_) | Value::List(_) | Value::Tuple(_), n)
+                if n.as_int().is_some() =>
+            {
+                self.repeat(left, n)
+            }
+            (Op::Mul, n, Value::Str(_) | Value::List(_) | Value::Tuple(_))
+                if n.as_int().is_some() =>
+            {
+                self.repeat(right, n)
+            }
             _ => arithmetic(op, left, right),
         }
     }
 
     fn concat(&mut self, left: &Value, right: &Value) -> Res<Value> {
-        let (a, b) = (left.to_text(&mut self.budget)?, right.to_text(&mut self.budget)?);
+        let (a, b) = (
+            left.to_text(&mut self.budget)?,
+            right.to_text(&mut self.budget)?,
+        );
         self.budget.bytes(a.len() + b.len())?;
         let is_markup = |v: &Value| matches!(v, Value::Str(Str { markup: true, .. }));
         if self.autoescape && (is_markup(left) || is_markup(right)) {
-            let escaped = |v: &Value, t: &str| if is_markup(v) { t.to_owned() } else { html_escape(t) };
+            let escaped = |v: &Value, t: &str| {
+                if is_markup(v) {
+                    t.to_owned()
+                } else {
+                    html_escape(t)
+                }
+            };
             return Ok(Value::text(escaped(left, &a) + &escaped(right, &b), true));
         }
         Ok(Value::from(a.to_string() + &b))
@@ -822,13 +954,19 @@ impl<'p> Run<'p> {
         match value {
             Value::Str(s) => {
                 self.budget.bytes(s.text.len().saturating_mul(times))?;
-                Ok(Value::text(s.text.repeat(if s.text.is_empty() { 0 } else { times }), s.markup))
+                Ok(Value::text(
+                    s.text.repeat(if s.text.is_empty() { 0 } else { times }),
+                    s.markup,
+                ))
             }
             Value::List(s) | Value::Tuple(s) => {
                 let each = s.items.len() * size_of::<Value>();
                 self.budget.bytes(each.saturating_mul(times))?;
                 let times = if s.items.is_empty() { 0 } else { times };
-                let items = std::iter::repeat_n(&s.items, times).flatten().cloned().collect();
+                let items = std::iter::repeat_n(&s.items, times)
+                    .flatten()
+                    .cloned()
+                    .collect();
                 match value {
                     Value::Tuple(_) => Value::tuple(items, &mut self.budget),
                     _ => Value::list(items, &mut self.budget),
@@ -839,7 +977,12 @@ impl<'p> Run<'p> {
     }
 }
 
-pub(super) fn compare(op: Comparison, left: &Value, right: &Value, budget: &mut Budget) -> Res<bool> {
+pub(super) fn compare(
+    op: Comparison,
+    left: &Value,
+    right: &Value,
+    budget: &mut Budget,
+) -> Res<bool> {
     use std::cmp::Ordering::{Equal, Greater, Less};
     Ok(match op {
         Comparison::Eq => left.equals(right, budget)?,
@@ -863,7 +1006,10 @@ fn negate(value: &Value) -> Res<Value> {
         }),
         other => match other.as_int().and_then(i128::checked_neg) {
             Some(i) => Ok(Value::Int(i)),
-            None => fault(format!("bad operand type for unary -: '{}'", other.type_name())),
+            None => fault(format!(
+                "bad operand type for unary -: '{}'",
+                other.type_name()
+            )),
         },
     }
 }
@@ -886,7 +1032,9 @@ fn arithmetic(op: Op, left: &Value, right: &Value) -> Res<Value> {
                 Op::Concat => "~",
             };
             let (a, b) = (left.type_name(), right.type_name());
-            fault(format!("unsupported operand type(s) for {sign}: '{a}' and '{b}'"))
+            fault(format!(
+                "unsupported operand type(s) for {sign}: '{a}' and '{b}'"
+            ))
         }
     }
 }
@@ -900,8 +1048,20 @@ fn int_arithmetic(op: Op, a: i128, b: i128) -> Res<Value> {
         Op::Sub => a.checked_sub(b),
         Op::Mul => a.checked_mul(b),
         Op::Div => return Ok(Value::Float(a as f64 / b as f64)),
-        Op::FloorDiv => a.checked_div_euclid(b).map(|q| if b < 0 && a.rem_euclid(b) != 0 { q - 1 } else { q }),
-        Op::Rem => a.checked_rem(b).map(|r| if r != 0 && (r < 0) != (b < 0) { r + b } else { r }),
+        Op::FloorDiv => a.checked_div_euclid(b).map(|q| {
+            if b < 0 && a.rem_euclid(b) != 0 {
+                q - 1
+            } else {
+                q
+            }
+        }),
+        Op::Rem => a.checked_rem(b).map(|r| {
+            if r != 0 && (r < 0) != (b < 0) {
+                r + b
+            } else {
+                r
+            }
+        }),
         Op::Pow if b < 0 && a == 0 => return fault("0.0 cannot be raised to a negative power"),
         Op::Pow if b < 0 => return Ok(Value::Float((a as f64).powf(b as f64))),
         Op::Pow => u32::try_from(b).ok().and_then(|b| a.checked_pow(b)),
@@ -919,7 +1079,13 @@ fn float_arithmetic(op: Op, a: f64, b: f64) -> Res<Value> {
     }
     let modulo = || {
         let r = a % b;
-        if r != 0.0 && (r < 0.0) != (b < 0.0) { r + b } else if r == 0.0 { 0.0f64.copysign(b) } else { r }
+        if r != 0.0 && (r < 0.0) != (b < 0.0) {
+            r + b
+        } else if r == 0.0 {
+            0.0f64.copysign(b)
+        } else {
+            r
+        }
     };
     Ok(Value::Float(match op {
         Op::Add => a + b,
@@ -976,9 +1142,9 @@ fn missing(object: &Value, what: &str) -> Value {
 }
 
 fn loop_attribute(state: &Arc<LoopState>, name: &str) -> Option<Value> {
-    let (i, len) = (state.index.load(Ordering::Relaxed), state.items.len());
+    let (i, len) = (state.index.load(Ordering::Relaxed), state.items.items.len());
     let neighbour = |at: Option<usize>, what: &str| {
-        let item = at.and_then(|at| state.items.get(at)).cloned();
+        let item = at.and_then(|at| state.items.items.get(at)).cloned();
         item.unwrap_or_else(|| Value::Undefined(format!("there is no {what} item").into()))
     };
     Some(match name {
@@ -999,5 +1165,9 @@ fn loop_attribute(state: &Arc<LoopState>, name: &str) -> Option<Value> {
 
 /// An error the template raised itself.
 pub(super) fn thrown(message: String) -> Box<Fault> {
-    Box::new(Fault { message, thrown: true, line: None })
+    Box::new(Fault {
+        message,
+        thrown: true,
+        line: None,
+    })
 }

@@ -144,6 +144,7 @@ pub(super) struct Program {
     pub loops: Vec<For>,
     pub macros: Vec<Macro>,
     pub names: Vec<Arc<str>>,
+    ids: HashMap<Arc<str>, u32>,
     /// Names that are read somewhere, as ids.
     pub reads: Vec<u32>,
 }
@@ -152,37 +153,57 @@ impl Program {
     /// Compile `source`, or say what is wrong with it and in which line.
     pub fn compile(name: &str, source: &str) -> Res<Program> {
         if source.len() > MAX_SOURCE {
-            return fault(format!("template has {} bytes, at most {MAX_SOURCE} are accepted", source.len()));
+            return fault(format!(
+                "template has {} bytes, at most {MAX_SOURCE} are accepted",
+                source.len()
+            ));
         }
         // Jinja2's lexer reads \r\n and \r as \n.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let config = syntax()?;
         let source = teach(&source, &config)?;
         let tree = parse(&source, name, config).map_err(|error| syntax_fault(&error))?;
-        let ast::Stmt::Template(template) = &tree else { return fault("the parser gave no template") };
-        let mut lowering = Lowering { source: &source, program: Program::default(), ids: HashMap::new(), nesting: 0 };
+        let ast::Stmt::Template(template) = &tree else {
+            return fault("the parser gave no template");
+        };
+        let mut lowering = Lowering {
+            source: &source,
+            program: Program::default(),
+            nesting: 0,
+        };
         lowering.program.body = lowering.block(&template.children)?;
         Ok(lowering.program)
     }
 
     pub fn mentions(&self, name: &str) -> bool {
-        self.reads.iter().any(|&id| *self.names[id as usize] == *name)
+        self.reads
+            .iter()
+            .any(|&id| *self.names[id as usize] == *name)
     }
 
     pub fn id(&self, name: &str) -> Option<u32> {
-        self.names.iter().position(|n| **n == *name).map(|i| i as u32)
+        self.ids.get(name).copied()
     }
 }
 
 fn syntax() -> Res<SyntaxConfig> {
-    let built = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    let built = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build();
     built.or_else(|error| fault(error.to_string()))
 }
 
 fn syntax_fault(error: &minijinja::Error) -> Box<super::value::Fault> {
-    let message = error.detail().map_or_else(|| error.to_string(), str::to_owned);
+    let message = error
+        .detail()
+        .map_or_else(|| error.to_string(), str::to_owned);
     let line = error.line().map(|l| l as u32);
-    Box::new(super::value::Fault { message, thrown: false, line })
+    Box::new(super::value::Fault {
+        message,
+        thrown: false,
+        line,
+    })
 }
 
 /// Walk the tokens once: refuse what the parser would recurse too deep over, and say in words the
@@ -241,9 +262,17 @@ impl Place {
         match token {
             Token::BlockStart => Place::Tag,
             Token::TemplateData(_) | Token::BlockEnd | Token::VariableEnd => Place::Text,
-            Token::Ident("if" | "elif" | "else" | "in" | "and" | "or" | "not" | "is") => Place::Operand,
-            Token::Ident(_) | Token::Str(_) | Token::String(_) | Token::Int(_) | Token::Int128(_) => Place::Operator,
-            Token::Float(_) | Token::ParenClose | Token::BracketClose | Token::BraceClose => Place::Operator,
+            Token::Ident("if" | "elif" | "else" | "in" | "and" | "or" | "not" | "is") => {
+                Place::Operand
+            }
+            Token::Ident(_)
+            | Token::Str(_)
+            | Token::String(_)
+            | Token::Int(_)
+            | Token::Int128(_) => Place::Operator,
+            Token::Float(_) | Token::ParenClose | Token::BracketClose | Token::BraceClose => {
+                Place::Operator
+            }
             _ => Place::Operand,
         }
     }
@@ -270,7 +299,10 @@ fn python_literal(literal: &str) -> String {
             }
             Some('U') => {
                 let digits = chars.as_str().get(..8);
-                match digits.and_then(|d| u32::from_str_radix(d, 16).ok()).and_then(char::from_u32) {
+                match digits
+                    .and_then(|d| u32::from_str_radix(d, 16).ok())
+                    .and_then(char::from_u32)
+                {
                     Some(c) => {
                         match c {
                             '\n' => out.push_str("\\n"),
@@ -299,7 +331,11 @@ fn check_loop_control(word: &str, open: &mut Vec<bool>, span: Span) -> Res<()> {
         }
         "continue" | "break" if open.last() == Some(&false) => {
             let message = format!("'{word}' not properly in loop");
-            return Err(Box::new(super::value::Fault { message, thrown: false, line: Some(span.start_line.into()) }));
+            return Err(Box::new(super::value::Fault {
+                message,
+                thrown: false,
+                line: Some(span.start_line.into()),
+            }));
         }
         _ => {}
     }
@@ -342,7 +378,6 @@ impl Limits {
 struct Lowering<'s> {
     source: &'s str,
     program: Program,
-    ids: HashMap<Arc<str>, u32>,
     nesting: usize,
 }
 
@@ -351,7 +386,11 @@ impl Lowering<'_> {
         self.nesting += 1;
         if self.nesting > MAX_NESTING {
             let message = format!("nests deeper than {MAX_NESTING}");
-            return Err(Box::new(super::value::Fault { message, thrown: false, line: Some(line) }));
+            return Err(Box::new(super::value::Fault {
+                message,
+                thrown: false,
+                line: Some(line),
+            }));
         }
         let result = inner(self);
         self.nesting -= 1;
@@ -359,13 +398,13 @@ impl Lowering<'_> {
     }
 
     fn id(&mut self, name: &str) -> u32 {
-        if let Some(&id) = self.ids.get(name) {
+        if let Some(&id) = self.program.ids.get(name) {
             return id;
         }
         let id = self.program.names.len() as u32;
         let name: Arc<str> = name.into();
         self.program.names.push(name.clone());
-        self.ids.insert(name, id);
+        self.program.ids.insert(name, id);
         id
     }
 
@@ -398,7 +437,9 @@ impl Lowering<'_> {
                 let filter = s.filter.as_ref().map(|f| self.expr(f)).transpose()?;
                 StmtKind::SetBlock(self.target(&s.target)?, filter, self.block(&s.body)?)
             }
-            ast::Stmt::AutoEscape(a) => StmtKind::AutoEscape(self.expr(&a.enabled)?, self.block(&a.body)?),
+            ast::Stmt::AutoEscape(a) => {
+                StmtKind::AutoEscape(self.expr(&a.enabled)?, self.block(&a.body)?)
+            }
             ast::Stmt::FilterBlock(f) => match &f.filter {
                 ast::Expr::Filter(name) if name.name == GENERATION && name.expr.is_none() => {
                     StmtKind::Generation(self.block(&f.body)?)
@@ -413,9 +454,10 @@ impl Lowering<'_> {
             }
             ast::Stmt::Continue(_) => StmtKind::Continue,
             ast::Stmt::Break(_) => StmtKind::Break,
-            ast::Stmt::Import(_) | ast::Stmt::FromImport(_) | ast::Stmt::Extends(_) | ast::Stmt::Include(_) => {
-                StmtKind::Fail("no loader for this environment specified")
-            }
+            ast::Stmt::Import(_)
+            | ast::Stmt::FromImport(_)
+            | ast::Stmt::Extends(_)
+            | ast::Stmt::Include(_) => StmtKind::Fail("no loader for this environment specified"),
             ast::Stmt::Do(_) => return fault("Encountered unknown tag 'do'."),
         })
     }
@@ -424,8 +466,11 @@ impl Lowering<'_> {
     fn raw_text(&self, raw: &str, span: Span) -> String {
         let before = &self.source[..span.start_offset as usize];
         let after = &self.source[span.start_offset as usize..];
-        let opens_raw = before.strip_suffix("%}").and_then(|s| s.rfind("{%").map(|at| &s[at + 2..]));
-        let is_raw = opens_raw.is_some_and(|tag| tag.trim_start_matches(['-', '+']).trim() == "raw");
+        let opens_raw = before
+            .strip_suffix("%}")
+            .and_then(|s| s.rfind("{%").map(|at| &s[at + 2..]));
+        let is_raw =
+            opens_raw.is_some_and(|tag| tag.trim_start_matches(['-', '+']).trim() == "raw");
         match is_raw && after.starts_with('\n') && !raw.starts_with('\n') {
             true => format!("\n{raw}"),
             false => raw.to_owned(),
@@ -463,17 +508,35 @@ impl Lowering<'_> {
         let undefaulted = m.args.len() - m.defaults.len().min(m.args.len());
         let mut params = Vec::new();
         for (i, arg) in m.args.iter().enumerate() {
-            let ast::Expr::Var(var) = arg else { return fault("macro parameters must be names") };
-            let default = i.checked_sub(undefaulted).map(|d| self.expr(&m.defaults[d])).transpose()?;
+            let ast::Expr::Var(var) = arg else {
+                return fault("macro parameters must be names");
+            };
+            let default = i
+                .checked_sub(undefaulted)
+                .map(|d| self.expr(&m.defaults[d]))
+                .transpose()?;
             params.push((self.id(var.id), default));
         }
         let body = self.block(&m.body)?;
         let reads = |l: &Self, name: &str| {
-            l.program.reads[first_read..].iter().any(|&id| *l.program.names[id as usize] == *name)
+            l.program.reads[first_read..]
+                .iter()
+                .any(|&id| *l.program.names[id as usize] == *name)
         };
-        let (varargs, kwargs, caller) = (reads(self, "varargs"), reads(self, "kwargs"), reads(self, "caller"));
+        let (varargs, kwargs, caller) = (
+            reads(self, "varargs"),
+            reads(self, "kwargs"),
+            reads(self, "caller"),
+        );
         self.id(m.name);
-        self.program.macros.push(Macro { name: m.name.into(), params, body, varargs, kwargs, caller });
+        self.program.macros.push(Macro {
+            name: m.name.into(),
+            params,
+            body,
+            varargs,
+            kwargs,
+            caller,
+        });
         for name in ["varargs", "kwargs", "caller"] {
             self.id(name);
         }
@@ -484,8 +547,12 @@ impl Lowering<'_> {
         Ok(match target {
             ast::Expr::Var(v) => Target::Name(self.id(v.id)),
             ast::Expr::GetAttr(a) => Target::Attr(self.expr(&a.expr)?, a.name.into()),
-            ast::Expr::List(l) => Target::Tuple(l.items.iter().map(|t| self.target(t)).collect::<Res<_>>()?),
-            ast::Expr::Tuple(t) => Target::Tuple(t.items.iter().map(|t| self.target(t)).collect::<Res<_>>()?),
+            ast::Expr::List(l) => {
+                Target::Tuple(l.items.iter().map(|t| self.target(t)).collect::<Res<_>>()?)
+            }
+            ast::Expr::Tuple(t) => {
+                Target::Tuple(t.items.iter().map(|t| self.target(t)).collect::<Res<_>>()?)
+            }
             other => return fault(format!("can't assign to '{}'", other.description())),
         })
     }
@@ -518,7 +585,11 @@ impl Lowering<'_> {
             ast::Expr::List(l) => Expr::List(self.exprs(&l.items)?),
             ast::Expr::Tuple(t) => Expr::Tuple(self.exprs(&t.items)?),
             ast::Expr::Map(m) => Expr::Dict(
-                m.keys.iter().zip(&m.values).map(|(k, v)| Ok((self.expr(k)?, self.expr(v)?))).collect::<Res<_>>()?,
+                m.keys
+                    .iter()
+                    .zip(&m.values)
+                    .map(|(k, v)| Ok((self.expr(k)?, self.expr(v)?)))
+                    .collect::<Res<_>>()?,
             ),
             ast::Expr::GetAttr(a) => Expr::Attr(self.boxed(&a.expr)?, a.name.into()),
             ast::Expr::GetItem(i) => Expr::Item(self.pair(&i.expr, &i.subscript_expr)?),
@@ -532,10 +603,15 @@ impl Lowering<'_> {
             }
             ast::Expr::Call(c) => self.call(c)?,
             ast::Expr::Filter(f) => {
-                let input = f.expr.as_ref().map_or(Ok(Expr::Captured), |e| self.expr(e))?;
+                let input = f
+                    .expr
+                    .as_ref()
+                    .map_or(Ok(Expr::Captured), |e| self.expr(e))?;
                 Expr::Filter(f.name.into(), Box::new(input), self.args(&f.args)?)
             }
-            ast::Expr::Test(t) => Expr::Test(t.name.into(), self.boxed(&t.expr)?, self.args(&t.args)?),
+            ast::Expr::Test(t) => {
+                Expr::Test(t.name.into(), self.boxed(&t.expr)?, self.args(&t.args)?)
+            }
             ast::Expr::UnaryOp(u) => match u.op {
                 UnaryOpKind::Not => Expr::Not(self.boxed(&u.expr)?),
                 UnaryOpKind::Neg => Expr::Neg(self.boxed(&u.expr)?),
@@ -580,7 +656,10 @@ impl Lowering<'_> {
     }
 
     fn compared(&mut self, op: Comparison, b: &ast::BinOp<'_>) -> Res<Expr> {
-        Ok(Expr::Compare(self.boxed(&b.left)?, vec![(op, self.expr(&b.right)?)]))
+        Ok(Expr::Compare(
+            self.boxed(&b.left)?,
+            vec![(op, self.expr(&b.right)?)],
+        ))
     }
 
     fn call(&mut self, c: &ast::Call<'_>) -> Res<Expr> {

@@ -7,17 +7,21 @@ pub(super) fn is_space(c: char) -> bool {
 
 /// First code points of the runs of ten decimal digits (category Nd, Unicode 15).
 const ZEROS: &[u32] = &[
-    0x30, 0x660, 0x6F0, 0x7C0, 0x966, 0x9E6, 0xA66, 0xAE6, 0xB66, 0xBE6, 0xC66, 0xCE6, 0xD66, 0xDE6, 0xE50, 0xED0,
-    0xF20, 0x1040, 0x1090, 0x17E0, 0x1810, 0x1946, 0x19D0, 0x1A80, 0x1A90, 0x1B50, 0x1BB0, 0x1C40, 0x1C50, 0xA620,
-    0xA8D0, 0xA900, 0xA9D0, 0xA9F0, 0xAA50, 0xABF0, 0xFF10, 0x104A0, 0x10D30, 0x11066, 0x110F0, 0x11136, 0x111D0,
-    0x112F0, 0x11450, 0x114D0, 0x11650, 0x116C0, 0x11730, 0x118E0, 0x11950, 0x11C50, 0x11D50, 0x11DA0, 0x11F50,
-    0x16A60, 0x16AC0, 0x16B50, 0x1D7CE, 0x1D7D8, 0x1D7E2, 0x1D7EC, 0x1D7F6, 0x1E140, 0x1E2F0, 0x1E4F0, 0x1E950,
+    0x30, 0x660, 0x6F0, 0x7C0, 0x966, 0x9E6, 0xA66, 0xAE6, 0xB66, 0xBE6, 0xC66, 0xCE6, 0xD66,
+    0xDE6, 0xE50, 0xED0, 0xF20, 0x1040, 0x1090, 0x17E0, 0x1810, 0x1946, 0x19D0, 0x1A80, 0x1A90,
+    0x1B50, 0x1BB0, 0x1C40, 0x1C50, 0xA620, 0xA8D0, 0xA900, 0xA9D0, 0xA9F0, 0xAA50, 0xABF0, 0xFF10,
+    0x104A0, 0x10D30, 0x11066, 0x110F0, 0x11136, 0x111D0, 0x112F0, 0x11450, 0x114D0, 0x11650,
+    0x116C0, 0x11730, 0x118E0, 0x11950, 0x11C50, 0x11D50, 0x11DA0, 0x11F50, 0x16A60, 0x16AC0,
+    0x16B50, 0x1D7CE, 0x1D7D8, 0x1D7E2, 0x1D7EC, 0x1D7F6, 0x1E140, 0x1E2F0, 0x1E4F0, 0x1E950,
     0x1FBF0,
 ];
 
 pub(super) fn decimal(c: char) -> Option<u32> {
     let c = c as u32;
-    ZEROS.iter().find(|zero| (**zero..**zero + 10).contains(&c)).map(|zero| c - zero)
+    ZEROS
+        .iter()
+        .find(|zero| (**zero..**zero + 10).contains(&c))
+        .map(|zero| c - zero)
 }
 
 /// str.isdigit of one character: decimals, super- and subscripts, circled and the like.
@@ -38,7 +42,10 @@ pub(super) fn is_digit(c: char) -> bool {
         (0x2780, 0x2788),
         (0x278A, 0x2792),
     ];
-    decimal(c).is_some() || others.iter().any(|(low, high)| (*low..=*high).contains(&(c as u32)))
+    decimal(c).is_some()
+        || others
+            .iter()
+            .any(|(low, high)| (*low..=*high).contains(&(c as u32)))
 }
 
 /// Letters that are title case already: upper first, lower rest.
@@ -89,7 +96,9 @@ pub(super) fn capitalize(text: &str) -> String {
 fn lower_tail(text: &str, tail: &str) -> String {
     let lower = text.to_lowercase();
     let head = text[..text.len() - tail.len()].to_lowercase();
-    lower.strip_prefix(&*head).map_or_else(|| tail.to_lowercase(), str::to_owned)
+    lower
+        .strip_prefix(&*head)
+        .map_or_else(|| tail.to_lowercase(), str::to_owned)
 }
 
 /// str.title(): a letter after anything uncased starts a word.
@@ -131,7 +140,11 @@ pub(super) fn is_title(text: &str) -> bool {
 
 pub(super) fn swapcase(text: &str) -> String {
     let swap = |c: char| -> String {
-        if c.is_uppercase() { c.to_lowercase().collect() } else { c.to_uppercase().collect() }
+        if c.is_uppercase() {
+            c.to_lowercase().collect()
+        } else {
+            c.to_uppercase().collect()
+        }
     };
     text.chars().map(swap).collect()
 }
@@ -139,7 +152,11 @@ pub(super) fn swapcase(text: &str) -> String {
 /// str.splitlines()
 pub(super) fn lines(text: &str, keep_ends: bool) -> Vec<&str> {
     let ends = |c: char| {
-        matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
+        matches!(
+            c,
+            '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'
+                ..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        )
     };
     let mut out = Vec::new();
     let mut rest = text;
@@ -182,7 +199,11 @@ pub(super) fn words_from_end(text: &str, limit: usize) -> Vec<&str> {
             out.push(rest.trim_start_matches(is_space));
             break;
         }
-        let start = rest.char_indices().rev().find(|(_, c)| is_space(*c)).map_or(0, |(i, c)| i + c.len_utf8());
+        let start = rest
+            .char_indices()
+            .rev()
+            .find(|(_, c)| is_space(*c))
+            .map_or(0, |(i, c)| i + c.len_utf8());
         out.push(&rest[start..]);
         rest = rest[..start].trim_end_matches(is_space);
     }

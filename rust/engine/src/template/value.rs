@@ -30,7 +30,11 @@ pub(super) struct Fault {
 pub(super) type Res<T> = Result<T, Box<Fault>>;
 
 pub(super) fn fault<T>(message: impl Into<String>) -> Res<T> {
-    Err(Box::new(Fault { message: message.into(), thrown: false, line: None }))
+    Err(Box::new(Fault {
+        message: message.into(),
+        thrown: false,
+        line: None,
+    }))
 }
 
 /// What is left to spend in this render. Everything that loops or allocates draws on it.
@@ -42,7 +46,10 @@ pub(super) struct Budget {
 impl Budget {
     pub fn for_input(bytes: usize) -> Budget {
         let extra = (bytes as u64).saturating_mul(PER_INPUT_BYTE);
-        Budget { steps: BASE_STEPS + extra, bytes: BASE_BYTES + extra }
+        Budget {
+            steps: BASE_STEPS + extra,
+            bytes: BASE_BYTES + extra,
+        }
     }
 
     pub fn steps(&mut self, n: usize) -> Res<()> {
@@ -106,10 +113,16 @@ impl Key {
             Value::Int(i) => Key::Int(*i),
             Value::Float(f) if f.fract() == 0.0 && f.abs() < 1e30 => Key::Int(*f as i128),
             Value::Float(f) => Key::Float(f.to_bits()),
-            Value::Str(s) | Value::Big(s) => Key::Text(s.text.clone()),
-            Value::Tuple(t) => {
-                Key::Tuple(t.items.iter().map(|v| Key::of(v, budget)).collect::<Res<_>>()?)
+            Value::Str(s) | Value::Big(s) => {
+                budget.steps(s.text.len() / 64)?;
+                Key::Text(s.text.clone())
             }
+            Value::Tuple(t) => Key::Tuple(
+                t.items
+                    .iter()
+                    .map(|v| Key::of(v, budget))
+                    .collect::<Res<_>>()?,
+            ),
             other => return fault(format!("unhashable type: '{}'", other.type_name())),
         })
     }
@@ -118,6 +131,7 @@ impl Key {
 impl Dict {
     pub fn get(&self, key: &Value, budget: &mut Budget) -> Res<Option<&Value>> {
         if let Value::Str(s) = key {
+            budget.steps(s.text.len() / 64)?;
             return Ok(self.get_str(&s.text));
         }
         let key = Key::of(key, budget)?;
@@ -134,9 +148,14 @@ impl Dict {
 
     pub fn get_str(&self, key: &str) -> Option<&Value> {
         if let Some(index) = &self.index {
-            return index.get(&Key::Text(key.into())).map(|&i| &self.entries[i].1);
+            return index
+                .get(&Key::Text(key.into()))
+                .map(|&i| &self.entries[i].1);
         }
-        let found = self.entries.iter().find(|(k, _)| matches!(k, Value::Str(s) if *s.text == *key));
+        let found = self
+            .entries
+            .iter()
+            .find(|(k, _)| matches!(k, Value::Str(s) if *s.text == *key));
         found.map(|(_, v)| v)
     }
 }
@@ -146,6 +165,7 @@ impl Dict {
 pub(super) struct View {
     pub type_name: &'static str,
     pub items: Vec<Value>,
+    depth: u16,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -161,7 +181,11 @@ impl Range {
             true => (self.start, self.stop, self.step),
             false => (self.stop, self.start, self.step.saturating_neg()),
         };
-        if from >= to { 0 } else { ((i128::from(to) - i128::from(from) - 1) / i128::from(by) + 1) as usize }
+        if from >= to {
+            0
+        } else {
+            ((i128::from(to) - i128::from(from) - 1) / i128::from(by) + 1) as usize
+        }
     }
     pub fn at(&self, i: usize) -> Value {
         Value::Int(i128::from(self.start) + i as i128 * i128::from(self.step))
@@ -173,18 +197,22 @@ impl Range {
 pub(super) struct Iter {
     pub type_name: &'static str,
     items: Mutex<VecDeque<Value>>,
+    depth: u16,
 }
 
 impl Iter {
     pub fn next(&self) -> Option<Value> {
-        self.items.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        self.items
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front()
     }
 }
 
 /// The state behind the variable `loop`.
 #[derive(Debug)]
 pub(super) struct LoopState {
-    pub items: Vec<Value>,
+    pub items: Arc<Seq>,
     pub index: AtomicUsize,
     pub depth: usize,
     /// Which `for` this is, and the scope around it: for `loop(children)`.
@@ -203,7 +231,7 @@ pub(super) struct Closure {
 /// `cycler(...)` or `joiner(sep)`: counts its uses.
 #[derive(Debug)]
 pub(super) struct Counter {
-    pub items: Vec<Value>,
+    pub items: Arc<Seq>,
     pub used: AtomicUsize,
 }
 
@@ -237,12 +265,18 @@ pub(super) enum Value {
 
 impl From<&str> for Value {
     fn from(text: &str) -> Value {
-        Value::Str(Str { text: text.into(), markup: false })
+        Value::Str(Str {
+            text: text.into(),
+            markup: false,
+        })
     }
 }
 impl From<String> for Value {
     fn from(text: String) -> Value {
-        Value::Str(Str { text: text.into(), markup: false })
+        Value::Str(Str {
+            text: text.into(),
+            markup: false,
+        })
     }
 }
 
@@ -259,48 +293,60 @@ impl Value {
         match self {
             Value::List(s) | Value::Tuple(s) => s.depth,
             Value::Dict(d) => d.depth,
-            // Wrapped values: counted as deep as can be nested once more.
-            Value::View(v) => 1 + v.items.iter().map(Value::depth).max().unwrap_or(0),
-            Value::Iter(i) => {
-                let items = i.items.lock().unwrap_or_else(PoisonError::into_inner);
-                1 + items.iter().map(Value::depth).max().unwrap_or(0)
-            }
-            Value::Loop(l) => 1 + l.items.iter().map(Value::depth).max().unwrap_or(0),
-            Value::Cycler(c) | Value::Joiner(c) => 1 + c.items.iter().map(Value::depth).max().unwrap_or(0),
+            Value::View(v) => v.depth,
+            Value::Iter(i) => i.depth,
+            Value::Loop(l) => l.items.depth,
+            Value::Cycler(c) | Value::Joiner(c) => c.items.depth,
             Value::Method(m) => 1 + m.0.depth(),
             _ => 0,
         }
     }
 
     pub fn text(text: String, markup: bool) -> Value {
-        Value::Str(Str { text: text.into(), markup })
+        Value::Str(Str {
+            text: text.into(),
+            markup,
+        })
     }
     pub fn int(n: usize) -> Value {
         Value::Int(n as i128)
     }
-    pub fn list(items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
+    /// A sequence of these items, paid for and not too deep.
+    pub fn seq(items: Vec<Value>, budget: &mut Budget) -> Res<Arc<Seq>> {
         budget.bytes(items.len() * size_of::<Value>())?;
         let depth = depth_of(items.iter())?;
-        Ok(Value::List(Arc::new(Seq { items, depth })))
+        Ok(Arc::new(Seq { items, depth }))
+    }
+    pub fn list(items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
+        Value::seq(items, budget).map(Value::List)
     }
     pub fn tuple(items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
-        budget.bytes(items.len() * size_of::<Value>())?;
-        let depth = depth_of(items.iter())?;
-        Ok(Value::Tuple(Arc::new(Seq { items, depth })))
+        Value::seq(items, budget).map(Value::Tuple)
     }
     pub fn iter(type_name: &'static str, items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
         budget.bytes(items.len() * size_of::<Value>())?;
-        depth_of(items.iter())?;
-        Ok(Value::Iter(Arc::new(Iter { type_name, items: Mutex::new(items.into()) })))
+        let depth = depth_of(items.iter())?;
+        Ok(Value::Iter(Arc::new(Iter {
+            type_name,
+            items: Mutex::new(items.into()),
+            depth,
+        })))
     }
     pub fn view(type_name: &'static str, items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
         budget.bytes(items.len() * size_of::<Value>())?;
-        depth_of(items.iter())?;
-        Ok(Value::View(Arc::new(View { type_name, items })))
+        let depth = depth_of(items.iter())?;
+        Ok(Value::View(Arc::new(View {
+            type_name,
+            items,
+            depth,
+        })))
     }
-    pub fn counter(items: Vec<Value>) -> Res<Arc<Counter>> {
-        depth_of(items.iter())?;
-        Ok(Arc::new(Counter { items, used: AtomicUsize::new(0) }))
+    pub fn counter(items: Vec<Value>, budget: &mut Budget) -> Res<Arc<Counter>> {
+        let items = Value::seq(items, budget)?;
+        Ok(Arc::new(Counter {
+            items,
+            used: AtomicUsize::new(0),
+        }))
     }
     /// A dict of these pairs; a later equal key replaces the value and keeps the place.
     pub fn dict(pairs: Vec<(Value, Value)>, budget: &mut Budget) -> Res<Value> {
@@ -318,7 +364,11 @@ impl Value {
             }
         }
         let index = (entries.len() > SCAN).then_some(index);
-        Ok(Value::Dict(Arc::new(Dict { entries, index, depth })))
+        Ok(Value::Dict(Arc::new(Dict {
+            entries,
+            index,
+            depth,
+        })))
     }
 
     /// JSON as Python's json.loads would give it (and see [`BIG_INT_KEY`]).
@@ -335,7 +385,10 @@ impl Value {
             },
             Json::String(s) => Value::from(s.as_str()),
             Json::Array(items) => {
-                let items = items.iter().map(|v| Value::from_json(v, budget)).collect::<Res<_>>()?;
+                let items = items
+                    .iter()
+                    .map(|v| Value::from_json(v, budget))
+                    .collect::<Res<_>>()?;
                 Value::list(items, budget)?
             }
             Json::Object(map) => match map.get(BIG_INT_KEY).and_then(Json::as_str) {
@@ -345,7 +398,10 @@ impl Value {
         })
     }
 
-    fn json_object(map: &serde_json::Map<String, serde_json::Value>, budget: &mut Budget) -> Res<Value> {
+    fn json_object(
+        map: &serde_json::Map<String, serde_json::Value>,
+        budget: &mut Budget,
+    ) -> Res<Value> {
         let mut pairs = Vec::with_capacity(map.len());
         for (key, value) in map {
             pairs.push((Value::from(key.as_str()), Value::from_json(value, budget)?));
@@ -355,7 +411,11 @@ impl Value {
         }
         // JSON keys differ already: no index to build.
         let depth = depth_of(pairs.iter().map(|(_, v)| v))?;
-        Ok(Value::Dict(Arc::new(Dict { entries: pairs, index: None, depth })))
+        Ok(Value::Dict(Arc::new(Dict {
+            entries: pairs,
+            index: None,
+            depth,
+        })))
     }
 
     /// An integer from its decimal text, of any length.
@@ -365,9 +425,15 @@ impl Value {
         }
         let plain = digits.strip_prefix('-').unwrap_or(digits);
         if plain.is_empty() || plain.len() > 4300 || !plain.bytes().all(|b| b.is_ascii_digit()) {
-            return fault(format!("expected an integer of at most 4300 digits, got {} characters", digits.len()));
+            return fault(format!(
+                "expected an integer of at most 4300 digits, got {} characters",
+                digits.len()
+            ));
         }
-        Ok(Value::Big(Str { text: digits.into(), markup: false }))
+        Ok(Value::Big(Str {
+            text: digits.into(),
+            markup: false,
+        }))
     }
 
     pub fn type_name(&self) -> &'static str {
@@ -441,8 +507,13 @@ impl Value {
             Value::Dict(d) => d.entries.len(),
             Value::View(v) => v.items.len(),
             Value::Range(r) => r.len(),
-            Value::Loop(l) => l.items.len(),
-            other => return fault(format!("object of type '{}' has no len()", other.type_name())),
+            Value::Loop(l) => l.items.items.len(),
+            other => {
+                return fault(format!(
+                    "object of type '{}' has no len()",
+                    other.type_name()
+                ));
+            }
         })
     }
 
@@ -452,7 +523,10 @@ impl Value {
             Value::Undefined(_) => Vec::new(),
             Value::Str(s) => {
                 budget.bytes(s.text.len() * size_of::<Value>())?;
-                s.text.chars().map(|c| Value::text(c.to_string(), s.markup)).collect()
+                s.text
+                    .chars()
+                    .map(|c| Value::text(c.to_string(), s.markup))
+                    .collect()
             }
             Value::List(s) | Value::Tuple(s) => s.items.clone(),
             Value::Dict(d) => d.entries.iter().map(|(k, _)| k.clone()).collect(),
@@ -470,7 +544,10 @@ impl Value {
         budget.steps(1)?;
         Ok(match (self, other) {
             (Value::Undefined(_), Value::Undefined(_)) | (Value::None, Value::None) => true,
-            (Value::Str(a), Value::Str(b)) => a.text == b.text,
+            (Value::Str(a), Value::Str(b)) => {
+                budget.steps(a.text.len().min(b.text.len()) / 64)?;
+                a.text == b.text
+            }
             (Value::Big(a), Value::Big(b)) => a.text == b.text,
             (Value::List(a), Value::List(b)) | (Value::Tuple(a), Value::Tuple(b)) => {
                 if a.items.len() != b.items.len() {
@@ -496,16 +573,19 @@ impl Value {
                 true
             }
             (Value::Range(a), Value::Range(b)) => {
-                a.len() == b.len() && (a.len() == 0 || (a.start == b.start && (a.len() == 1 || a.step == b.step)))
+                a.len() == b.len()
+                    && (a.len() == 0 || (a.start == b.start && (a.len() == 1 || a.step == b.step)))
             }
             (Value::Namespace(a), Value::Namespace(b)) => a == b,
             (Value::Function(a), Value::Function(b)) => a == b,
             (Value::Macro(a), Value::Macro(b)) => Arc::ptr_eq(a, b),
             (Value::Iter(a), Value::Iter(b)) => Arc::ptr_eq(a, b),
-            (Value::Float(_), _) | (_, Value::Float(_)) => match (self.as_float(), other.as_float()) {
-                (Some(a), Some(b)) => a == b,
-                _ => false,
-            },
+            (Value::Float(_), _) | (_, Value::Float(_)) => {
+                match (self.as_float(), other.as_float()) {
+                    (Some(a), Some(b)) => a == b,
+                    _ => false,
+                }
+            }
             _ => matches!((self.as_int(), other.as_int()), (Some(a), Some(b)) if a == b),
         })
     }
@@ -515,7 +595,10 @@ impl Value {
         budget.steps(1)?;
         match (self, other) {
             (Value::Undefined(m), _) | (_, Value::Undefined(m)) => fault(m.to_string()),
-            (Value::Str(a), Value::Str(b)) => Ok(Some(a.text.cmp(&b.text))),
+            (Value::Str(a), Value::Str(b)) => {
+                budget.steps(a.text.len().min(b.text.len()) / 64)?;
+                Ok(Some(a.text.cmp(&b.text)))
+            }
             (Value::List(a), Value::List(b)) | (Value::Tuple(a), Value::Tuple(b)) => {
                 for (x, y) in a.items.iter().zip(&b.items) {
                     if !x.equals(y, budget)? {
@@ -524,7 +607,12 @@ impl Value {
                 }
                 Ok(Some(a.items.len().cmp(&b.items.len())))
             }
-            _ => match (self.as_int(), other.as_int(), self.as_float(), other.as_float()) {
+            _ => match (
+                self.as_int(),
+                other.as_int(),
+                self.as_float(),
+                other.as_float(),
+            ) {
                 (Some(a), Some(b), _, _) => Ok(Some(a.cmp(&b))),
                 (_, _, Some(a), Some(b)) => Ok(a.partial_cmp(&b)),
                 _ => fault(format!(
@@ -544,9 +632,10 @@ impl Value {
                 Ok(s.text.contains(&*n.text))
             }
             (Value::Str(_), Value::Undefined(m)) => fault(m.to_string()),
-            (Value::Str(_), n) => {
-                fault(format!("'in <string>' requires string as left operand, not {}", n.type_name()))
-            }
+            (Value::Str(_), n) => fault(format!(
+                "'in <string>' requires string as left operand, not {}",
+                n.type_name()
+            )),
             (Value::Dict(d), n) => Ok(d.get(n, budget)?.is_some()),
             (Value::Undefined(_), _) => Ok(false),
             (Value::Iter(i), n) => {
@@ -560,7 +649,10 @@ impl Value {
             (Value::List(s) | Value::Tuple(s), n) => any_equal(&s.items, n, budget),
             (Value::View(v), n) => any_equal(&v.items, n, budget),
             (Value::Range(_), n) => any_equal(&self.items(budget)?, n, budget),
-            (other, _) => fault(format!("argument of type '{}' is not iterable", other.type_name())),
+            (other, _) => fault(format!(
+                "argument of type '{}' is not iterable",
+                other.type_name()
+            )),
         }
     }
 
@@ -623,11 +715,17 @@ impl Value {
                 out.push_str(v.type_name);
                 write_items("([", &v.items, "])", out, budget)?;
             }
-            Value::Range(r) if r.step == 1 => out.push_str(&format!("range({}, {})", r.start, r.stop)),
+            Value::Range(r) if r.step == 1 => {
+                out.push_str(&format!("range({}, {})", r.start, r.stop))
+            }
             Value::Range(r) => out.push_str(&format!("range({}, {}, {})", r.start, r.stop, r.step)),
             Value::Loop(l) => {
                 let index = l.index.load(std::sync::atomic::Ordering::Relaxed);
-                out.push_str(&format!("<LoopContext {}/{}>", index + 1, l.items.len()));
+                out.push_str(&format!(
+                    "<LoopContext {}/{}>",
+                    index + 1,
+                    l.items.items.len()
+                ));
             }
             other => out.push_str(&format!("<{} object>", other.type_name())),
         }
@@ -644,7 +742,13 @@ fn any_equal(items: &[Value], needle: &Value, budget: &mut Budget) -> Res<bool> 
     Ok(false)
 }
 
-fn write_items(open: &str, items: &[Value], close: &str, out: &mut String, budget: &mut Budget) -> Res<()> {
+fn write_items(
+    open: &str,
+    items: &[Value],
+    close: &str,
+    out: &mut String,
+    budget: &mut Budget,
+) -> Res<()> {
     out.push_str(open);
     for (i, item) in items.iter().enumerate() {
         if i > 0 {
@@ -669,7 +773,11 @@ pub(super) fn float_repr(f: f64) -> String {
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if (-4..16).contains(&exponent) {
         let fixed = format!("{f}");
-        return if fixed.contains('.') { fixed } else { fixed + ".0" };
+        return if fixed.contains('.') {
+            fixed
+        } else {
+            fixed + ".0"
+        };
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{digits}e{sign}{:02}", exponent.abs())
@@ -677,7 +785,11 @@ pub(super) fn float_repr(f: f64) -> String {
 
 /// `repr(str)`, quotes chosen and unprintable characters escaped as Python does.
 fn str_repr(text: &str, out: &mut String) {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
     out.push(quote);
     for c in text.chars() {
         match c {
@@ -705,7 +817,9 @@ pub(super) fn is_printable(c: char) -> bool {
     let mut buffer = [0; 5];
     buffer[0] = b'a';
     let len = 1 + c.encode_utf8(&mut buffer[1..]).len();
-    let Ok(text) = std::str::from_utf8(&buffer[..len]) else { return false };
+    let Ok(text) = std::str::from_utf8(&buffer[..len]) else {
+        return false;
+    };
     text.escape_debug().nth(1) == Some(c) || matches!(c, '"' | '\'' | '\\')
 }
 

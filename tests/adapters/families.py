@@ -1,0 +1,54 @@
+"""What the family cases ask of an adapter: logits, greedy tokens, text; on HFCORE_CASE_DEVICE (cpu or reference)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hfcore
+import numpy as np
+from hfcore import _core
+
+DEVICE = os.environ.get("HFCORE_CASE_DEVICE", "cpu")
+
+SKIP = {
+    "bert": "embeddings are not read yet",
+    "gemma2": "not a family of this version",
+    "mixtral": "not a family of this version",
+    "qwen3_moe": "not a family of this version",
+    **{
+        name: "quantised safetensors are not read yet"
+        for name in ("awq_g32", "bnb_int8", "bnb_nf4_dq", "ct_fp8_channel", "ct_w4a16_g32", "gptq_g32_sym")
+    },
+}
+
+
+class Model:
+    """One checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        self.engine = hfcore.Engine(path, device=DEVICE, max_sequences=1)
+
+    def logits(self, ids: list[int]) -> Any:
+        return self.engine.logits(ids, last_only=False)
+
+    def greedy(self, ids: list[int], n: int) -> list[int]:
+        done = self.engine.generate(ids, max_tokens=n, temperature=0, ignore_eos=True)
+        return list(done.token_ids)
+
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        ids = self.engine.tokenizer.encode(text, add_special_tokens=add_special)
+        return [int(i) for i in ids]
+
+    def chat(self, messages: Any) -> str:
+        template = self.engine.chat_template
+        assert template is not None
+        return template.render(messages, add_generation_prompt=True)
+
+
+def load(path: str, **_: Any) -> Model:
+    return Model(path)
+
+
+def dequantize(name: str, blocks: Any) -> Any:
+    return np.asarray(_core.dequantize(name, blocks))
