@@ -22,14 +22,17 @@ from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage
 from hfcore import engine as engine_module
 from hfcore.engine import shared_engine, total
 from hfcore.errors import EngineClosedError, HfcoreError, RequestTimeoutError
+from hfcore.testing import tiny_model
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
+ENDLESS = {"max_tokens": 90_000, "ignore_eos": True}
+"""Minutes of work, so that what is idle within seconds was cancelled."""
 
 
 @pytest.fixture(scope="module")
-def engine(tiny: Path) -> Iterator[Engine]:
-    with Engine(tiny) as opened:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    roomy = tiny_model(tmp_path_factory.mktemp("roomy"), context_size=100_000)
+    with Engine(roomy) as opened:
         yield opened
 
 
@@ -95,8 +98,8 @@ def test_a_closed_stream_ends(engine: Engine) -> None:
 
 
 def test_a_request_that_takes_too_long_is_ended(engine: Engine) -> None:
-    with pytest.raises(RequestTimeoutError, match=r"timeout of 0\.001 s"):
-        engine.generate("Hello", **ENDLESS, timeout=0.001)
+    with pytest.raises(RequestTimeoutError, match=r"timeout of 0\.05 s"):
+        engine.generate("Hello", **ENDLESS, timeout=0.05)
     assert waited_for(lambda: idle(engine))
     assert engine.generate("Hello", max_tokens=2, timeout=60).finish_reason is not None
 
@@ -185,7 +188,7 @@ async def test_cancelling_a_task_cancels_its_request(engine: Engine) -> None:
 
 async def test_a_slow_async_request_is_ended(engine: Engine) -> None:
     with pytest.raises(RequestTimeoutError):
-        await engine.agenerate("Hello", **ENDLESS, timeout=0.001)
+        await engine.agenerate("Hello", **ENDLESS, timeout=0.05)
     assert waited_for(lambda: idle(engine))
 
 
