@@ -204,12 +204,17 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
         "load_average": load.read_text(encoding="utf-8").split()[0] if load.exists() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "command": ["python", "benches/bench_rivals.py", *sys.argv[1:]],
+        # Names only: where this machine keeps its files is nobody's business.
+        "command": " ".join(["python", "benches/bench_rivals.py", *map(base_name, sys.argv[1:])]),
         "threads": options.threads,
         "prompt_tokens": options.prompt,
         "new_tokens": options.new,
         "rounds": options.rounds,
     }
+
+
+def base_name(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def git(*arguments: str) -> str:

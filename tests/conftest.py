@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hfcore import fetch
+from hfcore.testing import tiny_model
 
 
 def demo_model(name: str) -> Path:
@@ -19,6 +20,12 @@ def demo_model(name: str) -> Path:
     if reason is None and os.environ.get("CI") == "true":
         pytest.fail(f"{path.name} was never asked for; run `python -m hfcore.fetch {name}`")
     pytest.skip(reason or f"needs {path.name}; run `python -m hfcore.fetch {name}`")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of noise that the real engine runs; with a chat template."""
+    return tiny_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,8 @@ def sum_of(chunks: list[AIMessageChunk]) -> AIMessageChunk:
 
 
 def test_usage_can_be_left_out_of_streams() -> None:
-    for kwargs, call in (({"stream_usage": False}, {}), ({}, {"stream_usage": False})):
+    off: dict[str, Any] = {"stream_usage": False}
+    for kwargs, call in ((off, {}), ({}, off)):
         chat, backend = canned("a b", **kwargs)
         assert sum_of(list(chat.stream("Hi", **call))).usage_metadata is None
         assert backend.requests[0][2] == {}
@@ -261,11 +262,13 @@ def test_only_the_pipeline_backend_is_there(backend: str) -> None:
 @pytest.mark.parametrize("name", ["tools", "tool_choice", "response_format", "functions"])
 def test_tools_and_schemas_are_refused_not_dropped(name: str) -> None:
     chat, backend = canned()
-    for ask in (chat.invoke, chat.bind(**{name: ["x"]}).invoke):
+    asked: dict[str, Any] = {name: ["x"]}
+    for ask in (chat.invoke, chat.stream, chat.bind(**asked).invoke):
         with pytest.raises(InvalidRequestError, match=f"{name} is not supported yet"):
-            ask("x", **{name: ["x"]})
+            list(ask("x", **asked))
     assert backend.requests == []
-    chat.invoke("x", **{name: None})
+    nothing: dict[str, Any] = {name: None}
+    chat.invoke("x", **nothing)
     with pytest.raises(NotImplementedError):
         chat.bind_tools([])
     with pytest.raises(NotImplementedError):

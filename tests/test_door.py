@@ -7,7 +7,6 @@ import select
 import signal
 import sys
 import threading
-import time
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
@@ -35,6 +34,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_core.Engine]:
     path = testing.tiny_model(tmp_path_factory.mktemp("tiny"))
     engine = _core.Engine(path, threads=1)
     yield engine
+    engine.close()
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Iterator[_core.Stream]:
+    """A request that goes on for much longer than a test does."""
+    path = testing.tiny_model(tmp_path, context_size=1_000_000)
+    engine = _core.Engine(path, threads=1, kv_cache_bytes=1 << 30)
+    yield engine.submit("in the", {"ignore_eos": True})
     engine.close()
 
 
@@ -229,6 +237,7 @@ def test_a_notifier_names_each_stream_that_has_something(engine: _core.Engine) -
         assert readable, "nothing came for 30 seconds"
         for key in notifier.drain():
             ended |= drained(streams[key], key)
+    notifier.drain()  # what came between a `drain` and the end
     assert notifier.drain() == []
 
 
@@ -242,41 +251,29 @@ def drained(stream: _core.Stream, key: int) -> set[int]:
     return set()
 
 
-def test_a_closed_stream_is_over_for_whoever_waits(engine: _core.Engine) -> None:
-    stream = engine.submit("in the", {"max_tokens": 1500, "ignore_eos": True})
-    next(stream)
-    threading.Timer(0.05, stream.close).start()
-    assert len(list(stream)) < 1499
-    stream.close()
+def test_a_closed_stream_is_over_for_whoever_waits(endless: _core.Stream) -> None:
+    next(endless)
+    threading.Timer(0.1, endless.close).start()
+    for _ in endless:
+        pass
+    endless.close()
+    assert repr(endless) == "Stream(ended)"
 
 
-def test_the_gil_is_free_while_a_stream_waits(engine: _core.Engine) -> None:
-    counted = 0
-    stop = threading.Event()
-
-    def count() -> None:
-        nonlocal counted
-        while not stop.is_set():
-            counted += 1
-            time.sleep(0)
-
-    other = threading.Thread(target=count)
-    other.start()
-    list(engine.submit("in the", {"max_tokens": 200, "ignore_eos": True}))
-    stop.set()
-    other.join()
-    assert counted > 10
+def test_other_threads_run_while_a_stream_waits(endless: _core.Stream) -> None:
+    reached = threading.Event()
+    threading.Thread(target=reached.set).start()
+    for _ in endless:
+        if reached.is_set():
+            break
+    assert reached.is_set()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
-def test_ctrl_c_interrupts_a_stream_that_waits(engine: _core.Engine) -> None:
-    stream = engine.submit("in the", {"max_tokens": 1900, "ignore_eos": True})
+def test_ctrl_c_interrupts_a_stream_that_waits(endless: _core.Stream) -> None:
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes somewhere in the loop
-        for _ in stream:
-            pass
-        time.sleep(5)
-    stream.close()
+    with pytest.raises(KeyboardInterrupt):
+        list(endless)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +317,9 @@ def test_logits_have_a_row_for_each_token_if_wanted(engine: _core.Engine) -> Non
 
 
 def test_a_closed_engine_says_so(tmp_path: Path) -> None:
-    engine = _core.Engine(testing.tiny_model(tmp_path), threads=1)
-    stream = engine.submit("in the", {"max_tokens": 1900, "ignore_eos": True})
+    path = testing.tiny_model(tmp_path, context_size=1_000_000)
+    engine = _core.Engine(path, threads=1, kv_cache_bytes=1 << 30)
+    stream = engine.submit("in the", {"ignore_eos": True})
     engine.close()
     engine.close()
     with pytest.raises(errors.EngineClosedError):

@@ -18,17 +18,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage, engine as engine_module
+from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage
+from hfcore import engine as engine_module
 from hfcore.engine import shared_engine, total
 from hfcore.errors import EngineClosedError, HfcoreError, RequestTimeoutError
+from hfcore.testing import tiny_model
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-ENDLESS = {"max_tokens": 1500, "ignore_eos": True}
+ENDLESS = {"max_tokens": 90_000, "ignore_eos": True}
+"""Minutes of work, so that what is idle within seconds was cancelled."""
 
 
 @pytest.fixture(scope="module")
-def engine(tiny: Path) -> Iterator[Engine]:
-    with Engine(tiny) as opened:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    roomy = tiny_model(tmp_path_factory.mktemp("roomy"), context_size=100_000)
+    with Engine(roomy) as opened:
         yield opened
 
 
@@ -73,7 +77,8 @@ def test_logits_are_numpy_rows(engine: Engine) -> None:
     vocabulary = engine.tokenizer.vocab_size
     assert engine.logits([1, 2, 3]).shape == (vocabulary,)
     rows = engine.logits(np.array([1, 2, 3]), last_only=False)
-    assert (rows.shape, rows.dtype) == ((3, vocabulary), np.float32)
+    assert rows.shape == (3, vocabulary)
+    assert rows.dtype == np.float32
 
 
 def test_a_dropped_stream_cancels_its_request(engine: Engine) -> None:
@@ -93,8 +98,8 @@ def test_a_closed_stream_ends(engine: Engine) -> None:
 
 
 def test_a_request_that_takes_too_long_is_ended(engine: Engine) -> None:
-    with pytest.raises(RequestTimeoutError, match=r"timeout of 0\.001 s"):
-        engine.generate("Hello", **ENDLESS, timeout=0.001)
+    with pytest.raises(RequestTimeoutError, match=r"timeout of 0\.05 s"):
+        engine.generate("Hello", **ENDLESS, timeout=0.05)
     assert waited_for(lambda: idle(engine))
     assert engine.generate("Hello", max_tokens=2, timeout=60).finish_reason is not None
 
@@ -183,7 +188,7 @@ async def test_cancelling_a_task_cancels_its_request(engine: Engine) -> None:
 
 async def test_a_slow_async_request_is_ended(engine: Engine) -> None:
     with pytest.raises(RequestTimeoutError):
-        await engine.agenerate("Hello", **ENDLESS, timeout=0.001)
+        await engine.agenerate("Hello", **ENDLESS, timeout=0.05)
     assert waited_for(lambda: idle(engine))
 
 
@@ -198,7 +203,7 @@ def test_every_event_loop_gets_its_own_wake_ups(engine: Engine) -> None:
 
 def test_a_loop_that_cannot_watch_descriptors_works_too(engine: Engine) -> None:
     class Plain(asyncio.SelectorEventLoop):
-        def add_reader(self, *_: object) -> None:  # type: ignore[override]  # as on Windows
+        def add_reader(self, *_: object) -> None:
             raise NotImplementedError
 
     loop = Plain()

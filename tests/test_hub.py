@@ -42,7 +42,7 @@ class Hub(BaseHTTPRequestHandler):
             owner, name, _, _, file = path.removeprefix("/").split("/", 4)
             self._file(f"{owner}/{name}", file)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
 
     def _api(self, parts: list[str]) -> None:
         repo = "/".join(parts[:2])
@@ -77,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         """Quiet."""
 
 
@@ -139,7 +139,8 @@ def test_of_several_files_the_usual_quantization_is_downloaded_and_no_other(clie
 def test_a_quantization_after_the_colon_is_taken(client: Client) -> None:
     assert client.resolve("owner/gguf:q8_0") == "m-Q8_0.gguf"
     missing = client.resolve("owner/gguf:Q5_K_M")
-    assert missing.startswith("ModelNotFoundError") and "it has Q2_K, Q4_K_M, Q8_0" in missing
+    assert missing.startswith("ModelNotFoundError")
+    assert "it has Q2_K, Q4_K_M, Q8_0" in missing
 
 
 def test_all_parts_of_a_split_file_come(client: Client) -> None:
@@ -163,7 +164,8 @@ def test_what_was_fetched_serves_offline_and_when_the_hub_is_gone(client: Client
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert client.resolve("owner/gguf", environment=nowhere) == "m-Q4_K_M.gguf"
     absent = client.resolve("owner/gguf:Q8_0", local_files_only=True)
-    assert absent.startswith("ModelNotFoundError") and "Q8_0" in absent
+    assert absent.startswith("ModelNotFoundError")
+    assert "Q8_0" in absent
 
 
 def test_offline_without_a_copy_is_said_at_once(client: Client) -> None:
@@ -188,7 +190,8 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(
     client: Client, model: str, words: str
 ) -> None:
     said = client.resolve(model)
-    assert said.startswith("ModelNotFoundError") and words in said
+    assert said.startswith("ModelNotFoundError")
+    assert words in said
 
 
 def test_a_revision_that_does_not_exist_is_said(client: Client) -> None:

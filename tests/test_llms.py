@@ -45,7 +45,7 @@ def test_the_completion_is_the_engines_and_does_not_echo(
 
 
 async def test_async_streams_and_batches_are_the_same(llm: HuggingFacePipeline) -> None:
-    prompts = [f"Number {n}" for n in range(5)]
+    prompts: list[Any] = [f"Number {n}" for n in range(5)]
     alone = [llm.invoke(prompt) for prompt in prompts]
     assert llm.batch(prompts) == alone
     assert await llm.abatch(prompts) == alone
@@ -72,7 +72,7 @@ def test_tokens_are_counted_by_the_models_tokenizer(llm: HuggingFacePipeline, ti
         ids = engine.tokenizer.encode("the end", add_special_tokens=False)
     assert llm.get_token_ids("the end") == [int(i) for i in ids]
     assert llm.get_num_tokens("the end") == len(ids)
-    own = HuggingFacePipeline(model_id=str(tiny), custom_get_token_ids=lambda text: [1, 2, 3])
+    own = HuggingFacePipeline(model_id=str(tiny), custom_get_token_ids=lambda _: [1, 2, 3])
     assert own.get_num_tokens("the end") == 3
 
 

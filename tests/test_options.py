@@ -83,7 +83,7 @@ def test_what_cannot_act_is_refused_with_its_reason(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=name) as caught:
         options.canonical({name: object()})
     assert reason in str(caught.value)
-    assert options.canonical({name: value for value in neutral}) == {}
+    assert all(options.canonical({name: value}) == {} for value in neutral)
 
 
 def test_one_is_not_mistaken_for_true() -> None:

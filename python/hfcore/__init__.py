@@ -38,23 +38,52 @@ _HOMES = {
     "_core": ("ChatTemplate", "Tokenizer", "__version__"),
     "engine": ("Completion", "Delta", "Engine", "TokenLogprob", "Usage"),
     "errors": (
-        "ContextOverflowError", "EngineClosedError", "EngineOverloadedError", "HfcoreError", "InternalError",
-        "InvalidRequestError", "ModelFileError", "ModelNotFoundError", "ModelTooLargeError",
-        "NoChatTemplateError", "RequestTimeoutError", "TemplateError", "UnknownOptionError",
+        "ContextOverflowError",
+        "EngineClosedError",
+        "EngineOverloadedError",
+        "HfcoreError",
+        "InternalError",
+        "InvalidRequestError",
+        "ModelFileError",
+        "ModelNotFoundError",
+        "ModelTooLargeError",
+        "NoChatTemplateError",
+        "RequestTimeoutError",
+        "TemplateError",
+        "UnknownOptionError",
         "UnsupportedModelError",
     ),
     "chat_models": ("ChatHuggingFace",),
     "llms": ("HuggingFacePipeline",),
-}  # fmt: skip
+}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ChatHuggingFace", "ChatTemplate", "Completion", "ContextOverflowError", "Delta", "Engine",
-    "EngineClosedError", "EngineOverloadedError", "HfcoreError", "HuggingFacePipeline", "InternalError",
-    "InvalidRequestError", "ModelFileError", "ModelNotFoundError", "ModelTooLargeError",
-    "NoChatTemplateError", "RequestTimeoutError", "TemplateError", "TokenLogprob", "Tokenizer",
-    "UnknownOptionError", "UnsupportedModelError", "Usage", "__version__",
-]  # fmt: skip
+    "ChatHuggingFace",
+    "ChatTemplate",
+    "Completion",
+    "ContextOverflowError",
+    "Delta",
+    "Engine",
+    "EngineClosedError",
+    "EngineOverloadedError",
+    "HfcoreError",
+    "HuggingFacePipeline",
+    "InternalError",
+    "InvalidRequestError",
+    "ModelFileError",
+    "ModelNotFoundError",
+    "ModelTooLargeError",
+    "NoChatTemplateError",
+    "RequestTimeoutError",
+    "TemplateError",
+    "TokenLogprob",
+    "Tokenizer",
+    "UnknownOptionError",
+    "UnsupportedModelError",
+    "Usage",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

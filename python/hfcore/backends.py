@@ -158,7 +158,7 @@ def merged(messages: list[Message]) -> list[Message]:
     r"""Neighbours of one role as one message, their texts a blank line apart; tool results stay.
 
     >>> merged([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-    [{'role': 'user', 'content': 'a\\n\\nb'}]
+    [{'role': 'user', 'content': 'a\n\nb'}]
     """
     result: list[Message] = []
     for message in messages:
@@ -175,7 +175,7 @@ def folded(messages: list[Message]) -> list[Message]:
     Where no user turn follows, it becomes one. Neighbours are merged again.
 
     >>> folded([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
-    [{'role': 'user', 'content': 'Be brief.\\n\\nHi'}]
+    [{'role': 'user', 'content': 'Be brief.\n\nHi'}]
     """
     result: list[Message] = []
     waiting: list[Message] = []

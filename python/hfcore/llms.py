@@ -55,7 +55,7 @@ class HuggingFacePipeline(BaseLLM):
     ...     model_id=str(tiny_model(tempfile.mkdtemp())), pipeline_kwargs={"max_new_tokens": 4}
     ... )
     >>> llm.get_num_tokens("Hello")
-    4
+    5
     """
 
     pipeline: Any = None

@@ -41,13 +41,14 @@ impl Stream {
     /// Wait for the next delta. Ctrl-C interrupts the wait within 0.1 seconds.
     fn __next__(&self, py: Python<'_>) -> PyResult<Option<Delta>> {
         loop {
+            // Each time, since in `list(stream)` nobody else looks.
+            py.check_signals()?;
             if let Some(delta) = self.receive(py, TICK)? {
                 return Ok(Some(delta));
             }
             if self.inner.ended() {
                 return Ok(None);
             }
-            py.check_signals()?;
         }
     }
 
