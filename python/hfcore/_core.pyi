@@ -65,17 +65,20 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        keep_none_keys: bool = False,
         now: datetime | None = None,
         **variables: Any,
     ) -> str:
         """The prompt for these messages.
 
         Args:
-            messages: The conversation; keys whose value is None are dropped.
+            messages: The conversation.
             tools: Tool definitions, as JSON schema functions.
             documents: For templates that know retrieval.
             add_generation_prompt: End with the beginning of an assistant's answer.
             continue_final_message: End inside the last message, so that the model goes on with it.
+            keep_none_keys: Let the template see a message's keys whose value is None; without it
+                they are dropped, as apply_chat_template does.
             now: What `strftime_now` shows; None is the local time.
             **variables: Further variables of the template, such as `enable_thinking=False`.
 
@@ -91,6 +94,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        keep_none_keys: bool = False,
         now: datetime | None = None,
         **variables: Any,
     ) -> tuple[str, list[tuple[int, int]]]:

@@ -1,12 +1,13 @@
-"""What the family cases ask of an adapter: logits, greedy tokens, text; on HFCORE_CASE_DEVICE (cpu or reference)."""
+"""What the family cases ask: logits, greedy tokens, text; on HFCORE_CASE_DEVICE."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-import hfcore
 import numpy as np
+
+import hfcore
 from hfcore import _core
 
 DEVICE = os.environ.get("HFCORE_CASE_DEVICE", "cpu")
@@ -16,10 +17,10 @@ SKIP = {
     "gemma2": "not a family of this version",
     "mixtral": "not a family of this version",
     "qwen3_moe": "not a family of this version",
-    **{
-        name: "quantised safetensors are not read yet"
-        for name in ("awq_g32", "bnb_int8", "bnb_nf4_dq", "ct_fp8_channel", "ct_w4a16_g32", "gptq_g32_sym")
-    },
+    **dict.fromkeys(
+        ("awq_g32", "bnb_int8", "bnb_nf4_dq", "ct_fp8_channel", "ct_w4a16_g32", "gptq_g32_sym"),
+        "quantised safetensors are not read yet",
+    ),
 }
 
 

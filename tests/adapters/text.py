@@ -29,11 +29,20 @@ def render(template: str, messages: Any, tools: Any = None, **kwargs: Any) -> st
     return _template(template).render(messages, tools=tools, now=_now, **kwargs)
 
 
+def render_raw(template: str, messages: Any, tools: Any = None, **kwargs: Any) -> str:
+    """The text with the keys whose value is None."""
+    return _template(template).render(
+        messages, tools=tools, now=_now, keep_none_keys=True, **kwargs
+    )
+
+
 def render_generation(
     template: str, messages: Any, tools: Any = None, **kwargs: Any
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text and the spans of its generation blocks."""
-    return _template(template).render_with_spans(messages, tools=tools, now=_now, **kwargs)
+    return _template(template).render_with_spans(
+        messages, tools=tools, now=_now, keep_none_keys=True, **kwargs
+    )
 
 
 @functools.lru_cache(maxsize=4)

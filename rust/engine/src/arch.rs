@@ -206,7 +206,7 @@ impl Arch {
         width("the head size", self.head_dim, 4096)?;
         width("the context size", self.context_size, MAX_CONTEXT)?;
         width("the vocabulary", self.vocab_size, 1 << 24)?;
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let (heads, kv) = (self.heads, self.kv_heads);
             return Err(weights.problem(format!(
                 "{heads} heads do not share {kv} key and value heads evenly"
@@ -368,11 +368,11 @@ fn layer(
     nope: Option<usize>,
     window: Option<usize>,
 ) -> LayerArch {
-    if nope.is_some_and(|n| (i + 1) % n == 0) {
+    if nope.is_some_and(|n| (i + 1).is_multiple_of(n)) {
         return LayerArch { rope: None, window };
     }
     match interval {
-        Some(n) if (i + 1) % n != 0 => LayerArch {
+        Some(n) if !(i + 1).is_multiple_of(n) => LayerArch {
             rope: Some(1),
             window,
         },
@@ -630,7 +630,7 @@ fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
         .size("no_rope_layer_interval")?
         .or(family.nope_interval)
         .filter(|&n| n > 0);
-    let nope = nope.unwrap_or_else(|| interval.is_some_and(|n| (i + 1) % n == 0));
+    let nope = nope.unwrap_or_else(|| interval.is_some_and(|n| (i + 1).is_multiple_of(n)));
     let windowed = match c
         .get("layer_types")
         .and_then(|l| l.get(i))
@@ -658,7 +658,7 @@ fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
 fn older_window(c: &Config, family: &Family, i: usize) -> Result<bool> {
     if let Some(interval) = family.window_interval {
         let interval = c.size("sliding_window_pattern")?.unwrap_or(interval).max(1);
-        return Ok((i + 1) % interval != 0);
+        return Ok(!(i + 1).is_multiple_of(interval));
     }
     match c.bool("use_sliding_window")? {
         Some(used) => Ok(used && i >= c.size("max_window_layers")?.unwrap_or(0)),

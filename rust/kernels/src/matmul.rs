@@ -1,10 +1,5 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index runs over several register arrays at once"
-)]
-
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
 use crate::simd::{Isa, LANES, Simd, dispatch};

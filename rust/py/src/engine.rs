@@ -15,7 +15,7 @@ use crate::convert::{
 };
 use crate::error::{invalid, run};
 use crate::stream::Stream;
-use crate::text::{ChatTemplate, Tokenizer, render_request};
+use crate::text::{ChatTemplate, Flags, Tokenizer, render_request};
 
 /// Options that a chat template reads, where integers may be of any size.
 const FOR_TEMPLATE: [&str; 3] = ["tools", "documents", "template_variables"];
@@ -91,7 +91,11 @@ impl Engine {
         continue_final_message: bool,
         variables: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<String> {
-        let flags = (add_generation_prompt, continue_final_message);
+        let flags = Flags {
+            add_generation_prompt,
+            continue_final_message,
+            ..Flags::default()
+        };
         let request = render_request(messages, tools, documents, flags, None, variables)?;
         run(py, || self.model.render(&request))
     }

@@ -50,7 +50,7 @@ impl ChatTemplate {
     /// The prompt for these messages.
     #[pyo3(signature = (
         messages, *, tools = None, documents = None, add_generation_prompt = false,
-        continue_final_message = false, now = None, **variables
+        continue_final_message = false, keep_none_keys = false, now = None, **variables
     ))]
     #[expect(clippy::too_many_arguments, reason = "apply_chat_template's, by name")]
     fn render(
@@ -61,10 +61,15 @@ impl ChatTemplate {
         documents: Option<&Bound<'_, PyAny>>,
         add_generation_prompt: bool,
         continue_final_message: bool,
+        keep_none_keys: bool,
         now: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<String> {
-        let flags = (add_generation_prompt, continue_final_message);
+        let flags = Flags {
+            add_generation_prompt,
+            continue_final_message,
+            keep_none_keys,
+        };
         let request = render_request(messages, tools, documents, flags, now, variables)?;
         run(py, || self.inner.render(&request))
     }
@@ -72,7 +77,7 @@ impl ChatTemplate {
     /// `render`, and where the assistant's own words stand: (start, end) in code points.
     #[pyo3(signature = (
         messages, *, tools = None, documents = None, add_generation_prompt = false,
-        continue_final_message = false, now = None, **variables
+        continue_final_message = false, keep_none_keys = false, now = None, **variables
     ))]
     #[expect(clippy::too_many_arguments, reason = "apply_chat_template's, by name")]
     fn render_with_spans(
@@ -83,10 +88,15 @@ impl ChatTemplate {
         documents: Option<&Bound<'_, PyAny>>,
         add_generation_prompt: bool,
         continue_final_message: bool,
+        keep_none_keys: bool,
         now: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<(String, Vec<(usize, usize)>)> {
-        let flags = (add_generation_prompt, continue_final_message);
+        let flags = Flags {
+            add_generation_prompt,
+            continue_final_message,
+            keep_none_keys,
+        };
         let request = render_request(messages, tools, documents, flags, now, variables)?;
         let (text, spans) = run(py, || self.inner.render_with_spans(&request))?;
         Ok((
@@ -125,12 +135,20 @@ impl ChatTemplate {
     }
 }
 
-/// What a render is given; `flags` are add_generation_prompt and continue_final_message.
+/// The yes and no of a render, as `RenderRequest` names them.
+#[derive(Default)]
+pub struct Flags {
+    pub add_generation_prompt: bool,
+    pub continue_final_message: bool,
+    pub keep_none_keys: bool,
+}
+
+/// What a render is given.
 pub fn render_request(
     messages: &Bound<'_, PyAny>,
     tools: Option<&Bound<'_, PyAny>>,
     documents: Option<&Bound<'_, PyAny>>,
-    flags: (bool, bool),
+    flags: Flags,
     now: Option<&Bound<'_, PyAny>>,
     variables: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<RenderRequest> {
@@ -143,10 +161,10 @@ pub fn render_request(
         messages: to_value(messages, Place::template("messages"))?,
         tools: optional(tools, "tools")?,
         documents: optional(documents, "documents")?,
-        add_generation_prompt: flags.0,
-        continue_final_message: flags.1,
+        add_generation_prompt: flags.add_generation_prompt,
+        continue_final_message: flags.continue_final_message,
         now: now.map(to_now).transpose()?,
-        keep_none_keys: false,
+        keep_none_keys: flags.keep_none_keys,
         variables: match variables {
             Some(variables) => to_object(variables, Place::template("variables"))?,
             None => Map::new(),
