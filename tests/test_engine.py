@@ -106,7 +106,7 @@ def test_a_request_that_takes_too_long_is_ended(engine: Engine) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "5", True])
 def test_a_timeout_is_seconds(engine: Engine, timeout: object) -> None:
-    with pytest.raises(InvalidRequestError, match="timeout must be seconds above 0"):
+    with pytest.raises(InvalidRequestError, match="timeout"):
         engine.stream("Hello", timeout=timeout)
 
 

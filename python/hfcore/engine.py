@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
-import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import _core, hub, options
-from .errors import InvalidRequestError, RequestTimeoutError
+from .errors import InvalidRequestError
 
 if TYPE_CHECKING:
     import asyncio
@@ -109,18 +107,11 @@ def total(deltas: Sequence[Delta]) -> Completion:
 class Stream(Iterator[Delta]):
     """An iterator over the deltas of one request. Closing or dropping it cancels the request."""
 
-    def __init__(self, stream: _core.Stream, timeout: float | None = None) -> None:
+    def __init__(self, stream: _core.Stream) -> None:
         self._stream = stream
-        self._timeout = timeout
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._notifier = None if timeout is None else _core.Notifier()
-        if self._notifier is not None:
-            stream.subscribe(self._notifier, 0)
 
     def __next__(self) -> Delta:
-        if self._deadline is None:
-            return _delta(next(self._stream))
-        return self._next_in_time(self._deadline)
+        return _delta(next(self._stream))
 
     def close(self) -> None:
         """Cancel the request, if it is still running."""
@@ -132,17 +123,6 @@ class Stream(Iterator[Delta]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _next_in_time(self, deadline: float) -> Delta:
-        assert self._notifier is not None  # noqa: S101  # set with the deadline
-        while (delta := self._stream.try_next()) is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                self.close()
-                raise _too_slow(self._timeout)
-            if select.select([self._notifier.fileno()], [], [], left)[0]:
-                self._notifier.drain()
-        return _delta(delta)
-
 
 class Engine:
     """A model in this process.
@@ -153,7 +133,8 @@ class Engine:
         context_size: most tokens of a prompt and its completion; None: what the model was made for.
         threads: threads of the CPU device; None: one for each core that this process may use.
         chat_template: Jinja source to use instead of the model's own.
-        kv_cache_bytes: memory for the cache; None: enough for one full context.
+        kv_cache_bytes: memory for the cache; None: at most a quarter of what is free.
+            The system gives it as it is first used.
         max_sequences: most requests decoded together; more wait their turn.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading.
@@ -217,9 +198,7 @@ class Engine:
         `prompt`: str, list of message dicts, or token ids. Raises InvalidRequestError and its
         kinds, TemplateError, NoChatTemplateError, at once.
         """
-        wishes = options.canonical(request)
-        timeout = check_timeout(wishes.pop("timeout", None))
-        return Stream(self._core.submit(_checked(prompt), wishes), timeout)
+        return Stream(self._core.submit(_checked(prompt), options.canonical(request)))
 
     def generate(self, prompt: Prompt, **request: Any) -> Completion:
         """The whole completion. See `stream`."""
@@ -234,19 +213,12 @@ class Engine:
         import asyncio
 
         wishes = options.canonical(request)
-        timeout = check_timeout(wishes.pop("timeout", None))
-        deadline = None if timeout is None else time.monotonic() + timeout
         # Rendering and encoding a long prompt takes a while: not on the loop's thread.
         stream = await asyncio.to_thread(self._core.submit, _checked(prompt), wishes)
         try:
             async with contextlib.aclosing(_pumped(stream)) as deltas:
-                while True:
-                    try:
-                        yield _delta(await _in_time(deltas.__anext__(), deadline))
-                    except StopAsyncIteration:
-                        return
-                    except asyncio.TimeoutError:
-                        raise _too_slow(timeout) from None
+                async for delta in deltas:
+                    yield _delta(delta)
         finally:
             stream.close()
 
@@ -476,33 +448,7 @@ async def _threaded(stream: _core.Stream) -> AsyncGenerator[_core.Delta, None]:
         yield delta
 
 
-async def _in_time(next_delta: Awaitable[_core.Delta], deadline: float | None) -> _core.Delta:
-    """Await, but not beyond the deadline; raises asyncio.TimeoutError."""
-    import asyncio
-
-    if deadline is None:
-        return await next_delta
-    left = max(deadline - time.monotonic(), 0)
-    return await asyncio.wait_for(next_delta, left)
-
-
 # Small conversions --------------------------------------------------------------------------------
-
-
-def check_timeout(timeout: Any) -> float | None:
-    """Seconds for the whole request, or None for as long as it takes."""
-    if timeout is None:
-        return None
-    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if not number or not 0 < timeout < float("inf"):
-        raise InvalidRequestError(f"timeout must be seconds above 0, got {timeout!r}")
-    return float(timeout)
-
-
-def _too_slow(timeout: float | None) -> RequestTimeoutError:
-    return RequestTimeoutError(
-        f"the request took longer than its timeout of {timeout} s", timeout=timeout or 0.0
-    )
 
 
 def _checked(prompt: Prompt) -> Prompt:

@@ -281,7 +281,7 @@ def device(value: object) -> str:
         name = f"cuda:{value}"
     if name.startswith("cuda"):
         raise UnsupportedModelError(
-            f"device {name!r} comes with the package hfcore-cuda; supported here: 'cpu'",
+            f"device {name!r} is not supported yet; supported: 'cpu', 'reference'",
             what="device",
             name=name,
         )

@@ -149,6 +149,7 @@ impl Model {
         let info = info(path, &weights, &arch, options, &plan, &defaults);
         let mut config = EngineConfig::new(arch.vocab_size, plan.context_size, plan.pages);
         config.max_sequences = options.max_sequences;
+        config.token_budget = config.token_budget.max(options.max_sequences);
         let original_context = arch.original_context;
         let (factory, release) = load(arch, weights, options, plan.pages as usize, progress)?;
         Ok(Self {
