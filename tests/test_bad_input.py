@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +185,29 @@ def test_a_bad_opening(
     with soon(), pytest.raises(error, match=words) as caught:
         act(tiny)
     assert one_line(caught.value)
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """One tensor says that it has a tebibyte; the file is sparse, and has it."""
+    raw = bytearray(tiny.read_bytes())
+    info = raw.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight")
+    rows = (1 << 40) // 68
+    struct.pack_into("<Q", raw, info + 12, rows)
+    struct.pack_into("<Q", raw, info + 24, len(raw) // 32 * 32)  # behind all others
+    path = tmp_path / "large.gguf"
+    path.write_bytes(raw)
+    try:
+        os.truncate(path, 2 * len(raw) + 68 * rows)
+    except OSError as error:
+        pytest.skip(f"no sparse files here: {error}")
+    with (
+        soon(),
+        pytest.raises(e.ModelTooLargeError, match=r"needs \d+ bytes, \d+ are free") as caught,
+    ):
+        Engine(path)
+    assert caught.value.needed > 1 << 40 > caught.value.available > 0
 
 
 # requests

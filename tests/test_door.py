@@ -355,18 +355,23 @@ def test_an_unknown_device_names_the_known_ones(tmp_path: Path) -> None:
     assert (caught.value.what, caught.value.name) == ("device", "tpu")
 
 
-def test_progress_ends_at_the_whole_and_may_refuse(tmp_path: Path) -> None:
+def test_progress_ends_at_the_whole_and_what_it_raises_ends_the_loading(tmp_path: Path) -> None:
     path = testing.tiny_model(tmp_path)
     seen: list[tuple[int, int]] = []
     _core.Engine(path, progress=lambda done, total: seen.append((done, total)))
     assert seen
     assert seen[-1][0] == seen[-1][1]
 
+    calls = 0
+
     def refuse(_done: int, _total: int) -> None:
+        nonlocal calls
+        calls += 1
         raise LookupError("enough")
 
     with pytest.raises(LookupError, match="enough"):
         _core.Engine(path, progress=refuse)
+    assert calls == 1
 
 
 # Blocks -------------------------------------------------------------------------------------------

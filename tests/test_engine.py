@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import io
 import os
 import pickle
 import signal
@@ -20,7 +21,7 @@ import pytest
 
 from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage
 from hfcore import engine as engine_module
-from hfcore.engine import shared_engine, total
+from hfcore.engine import _LoadBar, shared_engine, total
 from hfcore.errors import EngineClosedError, HfcoreError, RequestTimeoutError
 from hfcore.testing import tiny_model
 
@@ -333,3 +334,34 @@ def test_errors_are_of_one_tree_and_at_once(engine: Engine) -> None:
     for request in ({"max_tokens": 0}, {"temperature": -1}, {"topp": 1}, {"num_beams": 2}):
         with pytest.raises(HfcoreError):
             engine.stream("Hello", **request)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_slow_loads_show_a_bar_on_a_terminal_and_wipe_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    terminal = Terminal()
+    bar = _LoadBar(terminal, patience=0)
+    report = bar.shown()
+    assert report is not None
+    report(30_000_000, 60_000_000)
+    assert "[###############...............] 30 of 60 MB" in terminal.getvalue()
+    bar.close()
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_quick_loads_and_pipes_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    assert _LoadBar(io.StringIO()).shown() is None
+    terminal = Terminal()
+    bar = _LoadBar(terminal, patience=60)
+    report = bar.shown()
+    assert report is not None
+    report(1, 2)
+    bar.close()
+    assert terminal.getvalue() == ""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    assert _LoadBar(terminal).shown() is None

@@ -193,17 +193,7 @@ def _opened(model: str | Path, parsed: argparse.Namespace) -> Engine:
     from .engine import Engine
 
     opening: dict[str, Any] = {name: getattr(parsed, name, None) for name in _OPENING}
-    terminal = sys.stderr.isatty()
-    try:
-        return Engine(model, progress=_show_progress if terminal else None, **opening)
-    finally:
-        if terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _show_progress(done: int, whole: int) -> None:
-    percent = 100 * done // max(whole, 1)
-    print(f"\rloading {percent} %", end="", file=sys.stderr, flush=True)
+    return Engine(model, **opening)
 
 
 def _answer(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from . import _core, hub, options
 from .errors import InvalidRequestError
@@ -137,7 +139,8 @@ class Engine:
             The system gives it as it is first used.
         max_sequences: most requests decoded together; more wait their turn.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
-        progress: called as progress(bytes done, bytes in all) while loading.
+        progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
+            the loading. None: a bar on a terminal, if loading takes long.
         others: aliases of these (n_ctx, n_threads, ...).
 
     Options of `generate`, `stream`, `agenerate` and `astream` (see `hfcore.options`): max_tokens,
@@ -183,13 +186,14 @@ class Engine:
         opening = options.canonical(given | others, options.MODEL)
         path = hub.resolve(model, **{n: opening.pop(n) for n in _HUB if n in opening})
         self._closed = False
-        self._core = _core.Engine(
-            path,
-            device=options.device(device),
-            max_sequences=max_sequences,
-            progress=progress,
-            **opening,
-        )
+        with contextlib.closing(_LoadBar()) as bar:
+            self._core = _core.Engine(
+                path,
+                device=options.device(device),
+                max_sequences=max_sequences,
+                progress=progress or bar.shown(),
+                **opening,
+            )
         self.path = path
 
     def stream(self, prompt: Prompt, **request: Any) -> Stream:
@@ -279,6 +283,35 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({str(self.path)!r}{', closed' if self._closed else ''})"
+
+
+class _LoadBar:
+    """A line on a terminal that says how far loading is; quick loads and pipes never see it."""
+
+    def __init__(self, out: TextIO | None = None, patience: float = 0.5) -> None:
+        self._out = out or sys.stderr
+        self._start = time.monotonic() + patience
+        self._drawn = False
+
+    def shown(self) -> Callable[[int, int], object] | None:
+        """What to report to; None where nobody looks, or bars are not wanted."""
+        wanted = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0") in ("", "0")
+        return self._report if wanted and self._out.isatty() else None
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self._drawn:
+            self._out.write("\r\x1b[K")
+            self._out.flush()
+
+    def _report(self, done: int, whole: int) -> None:
+        if time.monotonic() < self._start:
+            return
+        self._drawn = True
+        filled = 30 * done // max(whole, 1)
+        bar = "#" * filled + "." * (30 - filled)
+        self._out.write(f"\rloading [{bar}] {done / 1e6:.0f} of {whole / 1e6:.0f} MB")
+        self._out.flush()
 
 
 # One engine per model -----------------------------------------------------------------------------

@@ -9,6 +9,9 @@ use crate::device::{AttentionLayer, AttentionShape, Device};
 use crate::error::{Error, Result};
 use crate::weights::{Tensor, Weights};
 
+/// Told `(done, total)` while a model is loaded; false stops it.
+pub type Progress<'a> = &'a (dyn Fn(u64, u64) -> bool + Sync);
+
 /// A layer's weights on a device.
 struct Layer<D: Device> {
     attn_norm: D::Vector,
@@ -206,12 +209,12 @@ impl<D: Device> Resident<D> {
     /// Make a model resident, layer by layer; `progress(done, total)` is told in bytes of the file.
     ///
     /// # Errors
-    /// A missing tensor, one of another shape, one that the architecture has no place for.
+    /// `Closed` when `progress` says to stop; a missing tensor, one of another shape, one that the architecture has no place for.
     pub fn load(
         device: &D,
         arch: Arch,
         weights: Arc<Weights>,
-        progress: &(dyn Fn(u64, u64) + Sync),
+        progress: Progress,
     ) -> Result<Self> {
         let mut loader = Loader {
             device,
@@ -223,11 +226,15 @@ impl<D: Device> Resident<D> {
         let embedding = loader.tensor(None, "token_embd.weight", vocab, hidden)?;
         let total = weights.total_bytes();
         let steps = arch.layers.len() as u64 + 1;
-        progress(0, total);
+        let report = |done: u64| match progress(done, total) {
+            true => Ok(()),
+            false => Err(Error::Closed),
+        };
+        report(0)?;
         let mut layers = Vec::with_capacity(arch.layers.len());
         for i in 0..arch.layers.len() {
             layers.push(loader.layer(i)?);
-            progress(total * (i as u64 + 1) / steps, total);
+            report(total * (i as u64 + 1) / steps)?;
         }
         let output_norm = loader.norm(None, "output_norm.weight", hidden)?;
         let output = match arch.tied {
@@ -235,7 +242,7 @@ impl<D: Device> Resident<D> {
             false => loader.matrix(None, &[("output", vocab)], hidden, false)?,
         };
         loader.check_all_used()?;
-        progress(total, total);
+        report(total)?;
         let embedding = arch.tensor_name(None, "token_embd.weight");
         Ok(Self {
             arch,

@@ -11,7 +11,7 @@ use crate::arch::Arch;
 use crate::batch::{Forward, PAGE};
 use crate::candle::Candle;
 use crate::cpu::Cpu;
-use crate::decoder::{Decoder, Resident, attention_shapes};
+use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
 use crate::engine::{Engine, EngineConfig, Factory, Request};
 use crate::error::{Error, Result};
 use crate::memory;
@@ -94,7 +94,7 @@ type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
 /// ```no_run
 /// use hfcore_engine::model::{Model, ModelOptions, Prompt};
 /// # fn main() -> hfcore_engine::error::Result<()> {
-/// let model = Model::open("model.gguf".as_ref(), &ModelOptions::default(), &|_, _| {})?;
+/// let model = Model::open("model.gguf".as_ref(), &ModelOptions::default(), &|_, _| true)?;
 /// let question = serde_json::json!([{"role": "user", "content": "What is a lighthouse?"}]);
 /// let stream = model.submit(Prompt::Messages(question), serde_json::json!({"max_tokens": 64}))?;
 /// for delta in stream {
@@ -125,7 +125,8 @@ impl Text for Detokenizer {
 }
 
 impl Model {
-    /// Load the model at `path`: a `.gguf` file or a directory. `progress(done, total)` is told in bytes.
+    /// Load the model at `path`: a `.gguf` file or a directory. `progress(done, total)` is told in
+    /// bytes; false stops the loading with `Closed`.
     ///
     /// # Errors
     /// `ModelFile`, `Unsupported`, `OutOfMemory` (said before anything is loaded), `Template` for a broken template,
@@ -133,7 +134,7 @@ impl Model {
     pub fn open(
         path: &Path,
         options: &ModelOptions,
-        progress: &(dyn Fn(u64, u64) + Sync),
+        progress: Progress,
     ) -> Result<Self> {
         check_options(options)?;
         let weights = Arc::new(files::open(path)?);
@@ -453,7 +454,7 @@ fn load(
     weights: Arc<Weights>,
     options: &ModelOptions,
     pages: usize,
-    progress: &(dyn Fn(u64, u64) + Sync),
+    progress: Progress,
 ) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
     let threads = options.threads;
     match options.device {
@@ -473,7 +474,7 @@ fn load_on<D: crate::device::Device + 'static>(
     arch: Arch,
     weights: Arc<Weights>,
     pages: usize,
-    progress: &(dyn Fn(u64, u64) + Sync),
+    progress: Progress,
 ) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
     let resident = Arc::new(Resident::load(&device()?, arch, weights, progress)?);
     let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(resident)));

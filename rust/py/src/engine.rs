@@ -160,7 +160,7 @@ impl Engine {
     }
 }
 
-/// Load a model. What `progress` raises is raised once the loading is through.
+/// Load a model. Ctrl-C, and whatever `progress` raises, end the loading.
 fn load(
     py: Python<'_>,
     path: &Path,
@@ -169,16 +169,20 @@ fn load(
 ) -> PyResult<Model> {
     let raised = Mutex::new(None);
     let report = |done: u64, total: u64| {
-        let Some(progress) = &progress else { return };
-        let mut raised = raised.lock().unwrap_or_else(PoisonError::into_inner);
-        if raised.is_none() {
-            *raised = Python::attach(|py| progress.call1(py, (done, total))).err();
-        }
+        let told = Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |progress| {
+                progress.call1(py, (done, total)).map(drop)
+            })
+        });
+        let go_on = told.is_ok();
+        *raised.lock().unwrap_or_else(PoisonError::into_inner) = told.err();
+        go_on
     };
-    let model = run(py, || Model::open(path, options, &report))?;
+    let model = run(py, || Model::open(path, options, &report));
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => Ok(model),
+        None => model,
     }
 }
 
