@@ -437,3 +437,102 @@ fn rotate(x: &Tensor, pairing: Pairing, cos: &Tensor, sin: &Tensor) -> candle_co
     let rest = x.narrow(2, 2 * angles, dim - 2 * angles)?;
     Tensor::cat(&[turned, rest.contiguous()?], 2)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(pages: &[u32]) -> (Candle, Batch) {
+        let mut batch = Batch::default();
+        batch.push(&[0; 3], 0, pages, false);
+        let mut candle = Candle::cpu();
+        candle.begin(&batch, &[]).unwrap();
+        (candle, batch)
+    }
+
+    /// One head of two numbers, no norms, no positions.
+    fn plain() -> AttentionLayer<Tensor> {
+        let shape = AttentionShape {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 2,
+            scale: 1.0,
+            softcap: None,
+            window: None,
+        };
+        AttentionLayer {
+            shape,
+            norms: None,
+            rope: None,
+            pairing: Pairing::Halves,
+        }
+    }
+
+    #[test]
+    fn equal_scores_give_the_mean_of_the_values_seen() {
+        let attended = |window: Option<usize>| {
+            let (mut candle, batch) = step(&[1]);
+            let mut spec = plain();
+            spec.shape.window = window;
+            let mut cache = candle.cache(2, &[spec.shape]).unwrap();
+            let (mut qkv, mut out, mut values) = (Buffer::default(), Buffer::default(), vec![]);
+            let rows = [
+                0., 0., 5., 5., 1., 2., 0., 0., 5., 5., 3., 6., 0., 0., 5., 5., 8., 1.,
+            ];
+            candle.upload(&rows, 6, &mut qkv).unwrap();
+            candle
+                .attention(0, &spec, &batch, &mut qkv, &mut cache, &mut out)
+                .unwrap();
+            candle.download(&out, &mut values).unwrap();
+            values
+        };
+        assert_eq!(attended(None), [1.0, 2.0, 2.0, 4.0, 4.0, 3.0]);
+        assert_eq!(attended(Some(2)), [1.0, 2.0, 2.0, 4.0, 5.5, 3.5]);
+        assert_eq!(attended(Some(1)), [1.0, 2.0, 3.0, 6.0, 8.0, 1.0]);
+    }
+
+    #[test]
+    fn a_quarter_turn_swaps_the_numbers_of_a_pair_and_leaves_the_rest() {
+        let at = Place::Cpu;
+        let x = Tensor::new(&[[[1f32, 2.0, 3.0, 4.0, 9.0]]], &at).unwrap();
+        let cos = Tensor::new(&[[[0f32, 0.0]]], &at).unwrap();
+        let sin = Tensor::new(&[[[1f32, 1.0]]], &at).unwrap();
+        let turned = |pairing| {
+            let turned = rotate(&x, pairing, &cos, &sin).unwrap();
+            turned.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(turned(Pairing::Halves), [-3.0, -4.0, 1.0, 2.0, 9.0]);
+        assert_eq!(turned(Pairing::Neighbours), [-2.0, 1.0, -4.0, 3.0, 9.0]);
+    }
+
+    #[test]
+    fn what_a_tensor_cannot_do_is_an_internal_error_with_its_operation() {
+        let says = |result: Result<()>, words: &str| {
+            let error = result.unwrap_err();
+            assert!(matches!(error, Error::Internal(_)), "{error:?}");
+            assert!(error.to_string().contains(words), "{error}");
+        };
+        let (mut candle, batch) = step(&[2]);
+        let mut out = Buffer::default();
+        let unwritten = candle.download(&Buffer::default(), &mut vec![]);
+        says(unwritten, "candle, download: a buffer was read before");
+        let mut qkv = Buffer::default();
+        candle.upload(&[0.0; 18], 6, &mut qkv).unwrap();
+        let mut cache = candle.cache(2, &[plain().shape]).unwrap();
+        let mut run = |layer, candle: &mut Candle| {
+            candle.attention(layer, &plain(), &batch, &mut qkv, &mut cache, &mut out)
+        };
+        says(
+            run(0, &mut candle),
+            "candle, attention: page 2 in a cache of 2",
+        );
+        says(run(1, &mut candle), "layer 1 in a cache of 1");
+        says(run(0, &mut Candle::cpu()), "page 2 in a cache of 2");
+        let mut short = batch.clone();
+        short.spans[0].rows = 17;
+        says(
+            candle.begin(&short, &[]),
+            "candle, begin: 17 positions in 1 pages of 16",
+        );
+    }
+}

@@ -210,12 +210,7 @@ impl<D: Device> Resident<D> {
     ///
     /// # Errors
     /// `Closed` when `progress` says to stop; a missing tensor, one of another shape, one that the architecture has no place for.
-    pub fn load(
-        device: &D,
-        arch: Arch,
-        weights: Arc<Weights>,
-        progress: Progress,
-    ) -> Result<Self> {
+    pub fn load(device: &D, arch: Arch, weights: Arc<Weights>, progress: Progress) -> Result<Self> {
         let mut loader = Loader {
             device,
             arch: &arch,

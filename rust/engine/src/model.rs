@@ -131,11 +131,7 @@ impl Model {
     /// # Errors
     /// `ModelFile`, `Unsupported`, `OutOfMemory` (said before anything is loaded), `Template` for a broken template,
     /// `InvalidRequest` for impossible options.
-    pub fn open(
-        path: &Path,
-        options: &ModelOptions,
-        progress: Progress,
-    ) -> Result<Self> {
+    pub fn open(path: &Path, options: &ModelOptions, progress: Progress) -> Result<Self> {
         check_options(options)?;
         let weights = Arc::new(files::open(path)?);
         let arch = Arch::read(&weights)?;

@@ -220,7 +220,7 @@ fn tensors(arch: &Arch) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// Write a model of this config with random f32 weights, in which every norm, window and position counts.
+/// Write a model of this config with random f32 weights; norms are near one.
 fn write_model(dir: &Path, config: &Json) {
     let empty = Weights {
         path: "config".into(),
@@ -232,15 +232,21 @@ fn write_model(dir: &Path, config: &Json) {
     };
     let (mut header, mut data) = (json!({}), Vec::new());
     let mut seed = 1u64;
-    for (name, shape) in tensors(&Arch::read(&empty).unwrap()) {
+    let arch = Arch::read(&empty).unwrap();
+    for (name, shape) in tensors(&arch) {
         let from = data.len();
+        let middle = if shape.len() == 1 {
+            1.0 - arch.norm_offset
+        } else {
+            0.0
+        };
         for _ in 0..shape.iter().product() {
-            // Knuth's generator; numbers in -0.25 .. 0.25.
+            // Knuth's generator; numbers in -0.25 .. 0.25 around the middle.
             seed = seed
                 .wrapping_mul(6364136223846793005)
                 .wrapping_add(1442695040888963407);
             let x = (seed >> 40) as f32 / (1u32 << 25) as f32 - 0.25;
-            data.extend(x.to_le_bytes());
+            data.extend((middle + x).to_le_bytes());
         }
         header[name] =
             json!({ "dtype": "F32", "shape": shape, "data_offsets": [from, data.len()] });
@@ -300,8 +306,10 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
         let largest = apart(&candle, &vec![0.0; candle.len()]);
         let apart = apart(&cpu, &candle);
         println!("{name:60} logits up to {largest:.2}, apart {apart:.2e}");
+        // The CPU keeps keys and values in f16: measured 3e-4 to 1.3e-3 of the largest logit, and below 5e-5 with
+        // candle made to round them too. A rope, window, norm or softcap gone wrong is at least 0.13 of it.
         assert!(
-            largest > 1.0 && apart < 1e-4 * largest,
+            largest > 1.0 && apart < 5e-3 * largest,
             "{name}: {apart:.2e} of {largest:.2}"
         );
     }
