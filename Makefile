@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PROMPT ?= Name three rivers of Europe.
+export PROMPT
 # The Python that has llama-cpp-python, for `make bench`; without it only hfcore is timed.
 RIVAL_PYTHON ?=
 
@@ -44,7 +45,7 @@ fetch: setup ## the two small demo models, into the user's cache; without a netw
 
 demo: setup ## ask the small demo model one question: make demo PROMPT="..."
 	$(BIN)/python -m hfcore.fetch smollm2
-	$(BIN)/hfcore demo "$(PROMPT)"
+	$(BIN)/hfcore demo "$$PROMPT"
 
 test: test-rust test-python ## everything that tests
 
