@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PROMPT ?= Name three rivers of Europe.
-export PROMPT
+# As it was typed, whatever make or the shell would make of it.
+export QUESTION := $(value PROMPT)
 # The Python that has llama-cpp-python, for `make bench`; without it only hfcore is timed.
 RIVAL_PYTHON ?=
 
@@ -45,7 +46,7 @@ fetch: setup ## the two small demo models, into the user's cache; without a netw
 
 demo: setup ## ask the small demo model one question: make demo PROMPT="..."
 	$(BIN)/python -m hfcore.fetch smollm2
-	$(BIN)/hfcore demo "$$PROMPT"
+	$(BIN)/hfcore demo "$$QUESTION"
 
 test: test-rust test-python ## everything that tests
 
