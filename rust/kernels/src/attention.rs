@@ -226,10 +226,11 @@ pub fn attend(
         (shape.kv_heads, shape.head_dim)
     );
     check_pages(input.spans, input.pages, cache.pages);
-    assert!(
-        input.spans.iter().all(|s| s.first_row + s.rows <= rows),
-        "a span beyond the {rows} rows"
-    );
+    let mut next = 0;
+    for span in input.spans {
+        assert_eq!(span.first_row, next, "spans follow one another");
+        next += span.rows;
+    }
     plan.fill(shape, input.spans, pool.threads());
     let out = SendPtr(out.as_mut_ptr());
     let units = &plan.0;
@@ -655,7 +656,7 @@ mod tests {
                 width: c.width,
             };
             let want = attend_naive(&c.shape, &c.cache, &input);
-            let scalar = run(&c, Isa::Scalar, 2);
+            let scalar = run(&c, Isa::SCALAR, 2);
             for (got, want) in scalar.iter().zip(&want) {
                 assert!(
                     (f64::from(*got) - want).abs() < 2e-5,

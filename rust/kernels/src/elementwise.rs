@@ -262,7 +262,7 @@ mod tests {
 
     /// Run `f` on every instruction set; all must give the bits of the first, scalar one, which is returned.
     fn same_on_all(f: impl Fn(Isa) -> Vec<f32>) -> Vec<f32> {
-        let want = f(Isa::Scalar);
+        let want = f(Isa::SCALAR);
         for isa in Isa::available() {
             assert_eq!(f(isa), want, "{}", isa.name());
         }

@@ -479,7 +479,7 @@ mod tests {
     fn activations(rows: usize, inputs: usize, r: &mut Random) -> (Vec<f32>, Vec<ActBlock>) {
         let x: Vec<f32> = (0..rows * inputs).map(|_| r.float() * 3.0).collect();
         let mut blocks = vec![ActBlock::default(); x.len() / BLOCK];
-        quantize_rows(Isa::Scalar, &Pool::new(1), &x, inputs, &mut blocks);
+        quantize_rows(Isa::SCALAR, &Pool::new(1), &x, inputs, &mut blocks);
         (x, blocks)
     }
 
@@ -526,7 +526,7 @@ mod tests {
             };
             let size = want.iter().fold(0f64, |a, b| a.max(b.abs()));
             let mut scalar = vec![0.0; want.len()];
-            matmul(Isa::Scalar, &pool, &matrix, x, &mut scalar);
+            matmul(Isa::SCALAR, &pool, &matrix, x, &mut scalar);
             for (got, want) in scalar.iter().zip(&want) {
                 assert!(
                     (f64::from(*got) - want).abs() < 1e-5 * size,

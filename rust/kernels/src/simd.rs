@@ -45,9 +45,14 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(p: *mut f32, a: Self::F);
 }
 
+/// An instruction set that this CPU has: values come from [`Isa::detect`] and [`Isa::available`] alone, so that whoever
+/// holds one may run what is compiled for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Isa(pub(crate) Set);
+
 /// The instruction sets that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
+pub(crate) enum Set {
     Scalar,
     /// AVX2 + FMA + F16C.
     Avx2,
@@ -58,25 +63,28 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// Plain code, on every CPU.
+    pub const SCALAR: Self = Self(Set::Scalar);
+
     /// The best of this CPU, found once.
     pub fn detect() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Scalar))
+        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::SCALAR))
     }
 
     /// All that this CPU can run, slowest first.
     pub fn available() -> Vec<Self> {
-        let mut all = vec![Self::Scalar];
+        let mut all = vec![Self::SCALAR];
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
             if avx2 {
-                all.push(Self::Avx2);
+                all.push(Self(Set::Avx2));
             }
             if avx2 && is_x86_feature_detected!("avxvnni") {
-                all.push(Self::AvxVnni);
+                all.push(Self(Set::AvxVnni));
             }
             if avx2
                 && is_x86_feature_detected!("avx512f")
@@ -85,7 +93,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vnni")
             {
-                all.push(Self::Avx512);
+                all.push(Self(Set::Avx512));
             }
         }
         all
@@ -93,11 +101,11 @@ impl Isa {
 
     /// Its name, as benchmarks report it.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::AvxVnni => "avxvnni",
-            Self::Avx512 => "avx512vnni",
+        match self.0 {
+            Set::Scalar => "scalar",
+            Set::Avx2 => "avx2",
+            Set::AvxVnni => "avxvnni",
+            Set::Avx512 => "avx512vnni",
         }
     }
 }
@@ -122,13 +130,13 @@ macro_rules! dispatch {
                 unsafe fn avx2<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
                     unsafe { $body::<$crate::avx2::Avx2, $($g,)* $($c)?>($($arg),*) }
                 }
-                // SAFETY: `Isa::available` named this set only after its features were detected.
+                // SAFETY: an `Isa` exists only for sets whose features were detected.
                 unsafe {
-                    match isa {
-                        $crate::simd::Isa::Avx512 => return avx512::<$($g,)* $($c)?>($($arg),*),
-                        $crate::simd::Isa::AvxVnni => return avxvnni::<$($g,)* $($c)?>($($arg),*),
-                        $crate::simd::Isa::Avx2 => return avx2::<$($g,)* $($c)?>($($arg),*),
-                        $crate::simd::Isa::Scalar => {}
+                    match isa.0 {
+                        $crate::simd::Set::Avx512 => return avx512::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Set::AvxVnni => return avxvnni::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Set::Avx2 => return avx2::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Set::Scalar => {}
                     }
                 }
             }
