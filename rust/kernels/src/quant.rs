@@ -6,7 +6,7 @@
 /// How a tensor's numbers are stored. Names and ids are GGUF's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 // The field's own spelling: people compare it with file names and error messages.
-#[allow(non_camel_case_types)]
+#[allow(non_camel_case_types, reason = "the names are the format's")]
 pub enum TensorType {
     F32,
     F16,

@@ -1,0 +1,231 @@
+//! Tests of arch.rs.
+
+use std::collections::HashMap;
+
+use serde_json::json;
+
+use super::*;
+use crate::weights::Value;
+
+fn weights(config: Option<Json>, metadata: HashMap<String, Value>) -> Weights {
+    Weights {
+        path: "model".to_string(),
+        files: Vec::new(),
+        tensors: HashMap::new(),
+        metadata,
+        config,
+        generation_config: None,
+    }
+}
+
+/// A small config with `extra` put over it; null takes a key away.
+fn config(extra: Json) -> Json {
+    let mut config = json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "vocab_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0
+    });
+    for (key, value) in extra.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn read(extra: Json) -> Result<Arch> {
+    Arch::read(&weights(Some(config(extra)), HashMap::new()))
+}
+
+fn gguf(pairs: &[(&str, Value)]) -> Result<Arch> {
+    let mut metadata = HashMap::from([
+        (
+            "general.architecture".to_string(),
+            Value::String("llama".into()),
+        ),
+        (
+            "llama.attention.layer_norm_rms_epsilon".to_string(),
+            Value::Float(1e-5),
+        ),
+    ]);
+    for (key, value) in [
+        ("embedding_length", 64),
+        ("attention.head_count", 4),
+        ("attention.head_count_kv", 2),
+        ("block_count", 3),
+        ("context_length", 256),
+        ("feed_forward_length", 128),
+        ("vocab_size", 512),
+    ] {
+        metadata.insert(format!("llama.{key}"), Value::Int(value));
+    }
+    for (key, value) in pairs {
+        metadata.insert(key.to_string(), value.clone());
+    }
+    Arch::read(&weights(None, metadata))
+}
+
+#[test]
+fn transformers_5_writes_the_same_model_in_other_keys() {
+    let llama3 = json!({"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_type": "llama3"});
+    let mut parameters = llama3.clone();
+    parameters["rope_theta"] = json!(500000.0);
+    assert_eq!(
+        read(json!({"rope_scaling": llama3})).unwrap(),
+        read(json!({"rope_theta": null, "rope_parameters": parameters, "dtype": "bfloat16"}))
+            .unwrap()
+    );
+    let gemma = json!({"model_type": "gemma3_text", "head_dim": 32, "sliding_window": 32,
+        "query_pre_attn_scalar": 24});
+    let (mut old, mut new) = (gemma.clone(), gemma);
+    old["rope_theta"] = json!(1e6);
+    old["rope_local_base_freq"] = json!(1e4);
+    old["rope_scaling"] = json!({"factor": 8.0, "rope_type": "linear"});
+    old["sliding_window_pattern"] = json!(3);
+    new["rope_theta"] = json!(null);
+    new["rope_parameters"] = json!({
+        "full_attention": {"factor": 8.0, "rope_type": "linear", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}});
+    new["layer_types"] = json!([
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention"
+    ]);
+    assert_eq!(read(old).unwrap(), read(new).unwrap());
+    let factors = json!([1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]);
+    let scaling = json!({"type": "longrope", "short_factor": factors, "long_factor": factors});
+    let mut parameters = scaling.clone();
+    parameters["rope_theta"] = json!(500000.0);
+    parameters["original_max_position_embeddings"] = json!(64);
+    let phi = |extra: Json| {
+        let mut all = json!({"model_type": "phi3", "sliding_window": 80});
+        extra
+            .as_object()
+            .unwrap()
+            .iter()
+            .for_each(|(k, v)| all[k] = v.clone());
+        read(all).unwrap()
+    };
+    let old = phi(json!({"original_max_position_embeddings": 64, "rope_scaling": scaling}));
+    assert_eq!(old.original_context, Some(64));
+    assert_eq!(
+        old,
+        phi(json!({"rope_theta": null, "rope_parameters": parameters}))
+    );
+}
+
+#[test]
+fn windows_and_positions_are_each_layers_own() {
+    let windows = |extra| -> Vec<Option<usize>> {
+        read(extra)
+            .unwrap()
+            .layers
+            .iter()
+            .map(|l| l.window)
+            .collect()
+    };
+    assert_eq!(
+        windows(json!({"model_type": "mistral", "sliding_window": 32})),
+        [Some(32); 4]
+    );
+    let qwen = json!({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": false});
+    assert_eq!(windows(qwen), [None; 4]);
+    let late = json!({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": true,
+        "max_window_layers": 3});
+    assert_eq!(windows(late), [None, None, None, Some(32)]);
+    let smollm = read(json!({"model_type": "smollm3"})).unwrap();
+    let ropes: Vec<_> = smollm.layers.iter().map(|l| l.rope).collect();
+    assert_eq!(ropes, [Some(0), Some(0), Some(0), None]);
+}
+
+#[test]
+fn what_is_not_known_is_named() {
+    for (extra, name) in [
+        (json!({"model_type": "llamb"}), "llamb"),
+        (json!({"rope_scaling": {"rope_type": "spiral"}}), "spiral"),
+        (json!({"hidden_act": "relu6"}), "relu6"),
+        (
+            json!({"layer_types": ["chunked_attention"]}),
+            "chunked_attention",
+        ),
+    ] {
+        match read(extra) {
+            Err(Error::Unsupported { name: got, .. }) => assert_eq!(got, name),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn impossible_sizes_are_refused_with_the_number() {
+    for (extra, words) in [
+        (json!({"num_hidden_layers": 1u64 << 60}), "number of layers"),
+        (json!({"num_attention_heads": 0}), "head"),
+        (json!({"num_key_value_heads": 3}), "4 heads do not share 3"),
+        (
+            json!({"hidden_size": -1}),
+            "\"hidden_size\" should be a whole number, got -1",
+        ),
+        (
+            json!({"vocab_size": "many"}),
+            "\"vocab_size\" should be a whole number",
+        ),
+        (
+            json!({"intermediate_size": null}),
+            "no \"intermediate_size\"",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "linear"}}),
+            "rope scaling has no \"factor\"",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}),
+            "must be positive",
+        ),
+        (json!({"head_dim": 1u64 << 50}), "head size"),
+    ] {
+        let error = read(extra.clone()).unwrap_err().to_string();
+        assert!(error.contains(words), "{extra}: {error}");
+    }
+    let error = gguf(&[("llama.block_count", Value::Int(1 << 40))])
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("number of layers"), "{error}");
+    let error = gguf(&[("llama.rope.dimension_count", Value::Int(64))])
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("rotary pairs"), "{error}");
+}
+
+#[test]
+fn gguf_llama_pairs_neighbours_and_transformers_halves() {
+    assert_eq!(gguf(&[]).unwrap().pairing, Pairing::Neighbours);
+    assert_eq!(read(json!({})).unwrap().pairing, Pairing::Halves);
+}
+
+#[test]
+fn llama3_keeps_short_waves_and_stretches_long_ones() {
+    let short = llama3_frequency(1.0, 8192.0, 8.0, 1.0, 4.0);
+    let long = llama3_frequency(1e-5, 8192.0, 8.0, 1.0, 4.0);
+    assert_eq!((short, long), (1.0, 1e-5 / 8.0));
+    let between = llama3_frequency(2.0 * std::f32::consts::PI / 4096.0, 8192.0, 8.0, 1.0, 4.0);
+    assert!(between > 2.0 * std::f32::consts::PI / 4096.0 / 8.0);
+}
+
+#[test]
+fn names_are_those_of_the_file() {
+    let (gguf, hf) = (gguf(&[]).unwrap(), read(json!({})).unwrap());
+    assert_eq!(
+        gguf.tensor_name(Some(3), "attn_q.weight"),
+        "blk.3.attn_q.weight"
+    );
+    assert_eq!(
+        hf.tensor_name(Some(3), "attn_q.bias"),
+        "model.layers.3.self_attn.q_proj.bias"
+    );
+    assert_eq!(hf.tensor_name(None, "output.weight"), "lm_head.weight");
+    assert!(
+        hf.tensor_name(Some(0), "ffn_norm.weight")
+            .ends_with("post_attention_layernorm.weight")
+    );
+}

@@ -1,0 +1,658 @@
+//! Tests of engine.rs.
+
+use super::*;
+use crate::sequence::{Delta, FinishReason};
+use crate::stream::Notifier;
+
+const VOCAB: usize = 64;
+const EOS: u32 = 63;
+/// A prompt with one of these makes the fake panic, or fail.
+const POISON: u32 = 62;
+const BAD: u32 = 61;
+
+/// A decoder whose logits are a hash of all tokens so far, read back from its pages: whoever
+/// writes into another's page, or leaves a position out, changes the text.
+struct Fake {
+    slots: Vec<u32>,
+    logits: Vec<f32>,
+    plan: Plan,
+}
+
+/// What the fakes of a test share with it.
+#[derive(Clone, Default)]
+struct Plan {
+    /// Held by the test to stop the decoder before a step.
+    gate: Arc<Mutex<()>>,
+    built: Arc<AtomicU64>,
+    dropped: Arc<AtomicU64>,
+    /// How many decoders fail to be built.
+    refuse: Arc<AtomicU64>,
+    /// The most rows and outputs a step had.
+    most: Arc<Mutex<(usize, usize)>>,
+}
+
+impl Forward for Fake {
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<&[f32]> {
+        drop(lock(&self.plan.gate));
+        {
+            let mut most = lock(&self.plan.most);
+            *most = (
+                most.0.max(batch.tokens.len()),
+                most.1.max(batch.outputs.len()),
+            );
+        }
+        self.logits.clear();
+        for span in &batch.spans {
+            let pages = &batch.pages[span.first_page..span.first_page + span.pages];
+            let slot = |position: usize| pages[position / PAGE] as usize * PAGE + position % PAGE;
+            for row in span.first_row..span.first_row + span.rows {
+                assert_ne!(batch.tokens[row], POISON, "poison");
+                if batch.tokens[row] == BAD {
+                    return Err(Error::OutOfMemory {
+                        needed: 2,
+                        available: 1,
+                    });
+                }
+                let position = batch.positions[row] as usize;
+                self.slots[slot(position)] = batch.tokens[row];
+                if batch.outputs.contains(&(row as u32)) {
+                    let history = (0..=position).map(|p| self.slots[slot(p)]);
+                    push_logits(history, &mut self.logits);
+                }
+            }
+        }
+        Ok(&self.logits)
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.plan.dropped.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn push_logits(history: impl Iterator<Item = u32>, logits: &mut Vec<f32>) {
+    let mut hash = history.fold(0xCBF2_9CE4_8422_2325u64, |hash, token| {
+        (hash ^ u64::from(token))
+            .wrapping_mul(0x0100_0000_01B3)
+            .rotate_left(17)
+    });
+    for id in 0..VOCAB {
+        hash = hash
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        let logit = (hash >> 40) as f32 / (1 << 22) as f32;
+        logits.push(if id as u32 >= BAD && id as u32 != EOS {
+            -50.0
+        } else {
+            logit
+        });
+    }
+}
+
+struct Letters;
+
+impl Text for Letters {
+    fn push(&mut self, id: u32) -> String {
+        char::from(b'0' + id as u8).to_string()
+    }
+
+    fn finish(&mut self) -> String {
+        String::new()
+    }
+}
+
+fn config(pages: u32) -> EngineConfig {
+    EngineConfig {
+        token_budget: 16,
+        max_sequences: 8,
+        ..EngineConfig::new(VOCAB, 200, pages)
+    }
+}
+
+fn engine_of(config: EngineConfig, plan: &Plan) -> Engine {
+    let (plan, pages) = (plan.clone(), config.pages);
+    let factory: Factory = Arc::new(move || {
+        plan.built.fetch_add(1, Ordering::SeqCst);
+        let refused = plan
+            .refuse
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        if refused.is_ok() {
+            return Err(Error::OutOfMemory {
+                needed: 9,
+                available: 3,
+            });
+        }
+        let slots = vec![0; pages as usize * PAGE];
+        Ok(Box::new(Fake {
+            slots,
+            logits: Vec::new(),
+            plan: plan.clone(),
+        }))
+    });
+    Engine::new(factory, config).unwrap()
+}
+
+fn engine(pages: u32) -> Engine {
+    engine_of(config(pages), &Plan::default())
+}
+
+fn request(ids: Vec<u32>, options: Options) -> Request {
+    Request {
+        ids,
+        options,
+        text: Box::new(Letters),
+        long: false,
+        eos_ids: vec![EOS],
+    }
+}
+
+fn tokens(n: usize) -> Options {
+    Options {
+        max_tokens: Some(n),
+        ignore_eos: true,
+        ..Options::default()
+    }
+}
+
+fn random(state: &mut u64, n: usize) -> usize {
+    *state = state
+        .wrapping_mul(6364136223846793005)
+        .wrapping_add(1442695040888963407);
+    (*state >> 33) as usize % n
+}
+
+/// Requests of every kind: short and long, greedy and sampled, with stops and penalties.
+fn requests(count: usize) -> Vec<(Vec<u32>, Options)> {
+    let mut state = 11;
+    let request = |i| {
+        let ids = (0..1 + random(&mut state, 60))
+            .map(|_| random(&mut state, 60) as u32)
+            .collect();
+        let options = Options {
+            max_tokens: (i % 4 > 0).then_some(1 + random(&mut state, 50)),
+            do_sample: i % 2 == 1,
+            temperature: 0.7,
+            top_k: 20,
+            seed: Some(i as u64),
+            repetition_penalty: if i % 3 == 0 { 1.3 } else { 1.0 },
+            stop: if i % 5 == 0 {
+                vec!["A".into(), "3".into()]
+            } else {
+                vec![]
+            },
+            ignore_eos: i % 7 == 1,
+            logprobs: i % 3 == 1,
+            ..Options::default()
+        };
+        (ids, options)
+    };
+    (0..count).map(request).collect()
+}
+
+/// All of a stream as one delta, times left out.
+fn collect(stream: Stream) -> Result<Delta> {
+    let mut whole = Delta::default();
+    for delta in stream {
+        let delta = delta?;
+        assert_eq!(delta.token_ids.len(), 1);
+        whole.text += &delta.text;
+        whole.token_ids.extend(delta.token_ids);
+        whole.logprobs.extend(delta.logprobs);
+        whole.finish_reason = delta.finish_reason;
+        assert_eq!(delta.usage.is_some(), delta.finish_reason.is_some());
+    }
+    Ok(whole)
+}
+
+fn alone(requests: &[(Vec<u32>, Options)]) -> Vec<Delta> {
+    let engine = engine_of(
+        EngineConfig {
+            token_budget: 512,
+            ..config(64)
+        },
+        &Plan::default(),
+    );
+    let run = |(ids, options): &(Vec<u32>, Options)| {
+        collect(
+            engine
+                .submit(request(ids.clone(), options.clone()))
+                .unwrap(),
+        )
+        .unwrap()
+    };
+    requests.iter().map(run).collect()
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed().as_secs() < 20, "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn assert_nothing_held(engine: &Engine) {
+    wait_until("all pages back", || {
+        let metrics = engine.metrics();
+        (metrics.pages_used, metrics.running, metrics.waiting) == (0, 0, 0)
+    });
+}
+
+#[test]
+fn batched_is_alone_token_for_token_whatever_the_chunks_and_the_cache() {
+    let requests = requests(24);
+    let alone = alone(&requests);
+    assert!(
+        alone
+            .iter()
+            .any(|d| d.finish_reason == Some(FinishReason::Stop))
+    );
+    assert!(
+        alone
+            .iter()
+            .any(|d| d.finish_reason == Some(FinishReason::Length))
+    );
+    for (pages, token_budget) in [(200, 512), (200, 16), (40, 9), (13, 33), (13, 8)] {
+        let plan = Plan::default();
+        let config = EngineConfig {
+            token_budget,
+            ..config(pages)
+        };
+        let engine = engine_of(config.clone(), &plan);
+        let gate = lock(&plan.gate);
+        let streams: Vec<Stream> = requests
+            .iter()
+            .map(|(ids, options)| {
+                engine
+                    .submit(request(ids.clone(), options.clone()))
+                    .unwrap()
+            })
+            .collect();
+        drop(gate);
+        for (i, (stream, alone)) in streams.into_iter().zip(&alone).enumerate() {
+            assert_eq!(&collect(stream).unwrap(), alone, "request {i}, {config:?}");
+        }
+        assert_nothing_held(&engine);
+        let (rows, outputs) = *lock(&plan.most);
+        assert!(rows <= token_budget && outputs <= config.max_sequences.max(LOGIT_ROWS));
+        assert!(outputs > 1, "nothing ran together");
+        assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
+    }
+}
+
+#[test]
+fn requests_that_leave_give_all_pages_back_and_disturb_nobody() {
+    let requests = requests(40);
+    let alone = alone(&requests);
+    let mut state = 5;
+    for _ in 0..10 {
+        let token_budget = 8 + random(&mut state, 60);
+        let engine = engine_of(
+            EngineConfig {
+                token_budget,
+                ..config(20)
+            },
+            &Plan::default(),
+        );
+        let mut kept = Vec::new();
+        for (i, (ids, options)) in requests.iter().enumerate() {
+            let mut stream = engine
+                .submit(request(ids.clone(), options.clone()))
+                .unwrap();
+            match random(&mut state, 4) {
+                0 => drop(stream),
+                1 => stream.cancel(),
+                2 => drop(stream.next()),
+                _ => kept.push((i, stream)),
+            }
+        }
+        for (i, stream) in kept {
+            assert_eq!(collect(stream).unwrap(), alone[i]);
+        }
+        assert_nothing_held(&engine);
+    }
+}
+
+#[test]
+fn a_panic_ends_the_requests_of_its_step_and_the_engine_lives_on() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let requests = requests(1);
+    let alone = alone(&requests);
+    let gate = lock(&plan.gate);
+    let before = engine.submit(request(vec![1], tokens(1))).unwrap();
+    wait_until("the first step", || engine.metrics().steps == 1);
+    let poisoned = engine.submit(request(vec![1, POISON], tokens(5))).unwrap();
+    // 20 tokens do not fit beside it into the step, so this one is spared but for its start.
+    let beside = engine.submit(request(vec![3; 30], tokens(5))).unwrap();
+    let spared = engine
+        .submit(request(requests[0].0.clone(), requests[0].1.clone()))
+        .unwrap();
+    drop(gate);
+    assert!(collect(before).is_ok());
+    for hit in [poisoned, beside] {
+        let error = collect(hit).unwrap_err();
+        assert!(
+            matches!(&error, Error::Internal(text) if text.contains("poison")),
+            "{error}"
+        );
+    }
+    assert_eq!(collect(spared).unwrap(), alone[0]);
+    assert_eq!(plan.built.load(Ordering::SeqCst), 2);
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn who_decodes_beside_a_panic_fails_and_who_waits_for_its_prompt_runs_again() {
+    let engine = engine(100);
+    assert!(engine.logits(vec![POISON], true, false).is_err());
+    let fine = engine.submit(request(vec![1, 2], tokens(3))).unwrap();
+    assert_eq!(collect(fine).unwrap().token_ids.len(), 3);
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn a_failed_step_reaches_its_requests_at_once() {
+    let engine = engine(100);
+    let start = Instant::now();
+    let error = collect(engine.submit(request(vec![1, BAD], tokens(5))).unwrap()).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::OutOfMemory {
+            needed: 2,
+            available: 1
+        }
+    ));
+    assert!(start.elapsed().as_secs() < 2);
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn a_decoder_that_cannot_be_made_fails_the_requests_and_is_tried_again() {
+    let plan = Plan::default();
+    plan.refuse.store(1, Ordering::SeqCst);
+    let engine = engine_of(config(100), &plan);
+    let error = collect(engine.submit(request(vec![1], tokens(2))).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { needed: 9, .. }));
+    assert!(collect(engine.submit(request(vec![1], tokens(2))).unwrap()).is_ok());
+}
+
+#[test]
+fn closing_ends_what_runs_and_what_waits_and_the_thread() {
+    let plan = Plan::default();
+    let engine = engine_of(
+        EngineConfig {
+            max_sequences: 1,
+            ..config(100)
+        },
+        &plan,
+    );
+    let mut running = engine
+        .submit(request(
+            vec![1],
+            Options {
+                ignore_eos: true,
+                ..Options::default()
+            },
+        ))
+        .unwrap();
+    assert!(running.next().unwrap().is_ok());
+    let waiting = engine.submit(request(vec![2], tokens(5))).unwrap();
+    engine.close();
+    assert_eq!(plan.dropped.load(Ordering::SeqCst), 1);
+    let last = running.last();
+    assert!(matches!(
+        last,
+        Some(Err(Error::Closed))
+            | Some(Ok(Delta {
+                finish_reason: Some(_),
+                ..
+            }))
+    ));
+    assert!(matches!(collect(waiting), Err(Error::Closed) | Ok(_)));
+    assert!(matches!(
+        engine.submit(request(vec![1], tokens(1))),
+        Err(Error::Closed)
+    ));
+    assert!(matches!(
+        engine.logits(vec![1], true, false),
+        Err(Error::Closed)
+    ));
+    engine.close();
+}
+
+#[test]
+fn a_dropped_engine_leaves_no_thread() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let stream = engine.submit(request(vec![1], tokens(150))).unwrap();
+    wait_until("a decoder", || plan.built.load(Ordering::SeqCst) == 1);
+    drop(engine);
+    assert_eq!(plan.dropped.load(Ordering::SeqCst), 1);
+    assert!(matches!(collect(stream), Err(Error::Closed) | Ok(_)));
+}
+
+#[test]
+fn an_engine_without_work_sleeps() {
+    let engine = engine(100);
+    collect(engine.submit(request(vec![1], tokens(3))).unwrap()).unwrap();
+    assert_nothing_held(&engine);
+    let steps = engine.metrics().steps;
+    std::thread::sleep(Duration::from_millis(30));
+    assert_eq!(engine.metrics().steps, steps);
+    assert_eq!(steps, 3);
+}
+
+#[test]
+fn a_full_queue_refuses() {
+    let plan = Plan::default();
+    let config = EngineConfig {
+        queue_limit: 2,
+        max_sequences: 1,
+        ..config(100)
+    };
+    let engine = engine_of(config, &plan);
+    let gate = lock(&plan.gate);
+    let mut streams = vec![engine.submit(request(vec![1], tokens(1))).unwrap()];
+    wait_until("the first step", || engine.metrics().steps == 1);
+    streams.push(engine.submit(request(vec![1], tokens(1))).unwrap());
+    streams.push(engine.submit(request(vec![1], tokens(1))).unwrap());
+    let refused = engine.submit(request(vec![1], tokens(1)));
+    assert!(matches!(
+        refused,
+        Err(Error::Overloaded {
+            waiting: 2,
+            limit: 2
+        })
+    ));
+    drop(gate);
+    streams
+        .into_iter()
+        .for_each(|stream| drop(collect(stream).unwrap()));
+}
+
+#[test]
+fn a_request_ends_with_its_timeout_running_or_waiting() {
+    let plan = Plan::default();
+    let engine = engine_of(
+        EngineConfig {
+            max_sequences: 1,
+            ..config(100)
+        },
+        &plan,
+    );
+    let gate = lock(&plan.gate);
+    let late = Options {
+        timeout: Some(Duration::from_millis(5)),
+        ..tokens(100)
+    };
+    let running = engine.submit(request(vec![1], late.clone())).unwrap();
+    let waiting = engine.submit(request(vec![2], late)).unwrap();
+    std::thread::sleep(Duration::from_millis(10));
+    drop(gate);
+    for stream in [running, waiting] {
+        assert!(matches!(collect(stream), Err(Error::Timeout { .. })));
+    }
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn requests_no_engine_could_run_are_refused_at_submit() {
+    let engine = engine(4);
+    let refused = |ids: Vec<u32>, options| {
+        engine
+            .submit(request(ids, options))
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        refused(vec![], tokens(1)),
+        "prompt must have at least 1 token, got 0"
+    );
+    assert_eq!(
+        refused(vec![1, 64], tokens(1)),
+        "a prompt's token ids must be below the vocabulary's size 64, got 64"
+    );
+    assert_eq!(
+        refused(vec![1; 64], tokens(1)),
+        "prompt has 64 tokens, the context holds 64"
+    );
+    let biased = Options {
+        logit_bias: vec![(99, 1.0)],
+        ..tokens(1)
+    };
+    assert!(refused(vec![1], biased).starts_with("logit_bias must be below"));
+    assert_eq!(engine.metrics().requests, 0);
+    assert!(matches!(
+        engine.logits(vec![], true, false),
+        Err(Error::InvalidRequest(_))
+    ));
+    assert!(engine.logits(vec![1; 65], true, false).is_err());
+}
+
+#[test]
+fn sizes_that_cannot_work_are_refused() {
+    let factory: Factory = Arc::new(|| Err(Error::Closed));
+    for config in [
+        EngineConfig {
+            pages: 0,
+            ..config(1)
+        },
+        EngineConfig {
+            max_sequences: 0,
+            ..config(1)
+        },
+        EngineConfig {
+            token_budget: 7,
+            max_sequences: 8,
+            ..config(1)
+        },
+        EngineConfig {
+            context_size: 1,
+            ..config(1)
+        },
+    ] {
+        assert!(matches!(
+            Engine::new(factory.clone(), config),
+            Err(Error::InvalidRequest(_))
+        ));
+    }
+}
+
+#[test]
+fn a_decoder_of_another_vocabulary_is_refused() {
+    let engine = engine_of(
+        EngineConfig {
+            vocab_size: 65,
+            ..config(4)
+        },
+        &Plan::default(),
+    );
+    let error = collect(engine.submit(request(vec![1], tokens(1))).unwrap()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "internal error: the decoder must have 65 logits per row, it has 64"
+    );
+}
+
+#[test]
+fn logits_in_chunks_are_the_logits_of_the_whole() {
+    let engine = engine(100);
+    let ids: Vec<u32> = (0..50).map(|i| i * 7 % 60).collect();
+    let mut want = Vec::new();
+    (1..=ids.len()).for_each(|n| push_logits(ids[..n].iter().copied(), &mut want));
+    let busy = engine.submit(request(vec![1, 2], tokens(40))).unwrap();
+    assert_eq!(engine.logits(ids.clone(), false, false).unwrap(), want);
+    assert_eq!(engine.logits(ids, true, false).unwrap(), want[49 * VOCAB..]);
+    collect(busy).unwrap();
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn usage_counts_tokens_and_time() {
+    let engine = engine(100);
+    let stream = engine.submit(request(vec![1, 2, 3], tokens(4))).unwrap();
+    let usage = stream.last().unwrap().unwrap().usage.unwrap();
+    assert_eq!((usage.prompt_tokens, usage.completion_tokens), (3, 4));
+    assert!(usage.time_to_first_token <= usage.total_time);
+    let metrics = engine.metrics();
+    assert_eq!(
+        (
+            metrics.requests,
+            metrics.prompt_tokens,
+            metrics.completion_tokens
+        ),
+        (1, 3, 4)
+    );
+}
+
+#[test]
+fn a_fork_gets_a_thread_of_its_own_and_lets_the_parents_be() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    collect(engine.submit(request(vec![1], tokens(2))).unwrap()).unwrap();
+    let here = std::process::id();
+    // Held for ever, as by a thread that a fork left behind.
+    let held = lock(&engine.generation(here).worker);
+    let child = engine.generation(here + 1);
+    assert!(child.process == here + 1 && lock(&child.worker).is_none());
+    assert!(std::ptr::eq(child, engine.generation(here + 1)));
+    drop(held);
+}
+
+#[test]
+fn an_event_loop_serves_many_streams_without_a_thread_each() {
+    let engine = engine(100);
+    let notifier = Arc::new(Notifier::new().unwrap());
+    let requests = requests(8);
+    let alone = alone(&requests);
+    let streams: Vec<Stream> = requests
+        .iter()
+        .map(|(ids, options)| {
+            engine
+                .submit(request(ids.clone(), options.clone()))
+                .unwrap()
+        })
+        .collect();
+    streams
+        .iter()
+        .enumerate()
+        .for_each(|(i, stream)| stream.subscribe(&notifier, i as u64));
+    let mut texts = vec![String::new(); streams.len()];
+    let start = Instant::now();
+    while !streams.iter().all(Stream::ended) {
+        assert!(start.elapsed().as_secs() < 20);
+        for i in notifier.drain() {
+            while let Some(delta) = streams[i as usize].try_recv().unwrap() {
+                texts[i as usize] += &delta.text;
+            }
+        }
+    }
+    let wanted: Vec<&String> = alone.iter().map(|delta| &delta.text).collect();
+    assert_eq!(texts.iter().collect::<Vec<_>>(), wanted);
+}
