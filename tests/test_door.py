@@ -397,3 +397,12 @@ def test_dequantize_refuses_other_arrays() -> None:
     with pytest.raises(errors.UnsupportedModelError, match="Q9"):
         _core.dequantize("Q9", np.zeros((1, 18), np.uint8))
     assert _core.dequantize("Q4_0", np.zeros((0, 18), np.uint8)).shape == (0, 32)
+
+
+def test_lists_that_hold_one_another_many_times_are_refused_not_copied_out() -> None:
+    nested: list[object] = ["x"]
+    for _ in range(60):
+        nested = [nested, nested]
+    template = _core.ChatTemplate("{{ bomb | length }}")
+    with pytest.raises(errors.InvalidRequestError, match="variables must hold at most"):
+        template.render(MESSAGES, bomb=nested)

@@ -1,5 +1,6 @@
 //! Python values to the engine's and back. What has no counterpart is refused by name.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -19,6 +20,11 @@ use crate::error::invalid;
 /// Deeper nesting is refused: it is a cycle, or an attack.
 const MAX_DEPTH: usize = 100;
 
+/// More than this in one argument is refused: lists that hold one another many times grow without bound as they are
+/// copied. Text counts by its bytes, every value `VALUE_BYTES` beside.
+const MAX_BYTES: usize = 1 << 26;
+const VALUE_BYTES: usize = 16;
+
 /// Where a value stands, for errors: prints as `messages[0].content`. Costs nothing until then.
 #[derive(Clone, Copy)]
 pub struct Place<'a> {
@@ -27,6 +33,8 @@ pub struct Place<'a> {
     depth: usize,
     /// Integers beyond 64 bits pass, in the form that templates read.
     big_integers: bool,
+    /// What is left of `MAX_BYTES`, where it is counted.
+    left: Option<&'a Cell<usize>>,
 }
 
 #[derive(Clone, Copy)]
@@ -44,6 +52,7 @@ impl<'a> Place<'a> {
             step: Step::Root(name),
             depth: 0,
             big_integers: false,
+            left: None,
         }
     }
 
@@ -53,6 +62,29 @@ impl<'a> Place<'a> {
             big_integers: true,
             ..Self::request(name)
         }
+    }
+
+    /// Count a value; an error once there are too many.
+    fn spend(&self, object: &Bound<'_, PyAny>, bytes: usize) -> PyResult<()> {
+        let Some(cell) = self.left else { return Ok(()) };
+        match cell.get().checked_sub(bytes) {
+            Some(left) => {
+                cell.set(left);
+                Ok(())
+            }
+            None => Err(invalid(
+                object.py(),
+                format!(
+                    "{} must hold at most {MAX_BYTES} bytes, got more",
+                    self.top()
+                ),
+            )),
+        }
+    }
+
+    /// The argument that the value is in.
+    fn top(&self) -> &Place<'a> {
+        self.above.map_or(self, Place::top)
     }
 
     fn down(&'a self, step: Step<'a>) -> Self {
@@ -80,6 +112,11 @@ impl fmt::Display for Place<'_> {
 
 /// A mapping with string keys as a serde object. Integer keys become text, as in JSON.
 pub fn to_object(object: &Bound<'_, PyAny>, place: Place<'_>) -> PyResult<Map<String, Value>> {
+    let left = Cell::new(MAX_BYTES);
+    let place = Place {
+        left: Some(&left),
+        ..place
+    };
     match object.cast::<PyMapping>() {
         Ok(map) => to_map(map, &place),
         Err(_) => Err(refused(object, &place, "a mapping")),
@@ -89,6 +126,11 @@ pub fn to_object(object: &Bound<'_, PyAny>, place: Place<'_>) -> PyResult<Map<St
 /// A JSON-like Python value (None, bool, int, float, str, sequences, mappings) as a serde one.
 /// Tuples become lists.
 pub fn to_value(object: &Bound<'_, PyAny>, place: Place<'_>) -> PyResult<Value> {
+    let left = Cell::new(MAX_BYTES);
+    let place = Place {
+        left: Some(&left),
+        ..place
+    };
     value_at(object, &place)
 }
 
@@ -114,7 +156,9 @@ fn value_at(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
     if place.depth > MAX_DEPTH {
         return Err(too_deep(object, place));
     }
+    place.spend(object, VALUE_BYTES)?;
     if let Ok(text) = object.cast::<PyString>() {
+        place.spend(object, text.len()?)?;
         to_text(text, place).map(Value::String)
     } else if object.is_none() {
         Ok(Value::Null)
@@ -215,10 +259,7 @@ fn to_text(text: &Bound<'_, PyString>, place: &Place<'_>) -> PyResult<String> {
 }
 
 fn too_deep(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyErr {
-    let mut top = place;
-    while let Some(above) = top.above {
-        top = above;
-    }
+    let top = place.top();
     invalid(
         object.py(),
         format!("{top} must be nested at most {MAX_DEPTH} deep, got more"),
