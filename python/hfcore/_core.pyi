@@ -212,8 +212,20 @@ class Delta:
     """What a request has produced since the delta before it. A value: it never changes."""
 
     @property
+    def index(self) -> int:
+        """Which of the request's `n` completions, from 0."""
+
+    @property
     def text(self) -> str:
         """The new text; whole characters, never a part of a stop string."""
+
+    @property
+    def reasoning(self) -> str:
+        """New text of the model's thoughts, which `text` does not have."""
+
+    @property
+    def tool_calls(self) -> list[tuple[int, str | None, str | None, str]]:
+        """What it adds to tool calls: (index, id, name, arguments); id and name once a call."""
 
     @property
     def token_ids(self) -> list[int]: ...
@@ -222,8 +234,12 @@ class Delta:
         """One for each token, when the request asked for them."""
 
     @property
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Of the prompt's tokens from the second on; in the first delta, when asked for."""
+
+    @property
     def finish_reason(self) -> str | None:
-        """`"stop"` or `"length"` in the last delta, None before."""
+        """`"stop"`, `"length"` or `"tool_calls"` in the last delta, None before."""
 
     @property
     def usage(self) -> Usage | None:

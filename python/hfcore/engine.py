@@ -64,11 +64,26 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool; in a delta, a piece of one.
+
+    `index`: which of the turn's calls. `id` and `name` come with its first piece. `arguments` is
+    text: all pieces together are a JSON object.
+    """
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What one decoded token adds. The last one alone has `finish_reason` and `usage`.
 
     `text` may be empty: a character may take several tokens, and text that might begin a stop
-    string is held back until it is known not to.
+    string is held back until it is known not to. `reasoning` is text of the model's thoughts,
+    `tool_calls` pieces of calls, `index` tells several completions of a request apart.
     """
 
     text: str = ""
@@ -76,17 +91,28 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    index: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `finish_reason`: "stop" (end token or stop string) or "length"."""
+    """A whole answer.
+
+    `finish_reason`: "stop" (it ended by itself, or at a stop string), "tool_calls" (the same, with
+    calls in it) or "length".
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: str | None
     usage: Usage | None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 def total(deltas: Sequence[Delta]) -> Completion:
@@ -103,7 +129,23 @@ def total(deltas: Sequence[Delta]) -> Completion:
         logprobs=tuple(logprobs) if any(d.logprobs is not None for d in deltas) else None,
         finish_reason=last.finish_reason,
         usage=last.usage,
+        reasoning="".join(d.reasoning for d in deltas),
+        tool_calls=_calls(deltas),
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs), None),
     )
+
+
+def _calls(deltas: Sequence[Delta]) -> tuple[ToolCall, ...]:
+    """The calls whose pieces these deltas hold."""
+    calls: dict[int, ToolCall] = {}
+    for piece in (piece for delta in deltas for piece in delta.tool_calls):
+        begun = calls.get(piece.index)
+        calls[piece.index] = (
+            piece
+            if begun is None
+            else ToolCall(begun.index, begun.id, begun.name, begun.arguments + piece.arguments)
+        )
+    return tuple(calls[index] for index in sorted(calls))
 
 
 class Stream(Iterator[Delta]):
@@ -512,6 +554,10 @@ def _delta(delta: _core.Delta) -> Delta:
             usage.time_to_first_token,
             usage.total_time,
         ),
+        delta.reasoning,
+        tuple(ToolCall(*call) for call in delta.tool_calls),
+        delta.index,
+        None if delta.prompt_logprobs is None else tuple(map(_logprob, delta.prompt_logprobs)),
     )
 
 

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Result;
 use crate::options::Options;
+use crate::response::CallDelta;
 use crate::sampling::{Sampled, Sampler};
 use crate::stop::StopBuffer;
 
@@ -22,6 +23,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens`, or the end of the context.
     Length,
+    /// It ended by itself, after calling tools.
+    ToolCalls,
 }
 
 impl FinishReason {
@@ -30,6 +33,7 @@ impl FinishReason {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
         }
     }
 }
@@ -58,12 +62,20 @@ pub struct TokenLogprob {
 /// What one decoded token brought. The last one of a request carries its finish reason and usage.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Delta {
+    /// Which of the request's `n` completions, from 0.
+    pub index: usize,
     /// New text; empty while a character or a possible stop string is incomplete.
     pub text: String,
+    /// New text of the model's thoughts, which `text` does not have.
+    pub reasoning: String,
+    /// What it adds to tool calls.
+    pub tool_calls: Vec<CallDelta>,
     /// The tokens decoded, an end token included.
     pub token_ids: Vec<u32>,
     /// One per token when `logprobs` is on, else empty.
     pub logprobs: Vec<TokenLogprob>,
+    /// Of the prompt's tokens from the second on, in a request's first delta, when asked for.
+    pub prompt_logprobs: Option<Vec<TokenLogprob>>,
     pub finish_reason: Option<FinishReason>,
     pub usage: Option<Usage>,
 }
@@ -202,6 +214,7 @@ impl Sequence {
                 .collect(),
             usage: finish_reason.map(|_| self.usage()),
             finish_reason,
+            ..Delta::default()
         }
     }
 

@@ -93,24 +93,38 @@ impl Usage {
 #[pyclass(frozen, eq, get_all, skip_from_py_object, module = "hfcore._core")]
 #[derive(Clone, PartialEq)]
 pub struct Delta {
+    index: usize,
     text: String,
+    reasoning: String,
+    /// (index, id, name, arguments) each.
+    tool_calls: Vec<(usize, Option<String>, Option<String>, String)>,
     token_ids: Vec<u32>,
     logprobs: Option<Vec<TokenLogprob>>,
+    prompt_logprobs: Option<Vec<TokenLogprob>>,
     finish_reason: Option<&'static str>,
     usage: Option<Usage>,
 }
 
 impl Delta {
     pub fn new(tokenizer: &Tokenizer, from: sequence::Delta) -> Self {
-        let logprobs = from
-            .logprobs
-            .into_iter()
-            .map(|one| TokenLogprob::new(tokenizer, one));
-        let logprobs: Vec<_> = logprobs.collect();
+        let of = |logprobs: Vec<sequence::TokenLogprob>| -> Vec<_> {
+            let logprobs = logprobs.into_iter();
+            logprobs
+                .map(|one| TokenLogprob::new(tokenizer, one))
+                .collect()
+        };
+        let logprobs = of(from.logprobs);
+        let calls = from.tool_calls.into_iter();
         Self {
+            index: from.index,
             text: from.text,
+            reasoning: from.reasoning,
+            tool_calls: calls
+                .map(|call| (call.index, call.id, call.name, call.arguments))
+                .collect(),
             token_ids: from.token_ids,
             logprobs: (!logprobs.is_empty()).then_some(logprobs),
+            prompt_logprobs: from.prompt_logprobs.map(of),
             finish_reason: from.finish_reason.map(sequence::FinishReason::as_str),
             usage: from.usage.map(Usage::from),
         }
