@@ -20,6 +20,7 @@ pub mod cpu;
 pub mod candle;
 pub mod decoder;
 pub mod sampling;
+pub mod constraint;
 pub mod response;
 pub mod stop;
 pub mod sequence;
