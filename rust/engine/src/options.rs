@@ -159,6 +159,8 @@ pub struct Options {
     pub stop_token_ids: Vec<u32>,
     /// The model's end tokens do not end the text (`stop_token_ids` still do).
     pub ignore_eos: bool,
+    /// Report each token's log probability in the distribution it was drawn from, before top_k,
+    /// top_p, min_p and typical_p cut.
     pub logprobs: bool,
     /// Alternatives reported with each token, 0..=20.
     pub top_logprobs: usize,

@@ -50,7 +50,8 @@ pub struct Usage {
     pub total_time: Duration,
 }
 
-/// A token's log probability under the model's own distribution, and its likeliest rivals.
+/// A token's log probability, and its likeliest rivals'. Of a generated token: in the distribution
+/// it was drawn from, see [`Sampled::logprob`]. Of a prompt's: in the model's own.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprob {
     pub token: u32,
@@ -185,7 +186,7 @@ impl Sequence {
         let early = self.completion_tokens() < self.min_tokens;
         let sampled = self
             .sampler
-            .sample(logits, if early { &self.ends } else { &[] })?;
+            .sample(logits, None, if early { &self.ends } else { &[] })?;
         Ok(self.push(sampled))
     }
 
