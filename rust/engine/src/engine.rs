@@ -27,7 +27,7 @@ pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Forward>> + Send + Sync>;
 /// The sizes of an engine.
 ///
 /// A step never has more than `token_budget` rows, nor asks for the logits of more than
-/// `max_sequences` of them, or of `LOGIT_ROWS` where all are wanted.
+/// `max_sequences` of them and, where all of a prompt's are wanted, of `LOGIT_ROWS` more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Logits per row, as the decoder has them.
@@ -590,16 +590,27 @@ impl Core {
         }
     }
 
+    /// What there is to run. Prompts whose logits are all wanted share `LOGIT_ROWS` of a step; those
+    /// for which none is left wait.
     fn jobs(&self) -> Vec<Job> {
-        let prompt_left = |sequence: &Sequence| match sequence.decoding() {
-            true => 0,
-            false => sequence.pending(),
+        let mut logit_rows = LOGIT_ROWS;
+        let job = |task: &Task| {
+            let sequence = &task.sequence;
+            let mut prompt_left = match sequence.decoding() {
+                true => 0,
+                false => sequence.pending(),
+            };
+            if sequence.wants_all_logits() {
+                prompt_left = prompt_left.min(logit_rows);
+                logit_rows -= prompt_left;
+                if prompt_left == 0 {
+                    return None;
+                }
+            }
+            let id = task.id;
+            Some(Job { id, prompt_left })
         };
-        let job = |task: &Task| Job {
-            id: task.id,
-            prompt_left: prompt_left(&task.sequence),
-        };
-        self.running.iter().map(job).collect()
+        self.running.iter().filter_map(job).collect()
     }
 
     /// Run the model over the planned tokens, and take each sequence on that reached its end.
@@ -615,9 +626,9 @@ impl Core {
             };
             let (ids, start) = task.sequence.next(tokens);
             self.batch.push(ids, start, &task.table, task.long);
-            if tokens == task.sequence.pending() {
-                self.batch.outputs.push(self.batch.tokens.len() as u32 - 1);
-            }
+            let end = self.batch.tokens.len() as u32;
+            let wanted = task.sequence.rows_wanted(tokens) as u32;
+            self.batch.outputs.extend(end - wanted..end);
         }
         self.counters.steps.fetch_add(1, Ordering::Relaxed);
         let logits = forward.forward(&self.batch)?;
@@ -627,12 +638,12 @@ impl Core {
             let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
                 continue;
             };
+            let wanted = task.sequence.rows_wanted(tokens);
             task.sequence.ran(tokens);
-            if task.sequence.pending() > 0 {
-                continue;
-            }
-            if let Some(row) = rows.next() {
-                let delta = task.sequence.advance(row);
+            for row in rows.by_ref().take(wanted) {
+                let Some(delta) = task.sequence.take(row).transpose() else {
+                    continue;
+                };
                 self.counters
                     .completion_tokens
                     .fetch_add(1, Ordering::Relaxed);

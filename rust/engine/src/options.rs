@@ -29,6 +29,7 @@ pub const OPTION_NAMES: &[&str] = &[
     "n",
     "logprobs",
     "top_logprobs",
+    "prompt_logprobs",
     "skip_special_tokens",
     "add_special_tokens",
     "timeout",
@@ -164,6 +165,9 @@ pub struct Options {
     pub logprobs: bool,
     /// Alternatives reported with each token, 0..=20.
     pub top_logprobs: usize,
+    /// Report the log probabilities of the prompt's tokens from the second on, in the model's own
+    /// distribution, with `top_logprobs` alternatives each.
+    pub prompt_logprobs: bool,
     pub skip_special_tokens: bool,
     /// Of a text prompt only; none = true there. A chat template writes its own.
     pub add_special_tokens: Option<bool>,
@@ -191,6 +195,7 @@ impl Default for Options {
             ignore_eos: false,
             logprobs: false,
             top_logprobs: 0,
+            prompt_logprobs: false,
             skip_special_tokens: true,
             add_special_tokens: None,
             timeout: None,
@@ -238,6 +243,7 @@ impl Options {
             ignore_eos: fields.flag("ignore_eos")?.unwrap_or(false),
             logprobs,
             top_logprobs,
+            prompt_logprobs: fields.flag("prompt_logprobs")?.unwrap_or(false),
             skip_special_tokens: fields.flag("skip_special_tokens")?.unwrap_or(true),
             add_special_tokens: fields.flag("add_special_tokens")?,
             timeout: fields
@@ -624,7 +630,7 @@ mod tests {
             "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.1,
             "frequency_penalty": -1.5, "presence_penalty": 2, "logit_bias": {"5": -100, "6": 1.5},
             "seed": u64::MAX, "stop": ["a", "bc"], "stop_token_ids": [3], "ignore_eos": true,
-            "n": 1, "logprobs": true, "top_logprobs": 4, "skip_special_tokens": false,
+            "n": 1, "logprobs": true, "top_logprobs": 4, "prompt_logprobs": true, "skip_special_tokens": false,
             "add_special_tokens": false, "timeout": 1.5,
         });
         assert_eq!(all.as_object().unwrap().len(), OPTION_NAMES.len());
@@ -647,6 +653,7 @@ mod tests {
             ignore_eos: true,
             logprobs: true,
             top_logprobs: 4,
+            prompt_logprobs: true,
             skip_special_tokens: false,
             add_special_tokens: Some(false),
             timeout: Some(Duration::from_millis(1500)),
@@ -758,6 +765,10 @@ mod tests {
             (
                 json!({"top_logprobs": 2, "logprobs": false}),
                 "top_logprobs 2 needs logprobs true",
+            ),
+            (
+                json!({"prompt_logprobs": 1}),
+                "prompt_logprobs must be true or false, got 1",
             ),
             (
                 json!({"logprobs": 5}),

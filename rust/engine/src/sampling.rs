@@ -126,12 +126,7 @@ impl Sampler {
             rules.apply(&mut self.row, &self.seen, banned);
         }
         let row = if plain { logits } else { &self.row };
-        let best = greatest(row);
-        if best == f32::NEG_INFINITY {
-            return Err(Error::Internal(
-                "no token is possible: no finite logit is left".into(),
-            ));
-        }
+        let best = possible(greatest(row))?;
         let token = if rules.greedy || best == f32::INFINITY {
             first_of(row, best)
         } else {
@@ -157,6 +152,18 @@ impl Sampler {
             scores,
             candidates,
         ))
+    }
+
+    /// A prompt's token with its log probability and the likeliest tokens' in the model's own
+    /// distribution, softmax of `logits`, `[vocab_size]`.
+    ///
+    /// # Errors
+    /// `Internal` when every logit is NaN or minus infinity.
+    pub fn judge(&mut self, logits: &[f32], token: u32) -> Result<Sampled> {
+        let best = possible(greatest(logits))?;
+        let (scores, candidates) = (&mut self.scores, &mut self.candidates);
+        let k = self.rules.top_logprobs;
+        Ok(judge(logits, best, 1.0, token, k, scores, candidates))
     }
 
     /// The token is now part of the output.
@@ -344,6 +351,15 @@ fn greatest(row: &[f32]) -> f32 {
         .iter()
         .chain(rest)
         .fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
+}
+
+fn possible(best: f32) -> Result<f32> {
+    match best > f32::NEG_INFINITY {
+        true => Ok(best),
+        false => Err(Error::Internal(
+            "no token is possible: no finite logit is left".into(),
+        )),
+    }
 }
 
 fn first_of(row: &[f32], value: f32) -> u32 {

@@ -594,6 +594,50 @@ fn logits_in_chunks_are_the_logits_of_the_whole() {
 }
 
 #[test]
+fn a_prompts_logprobs_in_chunks_and_beside_others_are_those_of_its_logits() {
+    let asked = |top_logprobs| Options {
+        prompt_logprobs: true,
+        top_logprobs,
+        logit_bias: vec![(1, 50.0)],
+        ..tokens(30)
+    };
+    let prompts: Vec<Vec<u32>> = (0..6)
+        .map(|p| (0..20 * p + 1).map(|i| (i * 7 + p) % 60).collect())
+        .collect();
+    for (pages, token_budget) in [(200, 512), (200, 9), (13, 64), (13, 8)] {
+        let plan = Plan::default();
+        let config = EngineConfig {
+            token_budget,
+            ..config(pages)
+        };
+        let engine = engine_of(config.clone(), &plan);
+        let gate = lock(&plan.gate);
+        let submit = |(i, ids): (usize, &Vec<u32>)| {
+            engine.submit(request(ids.clone(), asked(i % 3))).unwrap()
+        };
+        let streams: Vec<Stream> = prompts.iter().enumerate().map(submit).collect();
+        drop(gate);
+        for (i, (mut stream, ids)) in streams.into_iter().zip(&prompts).enumerate() {
+            let first = stream.next().unwrap().unwrap();
+            assert!(stream.all(|delta| delta.unwrap().prompt_logprobs.is_none()));
+            let judged = first.prompt_logprobs.unwrap();
+            assert_eq!(judged.len(), ids.len() - 1);
+            for (n, judged) in judged.iter().enumerate() {
+                let mut logits = Vec::new();
+                push_logits(ids[..=n].iter().copied(), &mut logits);
+                let total: f32 = logits.iter().map(|x| x.exp()).sum();
+                assert_eq!((judged.token, judged.top.len()), (ids[n + 1], i % 3));
+                let want = logits[ids[n + 1] as usize] - total.ln();
+                assert!((judged.logprob - want).abs() < 1e-4, "{n} of {config:?}");
+            }
+        }
+        assert_nothing_held(&engine);
+        assert!(lock(&plan.most).1 <= config.max_sequences + LOGIT_ROWS);
+        assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
+    }
+}
+
+#[test]
 fn usage_counts_tokens_and_time() {
     let engine = engine(100);
     let stream = engine.submit(request(vec![1, 2, 3], tokens(4))).unwrap();
