@@ -60,7 +60,7 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// What one decoded token brought. The last one of a request carries its finish reason and usage.
+/// What one decoded token brought. A completion's last carries its finish reason and usage.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Delta {
     /// Which of the request's `n` completions, from 0.
