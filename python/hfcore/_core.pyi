@@ -173,7 +173,11 @@ class Tokenizer:
 
 @final
 class TokenLogprob:
-    """A generated token with its log probability (natural logarithm) before sampling options."""
+    """A token with its natural log probability in the distribution it was drawn from.
+
+    That is after penalties, biases and temperature (greedy: 1), before top_k, top_p, min_p and
+    typical_p cut; for a prompt's tokens it is the model's own distribution.
+    """
 
     @property
     def token(self) -> str:

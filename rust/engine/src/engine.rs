@@ -27,7 +27,7 @@ pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Forward>> + Send + Sync>;
 /// The sizes of an engine.
 ///
 /// A step never has more than `token_budget` rows, nor asks for the logits of more than
-/// `max_sequences` of them, or of `LOGIT_ROWS` where all are wanted.
+/// `max_sequences` of them and, where all of a prompt's are wanted, of `LOGIT_ROWS` more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Logits per row, as the decoder has them.
@@ -38,9 +38,9 @@ pub struct EngineConfig {
     pub pages: u32,
     /// Rows per step: how much of a prompt runs at a time.
     pub token_budget: usize,
-    /// Requests that run at a time.
+    /// Requests that run at a time; one for several completions counts as so many.
     pub max_sequences: usize,
-    /// Requests that may wait beside those that run.
+    /// Requests that may wait beside those that run, counted likewise.
     pub queue_limit: usize,
 }
 
@@ -109,8 +109,8 @@ pub struct Request {
     /// The prompt.
     pub ids: Vec<u32>,
     pub options: Options,
-    /// Turns its tokens into text.
-    pub text: Box<dyn Text>,
+    /// Makes what turns a completion's tokens into text, once for each completion.
+    pub text: Box<dyn Fn() -> Box<dyn Text> + Send>,
     /// See `Span::long`.
     pub long: bool,
     /// The model's end tokens.
@@ -127,7 +127,7 @@ pub struct Metrics {
     pub completion_tokens: u64,
     pub steps: u64,
     pub preemptions: u64,
-    /// Now.
+    /// Now, completions of one request each for itself.
     pub running: u64,
     pub waiting: u64,
     pub pages_used: u64,
@@ -166,8 +166,9 @@ impl Engine {
     /// Take a request on; its deltas come through the stream.
     ///
     /// # Errors
-    /// `InvalidRequest` for an empty prompt or ids outside the vocabulary, `ContextOverflow` when
-    /// the prompt leaves no room for a token, `Overloaded` when the queue is full, `Closed`.
+    /// `InvalidRequest` for an empty prompt, ids outside the vocabulary or more completions than
+    /// run at a time, `ContextOverflow` when the prompt leaves no room for a token, `Overloaded`
+    /// when the queue is full, `Closed`.
     pub fn submit(&self, request: Request) -> Result<Stream> {
         let config = &self.config;
         let Request {
@@ -181,16 +182,35 @@ impl Engine {
         config.check_ids("logit_bias", options.logit_bias.iter().map(|(id, _)| *id))?;
         config.check_ids("stop_token_ids", options.stop_token_ids.iter().copied())?;
 
+        if options.n > config.max_sequences {
+            return Err(Error::InvalidRequest(format!(
+                "n must be at most max_sequences {}, got {}",
+                config.max_sequences, options.n
+            )));
+        }
+
         let prompt_tokens = ids.len() as u64;
-        let sequence = Sequence::new(ids, &options, &eos_ids, text, config.context());
         let (sender, stream) = channel();
+        let task = |index: usize, sender: Sender| {
+            let options = Options {
+                seed: options.seed.map(|seed| seed.wrapping_add(index as u64)),
+                prompt_logprobs: options.prompt_logprobs && index == 0,
+                ..options.clone()
+            };
+            Task {
+                id: 0,
+                sequence: Sequence::new(ids.clone(), &options, &eos_ids, text(), config.context()),
+                table: Vec::new(),
+                followers: Vec::new(),
+                sender,
+                long,
+                timeout: options.timeout,
+            }
+        };
+        let followers = (1..options.n).map(|index| task(index, sender.beside(index)));
         let task = Task {
-            id: 0,
-            sequence,
-            table: Vec::new(),
-            sender,
-            long,
-            timeout: options.timeout,
+            followers: followers.collect(),
+            ..task(0, sender)
         };
         let counters = self.send(Work::Generate(Box::new(task)))?;
         counters.requests.fetch_add(1, Ordering::Relaxed);
@@ -356,15 +376,34 @@ enum Work {
     Logits(LogitsJob),
 }
 
-/// A request on the engine's side.
+impl Work {
+    /// How many of `max_sequences`, or of `queue_limit`, it takes.
+    fn places(&self) -> usize {
+        match self {
+            Self::Generate(task) => task.places(),
+            Self::Logits(_) => 1,
+        }
+    }
+}
+
+/// A completion on the engine's side.
 struct Task {
     id: u64,
     sequence: Sequence,
     /// Its cache pages; none while it waits.
     table: Vec<u32>,
+    /// The request's other completions, until the prompt has run: then they start with its pages.
+    followers: Vec<Task>,
     sender: Sender,
     long: bool,
     timeout: Option<Duration>,
+}
+
+impl Task {
+    /// Itself and those that will run beside it.
+    fn places(&self) -> usize {
+        1 + self.followers.len()
+    }
 }
 
 struct LogitsJob {
@@ -401,7 +440,8 @@ impl Inbox {
             return Err(Error::Closed);
         }
         let waiting = self.all_waiting(&mail);
-        if waiting >= limit {
+        // An empty queue takes any request.
+        if waiting > 0 && waiting + work.places() > limit {
             return Err(Error::Overloaded { waiting, limit });
         }
         mail.work.push(work);
@@ -421,7 +461,7 @@ impl Inbox {
         if mail.closed {
             return None;
         }
-        let taken = mail.work.len() as u64;
+        let taken = places(&mail.work) as u64;
         self.counters.waiting.fetch_add(taken, Ordering::Relaxed);
         Some(std::mem::take(&mut mail.work))
     }
@@ -431,7 +471,7 @@ impl Inbox {
     }
 
     fn all_waiting(&self, mail: &Mail) -> usize {
-        mail.work.len() + self.counters.waiting.load(Ordering::Relaxed) as usize
+        places(&mail.work) + self.counters.waiting.load(Ordering::Relaxed) as usize
     }
 
     /// Take no more, and let what is left go: its consumers get `Closed`.
@@ -443,6 +483,10 @@ impl Inbox {
         drop(mail);
         drop(left);
     }
+}
+
+fn places<'a>(work: impl IntoIterator<Item = &'a Work>) -> usize {
+    work.into_iter().map(Work::places).sum()
 }
 
 /// The thread: step while there is work, sleep while there is none.
@@ -515,8 +559,9 @@ impl Core {
         if plan.is_empty() {
             return;
         }
-        if let Err(error) = self.guarded(|core| core.run(&plan)) {
-            self.fail(&plan, &error);
+        match self.guarded(|core| core.run(&plan)) {
+            Ok(()) => self.start_followers(),
+            Err(error) => self.fail(&plan, &error),
         }
         self.retire();
     }
@@ -560,11 +605,13 @@ impl Core {
 
     /// Let waiting work run, first come first served, while there are places and pages.
     fn admit(&mut self) {
-        while self.running.len() < self.config.max_sequences {
-            let tokens = match self.waiting.front() {
-                None => return,
-                Some(Work::Generate(task)) => task.sequence.len(),
-                Some(Work::Logits(job)) => job.ids.len(),
+        while let Some(work) = self.waiting.front() {
+            if self.running_places() + work.places() > self.config.max_sequences {
+                return;
+            }
+            let tokens = match work {
+                Work::Generate(task) => task.sequence.len(),
+                Work::Logits(job) => job.ids.len(),
             };
             let mut table = Vec::new();
             if !self.pages.grow(&mut table, tokens.div_ceil(PAGE)) {
@@ -590,16 +637,55 @@ impl Core {
         }
     }
 
+    fn running_places(&self) -> usize {
+        self.running.iter().map(Task::places).sum()
+    }
+
+    /// Where a prompt has run, let its request's other completions run beside the first. They own
+    /// its full pages together, which nobody writes to again, and start after these: at the
+    /// prompt's last token at the latest, whose logits each needs.
+    fn start_followers(&mut self) {
+        let mut i = 0;
+        while let Some(leader) = self.running.get_mut(i) {
+            i += 1;
+            if leader.sequence.completion_tokens() == 0 || leader.followers.is_empty() {
+                continue;
+            }
+            let full = (leader.sequence.prompt_tokens() - 1) / PAGE;
+            let shared: Vec<u32> = leader.table.iter().copied().take(full).collect();
+            let mut followers = std::mem::take(&mut leader.followers);
+            for task in &mut followers {
+                self.next_id += 1;
+                task.id = self.next_id;
+                self.pages.retain(&shared);
+                task.table.clone_from(&shared);
+                task.sequence.ran(shared.len() * PAGE);
+            }
+            self.running.splice(i..i, followers);
+        }
+    }
+
+    /// What there is to run. Prompts whose logits are all wanted share `LOGIT_ROWS` of a step; those
+    /// for which none is left wait.
     fn jobs(&self) -> Vec<Job> {
-        let prompt_left = |sequence: &Sequence| match sequence.decoding() {
-            true => 0,
-            false => sequence.pending(),
+        let mut logit_rows = LOGIT_ROWS;
+        let job = |task: &Task| {
+            let sequence = &task.sequence;
+            let mut prompt_left = match sequence.decoding() {
+                true => 0,
+                false => sequence.pending(),
+            };
+            if sequence.wants_all_logits() {
+                prompt_left = prompt_left.min(logit_rows);
+                logit_rows -= prompt_left;
+                if prompt_left == 0 {
+                    return None;
+                }
+            }
+            let id = task.id;
+            Some(Job { id, prompt_left })
         };
-        let job = |task: &Task| Job {
-            id: task.id,
-            prompt_left: prompt_left(&task.sequence),
-        };
-        self.running.iter().map(job).collect()
+        self.running.iter().filter_map(job).collect()
     }
 
     /// Run the model over the planned tokens, and take each sequence on that reached its end.
@@ -615,9 +701,9 @@ impl Core {
             };
             let (ids, start) = task.sequence.next(tokens);
             self.batch.push(ids, start, &task.table, task.long);
-            if tokens == task.sequence.pending() {
-                self.batch.outputs.push(self.batch.tokens.len() as u32 - 1);
-            }
+            let end = self.batch.tokens.len() as u32;
+            let wanted = task.sequence.rows_wanted(tokens) as u32;
+            self.batch.outputs.extend(end - wanted..end);
         }
         self.counters.steps.fetch_add(1, Ordering::Relaxed);
         let logits = forward.forward(&self.batch)?;
@@ -627,12 +713,12 @@ impl Core {
             let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
                 continue;
             };
+            let wanted = task.sequence.rows_wanted(tokens);
             task.sequence.ran(tokens);
-            if task.sequence.pending() > 0 {
-                continue;
-            }
-            if let Some(row) = rows.next() {
-                let delta = task.sequence.advance(row);
+            for row in rows.by_ref().take(wanted) {
+                let Some(delta) = task.sequence.take(row).transpose() else {
+                    continue;
+                };
                 self.counters
                     .completion_tokens
                     .fetch_add(1, Ordering::Relaxed);
@@ -672,7 +758,7 @@ impl Core {
 
     /// Do something that runs code which might panic. After a panic the decoder is not to be
     /// trusted: it goes, its cache with it, and the requests that remain run again from their
-    /// first token on a new one.
+    /// first token on a new one, in pages of their own.
     fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let panic = match catch_unwind(AssertUnwindSafe(|| work(self))) {
             Ok(result) => return result,
@@ -682,9 +768,10 @@ impl Core {
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         let broken = self.forward.take();
         let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
-        self.running
-            .iter_mut()
-            .for_each(|task| task.sequence.forget_cache());
+        for task in &mut self.running {
+            self.pages.release(&mut task.table);
+            task.sequence.forget_cache();
+        }
         Err(Error::Internal(
             text.unwrap_or_else(|| "a panic without a message".into()),
         ))
@@ -754,8 +841,8 @@ impl Core {
 
     fn publish(&self) {
         let set = |gauge: &AtomicU64, n: usize| gauge.store(n as u64, Ordering::Relaxed);
-        set(&self.counters.running, self.running.len());
-        set(&self.counters.waiting, self.waiting.len());
+        set(&self.counters.running, self.running_places());
+        set(&self.counters.waiting, places(&self.waiting));
         set(&self.counters.pages_used, self.pages.used());
     }
 }

@@ -196,12 +196,10 @@ impl Model {
                 ids
             }
         };
+        let (tokenizer, skip) = (self.tokenizer.clone(), options.skip_special_tokens);
         self.engine.submit(Request {
             long: self.is_long(ids.len()),
-            text: Box::new(Detokenizer::new(
-                self.tokenizer.clone(),
-                options.skip_special_tokens,
-            )),
+            text: Box::new(move || Box::new(Detokenizer::new(tokenizer.clone(), skip))),
             eos_ids: self.eos_ids.clone(),
             ids,
             options,

@@ -29,6 +29,7 @@ pub const OPTION_NAMES: &[&str] = &[
     "n",
     "logprobs",
     "top_logprobs",
+    "prompt_logprobs",
     "skip_special_tokens",
     "add_special_tokens",
     "timeout",
@@ -37,8 +38,9 @@ pub const OPTION_NAMES: &[&str] = &[
 /// Stop strings of one request: how many, and how many bytes each may have.
 const MAX_STOPS: usize = 64;
 const MAX_STOP_BYTES: usize = 4096;
-/// As OpenAI's: alternatives reported per token, and the reach of a bias.
+/// As OpenAI's: alternatives reported per token, completions per request, the reach of a bias.
 const MAX_TOP_LOGPROBS: u64 = 20;
+const MAX_COMPLETIONS: u64 = 128;
 const MAX_LOGIT_BIAS: f64 = 100.0;
 /// Longer than anyone waits, and short enough for every clock's arithmetic.
 const MAX_TIMEOUT_SECONDS: f64 = 1e9;
@@ -153,15 +155,23 @@ pub struct Options {
     pub presence_penalty: f64,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
-    /// None = drawn from the system.
+    /// None = drawn from the system. Completion `i` of several has `seed + i` (after the greatest
+    /// seed comes 0): what a request of its own with that seed would give.
     pub seed: Option<u64>,
     pub stop: Vec<String>,
     pub stop_token_ids: Vec<u32>,
     /// The model's end tokens do not end the text (`stop_token_ids` still do).
     pub ignore_eos: bool,
+    /// Completions of the prompt, 1..=128.
+    pub n: usize,
+    /// Report each token's log probability in the distribution it was drawn from, before top_k,
+    /// top_p, min_p and typical_p cut.
     pub logprobs: bool,
     /// Alternatives reported with each token, 0..=20.
     pub top_logprobs: usize,
+    /// Report the log probabilities of the prompt's tokens from the second on, in the model's own
+    /// distribution, with `top_logprobs` alternatives each.
+    pub prompt_logprobs: bool,
     pub skip_special_tokens: bool,
     /// Of a text prompt only; none = true there. A chat template writes its own.
     pub add_special_tokens: Option<bool>,
@@ -187,8 +197,10 @@ impl Default for Options {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            n: 1,
             logprobs: false,
             top_logprobs: 0,
+            prompt_logprobs: false,
             skip_special_tokens: true,
             add_special_tokens: None,
             timeout: None,
@@ -205,7 +217,6 @@ impl Options {
     pub fn parse(options: &Value, defaults: &Defaults) -> Result<Self> {
         let fields = Fields::of("options", options)?;
         fields.refuse_unknown()?;
-        fields.refuse_several()?;
         let sampling = Sampling::read(&fields, defaults)?;
         let max_tokens = fields
             .count("max_tokens", 1..=u32::MAX as u64)?
@@ -234,8 +245,10 @@ impl Options {
             stop: fields.stop()?,
             stop_token_ids: fields.ids("stop_token_ids")?,
             ignore_eos: fields.flag("ignore_eos")?.unwrap_or(false),
+            n: fields.count("n", 1..=MAX_COMPLETIONS)?.unwrap_or(1),
             logprobs,
             top_logprobs,
+            prompt_logprobs: fields.flag("prompt_logprobs")?.unwrap_or(false),
             skip_special_tokens: fields.flag("skip_special_tokens")?.unwrap_or(true),
             add_special_tokens: fields.flag("add_special_tokens")?,
             timeout: fields
@@ -361,15 +374,6 @@ impl<'a> Fields<'a> {
                     nearest,
                 })
             }
-        }
-    }
-
-    fn refuse_several(&self) -> Result<()> {
-        match self.integer("n", 1..=u64::MAX)? {
-            None | Some(1) => Ok(()),
-            Some(n) => Err(Error::InvalidRequest(format!(
-                "n must be 1, got {n}: send the request {n} times, they run together"
-            ))),
         }
     }
 
@@ -622,7 +626,7 @@ mod tests {
             "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.1,
             "frequency_penalty": -1.5, "presence_penalty": 2, "logit_bias": {"5": -100, "6": 1.5},
             "seed": u64::MAX, "stop": ["a", "bc"], "stop_token_ids": [3], "ignore_eos": true,
-            "n": 1, "logprobs": true, "top_logprobs": 4, "skip_special_tokens": false,
+            "n": 3, "logprobs": true, "top_logprobs": 4, "prompt_logprobs": true, "skip_special_tokens": false,
             "add_special_tokens": false, "timeout": 1.5,
         });
         assert_eq!(all.as_object().unwrap().len(), OPTION_NAMES.len());
@@ -643,8 +647,10 @@ mod tests {
             stop: vec!["a".into(), "bc".into()],
             stop_token_ids: vec![3],
             ignore_eos: true,
+            n: 3,
             logprobs: true,
             top_logprobs: 4,
+            prompt_logprobs: true,
             skip_special_tokens: false,
             add_special_tokens: Some(false),
             timeout: Some(Duration::from_millis(1500)),
@@ -748,7 +754,7 @@ mod tests {
                 "stop_token_ids must be a token id, got -1",
             ),
             (json!({"n": 0}), "n must be at least 1, got 0"),
-            (json!({"n": 2}), "n must be 1, got 2"),
+            (json!({"n": 129}), "n must be at most 128, got 129"),
             (
                 json!({"top_logprobs": 21}),
                 "top_logprobs must be at most 20, got 21",
@@ -756,6 +762,10 @@ mod tests {
             (
                 json!({"top_logprobs": 2, "logprobs": false}),
                 "top_logprobs 2 needs logprobs true",
+            ),
+            (
+                json!({"prompt_logprobs": 1}),
+                "prompt_logprobs must be true or false, got 1",
             ),
             (
                 json!({"logprobs": 5}),

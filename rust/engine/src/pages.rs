@@ -2,7 +2,7 @@
 
 /// A pool of numbered pages, each with the number of its owners.
 ///
-/// A page has one owner today; several, once prefixes are shared: then `retain` adds one.
+/// A page has one owner, or several where completions share their prompt: then `retain` adds one.
 #[derive(Debug)]
 pub struct Pages {
     /// Owners per page; 0 = free.

@@ -11,10 +11,12 @@ use crate::options::Options;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     pub token: u32,
-    /// Natural log of the probability the model itself gave it: before penalties, biases,
-    /// temperature and truncation. Only when `logprobs` is on.
+    /// Natural log of its probability in the distribution that was drawn from: after the mask,
+    /// penalties, biases, bans and temperature (greedy: temperature 1), before top_k, top_p, min_p
+    /// and typical_p cut. Only when `logprobs` is on.
     pub logprob: Option<f32>,
-    /// The `top_logprobs` likeliest tokens by the same measure, likeliest first.
+    /// The `top_logprobs` likeliest tokens by the same measure, likeliest first; fewer where fewer
+    /// are possible.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -99,38 +101,69 @@ impl Sampler {
         }
     }
 
-    /// Choose a token from one row of logits, `[vocab_size]`; never one of `banned`. NaN counts as
-    /// minus infinity. Tell the sampler with `accept` once the token stands.
+    /// Choose a token from one row of logits, `[vocab_size]`; never one of `banned`, and only one
+    /// of `allowed` where given: bit `i % 32` of word `i / 32` allows token `i`, and tokens beyond
+    /// the last word are not allowed. NaN counts as minus infinity. Tell the sampler with `accept`
+    /// once the token stands.
     ///
     /// # Errors
-    /// `Internal` when no token is possible: every logit NaN, minus infinity or banned.
-    pub fn sample(&mut self, logits: &[f32], banned: &[u32]) -> Result<Sampled> {
+    /// `Internal` when no token is possible: every logit NaN, minus infinity, banned or not
+    /// allowed.
+    pub fn sample(
+        &mut self,
+        logits: &[f32],
+        allowed: Option<&[u32]>,
+        banned: &[u32],
+    ) -> Result<Sampled> {
         let rules = &self.rules;
-        let plain = banned.is_empty() && !rules.adjust();
+        let plain = allowed.is_none() && banned.is_empty() && !rules.adjust();
         if !plain {
             self.row.clear();
-            self.row.extend_from_slice(logits);
+            match allowed {
+                None => self.row.extend_from_slice(logits),
+                Some(mask) => copy_allowed(logits, mask, &mut self.row),
+            }
             rules.apply(&mut self.row, &self.seen, banned);
         }
         let row = if plain { logits } else { &self.row };
-        let best = greatest(row);
-        if best == f32::NEG_INFINITY {
-            return Err(Error::Internal(
-                "no token is possible: no finite logit is left".into(),
-            ));
-        }
+        let best = possible(greatest(row))?;
         let token = if rules.greedy || best == f32::INFINITY {
             first_of(row, best)
         } else {
             rules.gather(row, best, &mut self.scores, &mut self.candidates);
             draw(&self.candidates, self.random.uniform())
         };
-        let (logprob, top) = self.logprobs(logits, token);
-        Ok(Sampled {
+        if !rules.logprobs {
+            return Ok(Sampled {
+                token,
+                logprob: None,
+                top: Vec::new(),
+            });
+        }
+        let scale = if rules.greedy { 1.0 } else { rules.scale() };
+        let (scores, candidates) = (&mut self.scores, &mut self.candidates);
+        let row = if plain { logits } else { &self.row };
+        Ok(judge(
+            row,
+            best,
+            scale,
             token,
-            logprob,
-            top,
-        })
+            rules.top_logprobs,
+            scores,
+            candidates,
+        ))
+    }
+
+    /// A prompt's token with its log probability and the likeliest tokens' in the model's own
+    /// distribution, softmax of `logits`, `[vocab_size]`.
+    ///
+    /// # Errors
+    /// `Internal` when every logit is NaN or minus infinity.
+    pub fn judge(&mut self, logits: &[f32], token: u32) -> Result<Sampled> {
+        let best = possible(greatest(logits))?;
+        let (scores, candidates) = (&mut self.scores, &mut self.candidates);
+        let k = self.rules.top_logprobs;
+        Ok(judge(logits, best, 1.0, token, k, scores, candidates))
     }
 
     /// The token is now part of the output.
@@ -139,25 +172,6 @@ impl Sampler {
             *self.seen.entry(token).or_insert(0) += 1;
         }
     }
-
-    /// Of the model's own distribution: the token's log probability and the likeliest tokens'.
-    fn logprobs(&mut self, logits: &[f32], token: u32) -> (Option<f32>, Vec<(u32, f32)>) {
-        if !self.rules.logprobs {
-            return (None, Vec::new());
-        }
-        let best = greatest(logits);
-        let total: f64 = logits.iter().map(|x| f64::from(weight(x - best))).sum();
-        let norm = total.ln();
-        let of = |logit: f32| (f64::from(logit - best) - norm) as f32;
-        let mut top = Vec::new();
-        if self.rules.top_logprobs > 0 {
-            let k = self.rules.top_logprobs;
-            top_k(logits, k, &mut self.scores, &mut self.candidates);
-            self.candidates.sort_unstable_by(by_score);
-            top.extend(self.candidates.iter().take(k).map(|c| (c.id, of(c.score))));
-        }
-        (logits.get(token as usize).map(|logit| of(*logit)), top)
-    }
 }
 
 impl Rules {
@@ -165,6 +179,11 @@ impl Rules {
         self.repetition_penalty != 1.0
             || self.frequency_penalty != 0.0
             || self.presence_penalty != 0.0
+    }
+
+    /// What logits are multiplied by when sampling.
+    fn scale(&self) -> f32 {
+        1.0 / self.temperature
     }
 
     fn adjust(&self) -> bool {
@@ -211,7 +230,7 @@ impl Rules {
         scores: &mut Vec<f32>,
         candidates: &mut Vec<Candidate>,
     ) {
-        let scale = 1.0 / self.temperature;
+        let scale = self.scale();
         let total = if self.top_k > 0 && self.top_k < row.len() {
             top_k(row, self.top_k, scores, candidates);
             for candidate in candidates.iter_mut() {
@@ -263,6 +282,59 @@ impl Rules {
     }
 }
 
+/// Append the logits to an empty `row`, minus infinity for those that `mask` does not allow.
+fn copy_allowed(logits: &[f32], mask: &[u32], row: &mut Vec<f32>) {
+    const WORD: usize = u32::BITS as usize;
+    row.resize(logits.len(), f32::NEG_INFINITY);
+    let words = row.chunks_mut(WORD).zip(logits.chunks(WORD)).zip(mask);
+    for ((to, from), &word) in words {
+        match word {
+            0 => {}
+            u32::MAX => to.copy_from_slice(from),
+            _ => {
+                for (bit, (to, from)) in to.iter_mut().zip(from).enumerate() {
+                    if word >> bit & 1 == 1 {
+                        *to = *from;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The token with its log probability under softmax(row * scale), and the `k` likeliest tokens'.
+/// `best` is the row's greatest logit, above minus infinity.
+fn judge(
+    row: &[f32],
+    best: f32,
+    scale: f32,
+    token: u32,
+    k: usize,
+    scores: &mut Vec<f32>,
+    candidates: &mut Vec<Candidate>,
+) -> Sampled {
+    // Infinite logits share all there is.
+    let score = |logit: f32| match logit == best {
+        true => 0.0,
+        false => (logit - best) * scale,
+    };
+    let total: f64 = row.iter().map(|x| f64::from(weight(score(*x)))).sum();
+    let norm = total.ln();
+    let of = |logit: f32| (f64::from(score(logit)) - norm) as f32;
+    let mut top = Vec::new();
+    if k > 0 {
+        top_k(row, k, scores, candidates);
+        candidates.sort_unstable_by(by_score);
+        let likeliest = candidates.iter().take(k).map(|c| (c.id, of(c.score)));
+        top.extend(likeliest.filter(|(_, logprob)| logprob.is_finite()));
+    }
+    Sampled {
+        token,
+        logprob: row.get(token as usize).map(|logit| of(*logit)),
+        top,
+    }
+}
+
 /// The greatest logit, NaN aside; minus infinity when there is none. Eight lanes, so that the
 /// compiler can use vectors.
 fn greatest(row: &[f32]) -> f32 {
@@ -279,6 +351,15 @@ fn greatest(row: &[f32]) -> f32 {
         .iter()
         .chain(rest)
         .fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
+}
+
+fn possible(best: f32) -> Result<f32> {
+    match best > f32::NEG_INFINITY {
+        true => Ok(best),
+        false => Err(Error::Internal(
+            "no token is possible: no finite logit is left".into(),
+        )),
+    }
 }
 
 fn first_of(row: &[f32], value: f32) -> u32 {
@@ -556,7 +637,7 @@ mod tests {
 
     /// What the sampler itself would draw from, as probabilities.
     fn ours(sampler: &mut Sampler, row: &[f32]) -> Vec<f64> {
-        sampler.sample(row, &[]).unwrap();
+        sampler.sample(row, None, &[]).unwrap();
         let total = mass(&sampler.candidates);
         let mut p = vec![0.0; row.len()];
         for candidate in &sampler.candidates {
@@ -673,7 +754,7 @@ mod tests {
         let draws = 40_000;
         let mut counts = vec![0usize; row.len()];
         for _ in 0..draws {
-            counts[sampler.sample(&row, &[]).unwrap().token as usize] += 1;
+            counts[sampler.sample(&row, None, &[]).unwrap().token as usize] += 1;
         }
         // Chi-squared over 6 tokens: 5 degrees of freedom, 20.5 is exceeded once in a thousand.
         let terms = counts
@@ -700,7 +781,7 @@ mod tests {
                 &[],
             );
             (0..50)
-                .map(|_| sampler.sample(&row, &[]).unwrap().token)
+                .map(|_| sampler.sample(&row, None, &[]).unwrap().token)
                 .collect()
         };
         assert_eq!(run(Some(0)), run(Some(0)));
@@ -713,9 +794,12 @@ mod tests {
         let mut sampler = Sampler::new(&Options::default(), &[]);
         for n in [1, 7, 8, 9, 31, 64] {
             let mut row = vec![0.5f32; n];
-            assert_eq!(sampler.sample(&row, &[]).unwrap().token, 0);
+            assert_eq!(sampler.sample(&row, None, &[]).unwrap().token, 0);
             row[n - 1] = 1.0;
-            assert_eq!(sampler.sample(&row, &[]).unwrap().token as usize, n - 1);
+            assert_eq!(
+                sampler.sample(&row, None, &[]).unwrap().token as usize,
+                n - 1
+            );
         }
     }
 
@@ -738,8 +822,14 @@ mod tests {
     #[test]
     fn banned_tokens_never_come() {
         let mut greedy = Sampler::new(&Options::default(), &[]);
-        assert_eq!(greedy.sample(&[1.0, 3.0, 2.0], &[1, 99]).unwrap().token, 2);
-        assert!(greedy.sample(&[1.0, 3.0], &[0, 1]).is_err());
+        assert_eq!(
+            greedy
+                .sample(&[1.0, 3.0, 2.0], None, &[1, 99])
+                .unwrap()
+                .token,
+            2
+        );
+        assert!(greedy.sample(&[1.0, 3.0], None, &[0, 1]).is_err());
     }
 
     #[test]
@@ -769,16 +859,25 @@ mod tests {
         for options in [all, greedy, tiny, huge, sampling(Options::default())] {
             let mut sampler = Sampler::new(&options, &[]);
             for row in [vec![], vec![nan; 20], vec![-inf; 20], vec![nan, -inf]] {
-                assert!(matches!(sampler.sample(&row, &[]), Err(Error::Internal(_))));
+                assert!(matches!(
+                    sampler.sample(&row, None, &[]),
+                    Err(Error::Internal(_))
+                ));
             }
             assert_eq!(
-                sampler.sample(&[nan, -inf, -3.0, nan], &[]).unwrap().token,
+                sampler
+                    .sample(&[nan, -inf, -3.0, nan], None, &[])
+                    .unwrap()
+                    .token,
                 2
             );
-            assert_eq!(sampler.sample(&[1.0, inf, nan], &[]).unwrap().token, 1);
+            assert_eq!(
+                sampler.sample(&[1.0, inf, nan], None, &[]).unwrap().token,
+                1
+            );
             assert_ne!(
                 sampler
-                    .sample(&[f32::MAX, f32::MIN, nan], &[])
+                    .sample(&[f32::MAX, f32::MIN, nan], None, &[])
                     .unwrap()
                     .token,
                 2
@@ -787,37 +886,116 @@ mod tests {
     }
 
     #[test]
-    fn logprobs_are_of_the_models_own_distribution() {
-        let options = Options {
+    fn logprobs_are_of_what_was_drawn_from_before_the_truncation() {
+        let greedy = Options {
             logprobs: true,
             top_logprobs: 3,
-            logit_bias: vec![(4, 100.0)],
-            ..sampling(Options {
-                temperature: 0.1,
-                top_k: 1,
-                ..Options::default()
-            })
-        };
-        let row = random_row(&mut Random::new(2), 300, 5.0);
-        let sampled = Sampler::new(&options, &[]).sample(&row, &[]).unwrap();
-        let plain = Options {
-            temperature: 1.0,
+            logit_bias: vec![(4, 3.0)],
+            repetition_penalty: 1.5,
             ..Options::default()
         };
-        let p = naive(&row, &plain, &[], &[]);
-        assert_eq!(sampled.token, 4);
-        assert!((f64::from(sampled.logprob.unwrap()) - p[4].ln()).abs() < 1e-4);
-        let mut order: Vec<usize> = (0..row.len()).collect();
-        order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
-        assert_eq!(sampled.top.len(), 3);
-        for ((id, logprob), want) in sampled.top.iter().zip(order) {
-            assert_eq!(*id as usize, want);
-            assert!((f64::from(*logprob) - p[want].ln()).abs() < 1e-4);
+        let sampled = sampling(Options {
+            temperature: 0.7,
+            top_k: 2,
+            top_p: 0.5,
+            min_p: 0.5,
+            typical_p: 0.5,
+            ..greedy.clone()
+        });
+        let mut row = random_row(&mut Random::new(2), 300, 5.0);
+        row[9] = f32::NEG_INFINITY;
+        let bans = [7, 8];
+        let mut banned = row.clone();
+        bans.iter()
+            .for_each(|id| banned[*id as usize] = f32::NEG_INFINITY);
+        for options in [greedy, sampled] {
+            let whole = Options {
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+                typical_p: 1.0,
+                ..options.clone()
+            };
+            let p = naive(&banned, &whole, &[1, 2], &[]);
+            let got = Sampler::new(&options, &[1, 2])
+                .sample(&row, None, &bans)
+                .unwrap();
+            let want = p[got.token as usize].ln();
+            assert!((f64::from(got.logprob.unwrap()) - want).abs() < 1e-4);
+            let mut order: Vec<usize> = (0..row.len()).collect();
+            order.sort_by(|a, b| p[*b].total_cmp(&p[*a]));
+            assert_eq!(got.top.len(), 3);
+            for ((id, logprob), want) in got.top.iter().zip(order) {
+                assert_eq!(*id as usize, want);
+                assert!((f64::from(*logprob) - p[want].ln()).abs() < 1e-4);
+            }
         }
-        let none = Sampler::new(&Options::default(), &[])
-            .sample(&row, &[])
+        let none = Sampler::new(&Options::default(), &[]).sample(&row, None, &[]);
+        assert_eq!(
+            (none.clone().unwrap().logprob, none.unwrap().top),
+            (None, vec![])
+        );
+    }
+
+    #[test]
+    fn impossible_tokens_are_no_alternatives() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        let options = Options {
+            logprobs: true,
+            top_logprobs: 5,
+            ..Options::default()
+        };
+        let row = [1.0, -inf, 1.0, nan, 5.0];
+        let got = Sampler::new(&options, &[])
+            .sample(&row, Some(&[0b1111]), &[])
             .unwrap();
-        assert_eq!((none.logprob, none.top), (None, vec![]));
+        let half = 0.5f32.ln();
+        assert_eq!(got.top, [(0, half), (2, half)]);
+        let got = Sampler::new(&options, &[])
+            .sample(&[inf, 3.0, inf], None, &[])
+            .unwrap();
+        assert_eq!(
+            (got.logprob, got.top),
+            (Some(half), vec![(0, half), (2, half)])
+        );
+    }
+
+    #[test]
+    fn a_mask_leaves_what_it_allows_and_nothing_else() {
+        let row = random_row(&mut Random::new(6), 150, 3.0);
+        // All, none, some, and nothing said of the rest.
+        let mask = [u32::MAX, 0, 0x8000_0401];
+        let allowed = |id: usize| {
+            mask.get(id / 32)
+                .is_some_and(|word| word >> (id % 32) & 1 == 1)
+        };
+        let mut want = row.clone();
+        for (id, logit) in want.iter_mut().enumerate() {
+            *logit = if allowed(id) {
+                *logit
+            } else {
+                f32::NEG_INFINITY
+            };
+        }
+        let options = sampling(Options {
+            logit_bias: vec![(40, 100.0), (64, 2.0)],
+            seed: Some(1),
+            ..Options::default()
+        });
+        let mut sampler = Sampler::new(&options, &[]);
+        sampler.sample(&row, Some(&mask), &[]).unwrap();
+        want[64] += 2.0;
+        assert_eq!(sampler.row, want);
+        for (mask, token) in [(&[0, 4][..], 34), (&[8, 0, 0, 0, 0, 0, 9], 3)] {
+            let got = sampler.sample(&row, Some(mask), &[]).unwrap();
+            assert_eq!(got.token, token);
+        }
+        let full = sampler.sample(&row[..40], Some(&[u32::MAX; 9]), &[]);
+        assert!(full.is_ok() && sampler.row[..39] == row[..39]);
+        for none in [&[][..], &[0; 9], &[0, 0, 0, 0, 1 << 30]] {
+            assert!(sampler.sample(&row, Some(none), &[]).is_err());
+        }
+        assert!(sampler.sample(&row, Some(&[8]), &[3]).is_err());
     }
 
     #[test]
@@ -870,7 +1048,7 @@ mod tests {
             let mut least = f64::INFINITY;
             for _ in 0..20 {
                 let start = std::time::Instant::now();
-                std::hint::black_box(sampler.sample(&row, &[]).unwrap());
+                std::hint::black_box(sampler.sample(&row, None, &[]).unwrap());
                 least = least.min(start.elapsed().as_secs_f64());
             }
             println!("{name}: {:.0} us", least * 1e6);

@@ -50,7 +50,8 @@ pub struct Usage {
     pub total_time: Duration,
 }
 
-/// A token's log probability under the model's own distribution, and its likeliest rivals.
+/// A token's log probability, and its likeliest rivals'. Of a generated token: in the distribution
+/// it was drawn from, see [`Sampled::logprob`]. Of a prompt's: in the model's own.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprob {
     pub token: u32,
@@ -59,7 +60,7 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// What one decoded token brought. The last one of a request carries its finish reason and usage.
+/// What one decoded token brought. A completion's last carries its finish reason and usage.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Delta {
     /// Which of the request's `n` completions, from 0.
@@ -95,6 +96,9 @@ pub struct Sequence {
     sampler: Sampler,
     text: Box<dyn Text>,
     stop: StopBuffer,
+    /// The prompt's log probabilities so far, from the second token on; none once they are out, or
+    /// not wanted.
+    judged: Option<Vec<TokenLogprob>>,
     submitted: Instant,
     first_token: Option<Instant>,
 }
@@ -124,6 +128,7 @@ impl Sequence {
             sampler: Sampler::new(options, &ids),
             text,
             stop: StopBuffer::new(&options.stop),
+            judged: options.prompt_logprobs.then(Vec::new),
             submitted: Instant::now(),
             first_token: None,
             ids,
@@ -175,6 +180,42 @@ impl Sequence {
     /// The cache was taken away; everything known runs again.
     pub fn forget_cache(&mut self) {
         self.cached = 0;
+        if let Some(judged) = &mut self.judged {
+            judged.clear();
+        }
+    }
+
+    /// Whether the logits of every token that runs are wanted, not those of the last alone.
+    pub fn wants_all_logits(&self) -> bool {
+        self.judged.is_some()
+    }
+
+    /// How many of the next `n` tokens, the last ones, must come back with their logits.
+    pub fn rows_wanted(&self, n: usize) -> usize {
+        match self.wants_all_logits() {
+            true => n,
+            false => usize::from(n == self.pending()),
+        }
+    }
+
+    /// Take one row of the logits that were wanted, `[vocab_size]`: for the prompt's next token, or
+    /// to choose a token after the last.
+    ///
+    /// # Errors
+    /// `Internal` when the logits allow no token.
+    pub fn take(&mut self, logits: &[f32]) -> Result<Option<Delta>> {
+        if let Some(judged) = &mut self.judged
+            && judged.len() + 1 < self.prompt
+        {
+            let token = self.ids[judged.len() + 1];
+            judged.extend(logprob_of(self.sampler.judge(logits, token)?));
+            return Ok(None);
+        }
+        let delta = self.advance(logits)?;
+        Ok(Some(Delta {
+            prompt_logprobs: self.judged.take(),
+            ..delta
+        }))
     }
 
     /// Choose the next token from its logits, `[vocab_size]`, and take it.
@@ -185,17 +226,13 @@ impl Sequence {
         let early = self.completion_tokens() < self.min_tokens;
         let sampled = self
             .sampler
-            .sample(logits, if early { &self.ends } else { &[] })?;
+            .sample(logits, None, if early { &self.ends } else { &[] })?;
         Ok(self.push(sampled))
     }
 
     /// Take a token: its text, and the end of the request if it is one.
     fn push(&mut self, sampled: Sampled) -> Delta {
-        let Sampled {
-            token,
-            logprob,
-            top,
-        } = sampled;
+        let token = sampled.token;
         self.first_token.get_or_insert_with(Instant::now);
         self.sampler.accept(token);
         self.ids.push(token);
@@ -204,14 +241,7 @@ impl Sequence {
         Delta {
             text,
             token_ids: vec![token],
-            logprobs: logprob
-                .map(|logprob| TokenLogprob {
-                    token,
-                    logprob,
-                    top,
-                })
-                .into_iter()
-                .collect(),
+            logprobs: logprob_of(sampled).into_iter().collect(),
             usage: finish_reason.map(|_| self.usage()),
             finish_reason,
             ..Delta::default()
@@ -258,6 +288,14 @@ impl Sequence {
             total_time: now - self.submitted,
         }
     }
+}
+
+fn logprob_of(sampled: Sampled) -> Option<TokenLogprob> {
+    Some(TokenLogprob {
+        token: sampled.token,
+        logprob: sampled.logprob?,
+        top: sampled.top,
+    })
 }
 
 #[cfg(test)]
@@ -437,6 +475,31 @@ mod tests {
                 .logprobs
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn the_prompts_logprobs_come_with_the_first_token_and_start_over_with_a_lost_cache() {
+        let mut sequence = sequence(Options {
+            prompt_logprobs: true,
+            top_logprobs: 1,
+            ..Options::default()
+        });
+        assert_eq!((sequence.rows_wanted(2), sequence.rows_wanted(3)), (2, 3));
+        assert_eq!(sequence.take(&row(20, 40)).unwrap(), None);
+        sequence.forget_cache();
+        sequence.ran(3);
+        assert_eq!(sequence.take(&row(11, 40)).unwrap(), None);
+        assert_eq!(sequence.take(&row(40, 12)).unwrap(), None);
+        let delta = sequence.take(&row(20, 40)).unwrap().unwrap();
+        assert_eq!((delta.token_ids, delta.logprobs.len()), (vec![20], 0));
+        let judged = delta.prompt_logprobs.unwrap();
+        let tokens: Vec<(u32, u32)> = judged.iter().map(|j| (j.token, j.top[0].0)).collect();
+        assert_eq!(tokens, [(11, 11), (12, 40)]);
+        assert_eq!(judged[0].logprob, judged[0].top[0].1);
+        assert_eq!(judged[1].logprob, judged[1].top[0].1 - 4.0);
+        assert_eq!((sequence.rows_wanted(1), sequence.pending()), (1, 1));
+        let next = sequence.take(&row(21, 40)).unwrap().unwrap();
+        assert_eq!(next.prompt_logprobs, None);
     }
 
     #[test]

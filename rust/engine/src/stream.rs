@@ -76,7 +76,7 @@ impl Notifier {
 struct Channel {
     state: Mutex<State>,
     changed: Condvar,
-    /// The consumer left. Outside the lock, so that leaving never waits.
+    /// The consumer left, or got an error. Outside the lock, so that leaving never waits.
     cancelled: AtomicBool,
 }
 
@@ -85,6 +85,8 @@ struct State {
     queue: VecDeque<Result<Delta>>,
     /// Nothing will be added to `queue`.
     ended: bool,
+    /// Completions that have not ended.
+    open: usize,
     subscriber: Option<(Arc<Notifier>, u64)>,
 }
 
@@ -99,9 +101,11 @@ impl Channel {
     }
 }
 
-/// The engine's end and the consumer's end of one request.
+/// The engine's end and the consumer's end of one request. `Sender::beside` makes the ends of its
+/// further completions.
 pub(crate) fn channel() -> (Sender, Stream) {
     let channel = Arc::new(Channel::default());
+    lock(&channel.state).open = 1;
     let stream = Stream {
         channel: channel.clone(),
         process: std::process::id(),
@@ -109,39 +113,58 @@ pub(crate) fn channel() -> (Sender, Stream) {
     (
         Sender {
             channel,
+            index: 0,
             ended: false,
         },
         stream,
     )
 }
 
-/// The engine's end. Dropped before the request's end, it tells the consumer `Closed`.
+/// The engine's end of one completion. Dropped before its end, it tells the consumer `Closed`.
 #[derive(Debug)]
 pub(crate) struct Sender {
     channel: Arc<Channel>,
+    /// Which of the request's completions.
+    index: usize,
     ended: bool,
 }
 
 impl Sender {
-    /// An error, and a delta with a finish reason, are the last to be sent.
+    /// The end of another completion of the same request: the stream goes on until both have ended.
+    pub fn beside(&self, index: usize) -> Self {
+        lock(&self.channel.state).open += 1;
+        Self {
+            channel: self.channel.clone(),
+            index,
+            ended: false,
+        }
+    }
+
+    /// A delta with a finish reason is the completion's last; an error is the whole request's.
     pub fn send(&mut self, item: Result<Delta>) {
         if self.ended {
             return;
         }
+        let index = self.index;
+        let item = item.map(|delta| Delta { index, ..delta });
         self.ended = item
             .as_ref()
             .map_or(true, |delta| delta.finish_reason.is_some());
-        let ended = self.ended;
+        let (ended, failed) = (self.ended, item.is_err());
+        if failed {
+            self.channel.cancelled.store(true, Ordering::Relaxed);
+        }
         self.channel.change(|state| {
             // A consumer that cancelled has ended the stream itself.
             if !state.ended {
                 state.queue.push_back(item);
-                state.ended = ended;
+                state.open -= usize::from(ended);
+                state.ended = failed || state.open == 0;
             }
         });
     }
 
-    /// Nothing more is wanted: all was sent, or the consumer left.
+    /// Nothing more is wanted: all was sent, another completion failed, or the consumer left.
     pub fn over(&self) -> bool {
         self.ended || self.channel.cancelled.load(Ordering::Relaxed)
     }
@@ -153,10 +176,11 @@ impl Drop for Sender {
     }
 }
 
-/// The consumer's end of one request. Dropping it cancels the request.
+/// The consumer's end of one request: the deltas of all its completions as they come, told apart by
+/// `Delta::index`. Dropping it cancels the request.
 ///
-/// As an iterator it blocks for each delta, and ends after the one with the finish reason or after
-/// an error.
+/// As an iterator it blocks for each delta, and ends after the last completion's finish reason or
+/// after an error.
 #[derive(Debug)]
 pub struct Stream {
     channel: Arc<Channel>,
@@ -307,6 +331,32 @@ mod tests {
         assert_eq!(texts, ["a", "b"]);
         assert!(stream.ended());
         assert_eq!(stream.try_recv().unwrap(), None);
+    }
+
+    #[test]
+    fn several_completions_end_the_stream_together() {
+        let (mut one, mut stream) = channel();
+        let mut two = one.beside(1);
+        one.send(delta("a", Some(FinishReason::Stop)));
+        assert!(one.over() && !two.over());
+        drop(one);
+        two.send(delta("b", None));
+        two.send(delta("c", Some(FinishReason::Length)));
+        let deltas: Vec<Delta> = stream.by_ref().map(Result::unwrap).collect();
+        let come: Vec<(usize, &str)> = deltas.iter().map(|d| (d.index, &*d.text)).collect();
+        assert_eq!(come, [(0, "a"), (1, "b"), (1, "c")]);
+        assert!(stream.ended());
+    }
+
+    #[test]
+    fn the_error_of_one_completion_ends_all() {
+        let (mut one, mut stream) = channel();
+        let two = one.beside(1);
+        one.send(Err(Error::Closed));
+        assert!(two.over());
+        drop(two);
+        assert!(matches!(stream.next(), Some(Err(Error::Closed))));
+        assert!(stream.next().is_none());
     }
 
     #[test]

@@ -4,7 +4,8 @@ use hfcore_engine::sequence;
 use hfcore_engine::tokenizer::Tokenizer;
 use pyo3::prelude::*;
 
-/// A generated token with its log probability (natural logarithm) before sampling options.
+/// A token with its log probability (natural logarithm) in the distribution it was drawn from,
+/// before top_k, top_p, min_p and typical_p cut; a prompt's in the model's own.
 #[pyclass(frozen, eq, get_all, skip_from_py_object, module = "hfcore._core")]
 #[derive(Clone, PartialEq)]
 pub struct TokenLogprob {

@@ -29,6 +29,8 @@ struct Plan {
     refuse: Arc<AtomicU64>,
     /// The most rows and outputs a step had.
     most: Arc<Mutex<(usize, usize)>>,
+    /// The most pages a step had, shared ones counted once.
+    most_pages: Arc<AtomicU64>,
 }
 
 impl Forward for Fake {
@@ -45,6 +47,10 @@ impl Forward for Fake {
                 most.1.max(batch.outputs.len()),
             );
         }
+        let pages: std::collections::BTreeSet<u32> = batch.pages.iter().copied().collect();
+        let pages = pages.len() as u64;
+        self.plan.most_pages.fetch_max(pages, Ordering::SeqCst);
+        let mut written = std::collections::BTreeSet::new();
         self.logits.clear();
         for span in &batch.spans {
             let pages = &batch.pages[span.first_page..span.first_page + span.pages];
@@ -58,6 +64,7 @@ impl Forward for Fake {
                     });
                 }
                 let position = batch.positions[row] as usize;
+                assert!(written.insert(slot(position)), "two write to one slot");
                 self.slots[slot(position)] = batch.tokens[row];
                 if batch.outputs.contains(&(row as u32)) {
                     let history = (0..=position).map(|p| self.slots[slot(p)]);
@@ -145,7 +152,7 @@ fn request(ids: Vec<u32>, options: Options) -> Request {
     Request {
         ids,
         options,
-        text: Box::new(Letters),
+        text: Box::new(|| Box::new(Letters)),
         long: false,
         eos_ids: vec![EOS],
     }
@@ -590,6 +597,236 @@ fn logits_in_chunks_are_the_logits_of_the_whole() {
     assert_eq!(engine.logits(ids.clone(), false, false).unwrap(), want);
     assert_eq!(engine.logits(ids, true, false).unwrap(), want[49 * VOCAB..]);
     collect(busy).unwrap();
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn a_prompts_logprobs_in_chunks_and_beside_others_are_those_of_its_logits() {
+    let asked = |top_logprobs| Options {
+        prompt_logprobs: true,
+        top_logprobs,
+        logit_bias: vec![(1, 50.0)],
+        ..tokens(30)
+    };
+    let prompts: Vec<Vec<u32>> = (0..6)
+        .map(|p| (0..20 * p + 1).map(|i| (i * 7 + p) % 60).collect())
+        .collect();
+    for (pages, token_budget) in [(200, 512), (200, 9), (13, 64), (13, 8)] {
+        let plan = Plan::default();
+        let config = EngineConfig {
+            token_budget,
+            ..config(pages)
+        };
+        let engine = engine_of(config.clone(), &plan);
+        let gate = lock(&plan.gate);
+        let submit = |(i, ids): (usize, &Vec<u32>)| {
+            engine.submit(request(ids.clone(), asked(i % 3))).unwrap()
+        };
+        let streams: Vec<Stream> = prompts.iter().enumerate().map(submit).collect();
+        drop(gate);
+        for (i, (mut stream, ids)) in streams.into_iter().zip(&prompts).enumerate() {
+            let first = stream.next().unwrap().unwrap();
+            assert!(stream.all(|delta| delta.unwrap().prompt_logprobs.is_none()));
+            let judged = first.prompt_logprobs.unwrap();
+            assert_eq!(judged.len(), ids.len() - 1);
+            for (n, judged) in judged.iter().enumerate() {
+                let mut logits = Vec::new();
+                push_logits(ids[..=n].iter().copied(), &mut logits);
+                let total: f32 = logits.iter().map(|x| x.exp()).sum();
+                assert_eq!((judged.token, judged.top.len()), (ids[n + 1], i % 3));
+                let want = logits[ids[n + 1] as usize] - total.ln();
+                assert!((judged.logprob - want).abs() < 1e-4, "{n} of {config:?}");
+            }
+        }
+        assert_nothing_held(&engine);
+        assert!(lock(&plan.most).1 <= config.max_sequences + LOGIT_ROWS);
+        assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
+    }
+}
+
+/// The completions of a stream, each as one delta, times left out.
+fn collect_all(stream: Stream, n: usize) -> Vec<Delta> {
+    let mut all = vec![Delta::default(); n];
+    for delta in stream {
+        let delta = delta.unwrap();
+        let whole = &mut all[delta.index];
+        assert_eq!(whole.finish_reason, None);
+        whole.text += &delta.text;
+        whole.token_ids.extend(delta.token_ids);
+        whole.logprobs.extend(delta.logprobs);
+        whole.finish_reason = delta.finish_reason;
+        let counts = delta.usage.map(|u| u.completion_tokens);
+        assert_eq!(counts, delta.finish_reason.map(|_| whole.token_ids.len()));
+    }
+    all
+}
+
+fn several(options: &Options, n: usize) -> Options {
+    Options {
+        n,
+        ..options.clone()
+    }
+}
+
+#[test]
+fn greedy_completions_are_equal_and_share_the_prompts_pages() {
+    let prompt: Vec<u32> = (0..100).map(|i| i * 7 % 60).collect();
+    let alone = alone(&[(prompt.clone(), tokens(10))]);
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let stream = engine.submit(request(prompt, several(&tokens(10), 3)));
+    for completion in collect_all(stream.unwrap(), 3) {
+        assert_eq!(completion, alone[0]);
+    }
+    // 6 full pages together, and a seventh each.
+    assert_eq!(plan.most_pages.load(Ordering::SeqCst), 9);
+    assert_nothing_held(&engine);
+    let metrics = engine.metrics();
+    let counts = (
+        metrics.requests,
+        metrics.prompt_tokens,
+        metrics.completion_tokens,
+    );
+    assert_eq!(counts, (1, 100, 30));
+}
+
+#[test]
+fn completions_are_requests_of_their_own_with_the_seeds_that_follow() {
+    // Prompts that end before, at and after a page's end; one token and many.
+    let mut requests = requests(8);
+    for (i, length) in [1, 15, 16, 17, 32, 33, 64, 90].into_iter().enumerate() {
+        requests[i].0 = (0..length).map(|t| (t * 11 + i as u32) % 60).collect();
+        requests[i].1.do_sample = true;
+        requests[i].1.ignore_eos = i % 2 == 1;
+        requests[i].1.seed = Some(u64::MAX - 1);
+    }
+    requests[0].1.max_tokens = Some(1);
+    requests[7].1.max_tokens = Some(1);
+    let one = |i: u64| {
+        let mut each = requests.clone();
+        let seed = (u64::MAX - 1).wrapping_add(i);
+        each.iter_mut()
+            .for_each(|(_, options)| options.seed = Some(seed));
+        alone(&each)
+    };
+    let alone: Vec<Vec<Delta>> = (0..3).map(one).collect();
+    assert_ne!(alone[0][3], alone[1][3]);
+    for (pages, token_budget) in [(200, 512), (200, 16), (13, 33), (13, 64)] {
+        let plan = Plan::default();
+        let config = EngineConfig {
+            token_budget,
+            ..config(pages)
+        };
+        let engine = engine_of(config.clone(), &plan);
+        let gate = lock(&plan.gate);
+        let streams: Vec<Stream> = requests
+            .iter()
+            .map(|(ids, options)| engine.submit(request(ids.clone(), several(options, 3))))
+            .collect::<Result<_>>()
+            .unwrap();
+        drop(gate);
+        for (r, stream) in streams.into_iter().enumerate() {
+            for (i, completion) in collect_all(stream, 3).into_iter().enumerate() {
+                assert_eq!(completion, alone[i][r], "completion {i} of {r}, {config:?}");
+            }
+        }
+        assert_nothing_held(&engine);
+        assert!(lock(&plan.most).1 <= config.max_sequences);
+        assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
+    }
+}
+
+#[test]
+fn leaving_cancels_every_completion() {
+    let plan = Plan::default();
+    // Room for more than could be decoded before they leave.
+    let config = EngineConfig {
+        context_size: 20_000,
+        ..config(5_000)
+    };
+    let engine = engine_of(config, &plan);
+    let endless = |n| several(&tokens(19_000), n);
+    let mut stream = engine.submit(request(vec![5; 40], endless(4))).unwrap();
+    while stream.next().unwrap().unwrap().index < 3 {}
+    assert_eq!(engine.metrics().running, 4);
+    // With 4 these are more than the 8 that run at a time.
+    let mut waiting = engine.submit(request(vec![6; 40], endless(5))).unwrap();
+    let late = engine.submit(request(vec![7; 40], endless(5))).unwrap();
+    assert_eq!(engine.metrics().waiting, 10);
+    drop(stream);
+    drop(late);
+    assert!(waiting.next().unwrap().is_ok());
+    waiting.cancel();
+    assert_nothing_held(&engine);
+    assert!(engine.metrics().completion_tokens < 19_000);
+}
+
+#[test]
+fn more_completions_than_run_at_a_time_are_refused() {
+    let engine = engine(100);
+    let error = engine
+        .submit(request(vec![1], several(&tokens(1), 9)))
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "n must be at most max_sequences 8, got 9"
+    );
+}
+
+#[test]
+fn the_queue_counts_completions() {
+    let plan = Plan::default();
+    let config = EngineConfig {
+        queue_limit: 4,
+        ..config(100)
+    };
+    let engine = engine_of(config, &plan);
+    let gate = lock(&plan.gate);
+    let submit = |n| engine.submit(request(vec![1], several(&tokens(1), n)));
+    let first = submit(8).unwrap();
+    wait_until("the first step", || engine.metrics().steps == 1);
+    // Alone in the queue, it may be longer than that.
+    let second = submit(5).unwrap();
+    assert!(matches!(
+        submit(1),
+        Err(Error::Overloaded {
+            waiting: 5,
+            limit: 4
+        })
+    ));
+    drop(gate);
+    assert_eq!(
+        collect_all(first, 8).len() + collect_all(second, 5).len(),
+        13
+    );
+}
+
+#[test]
+fn after_a_panic_beside_them_completions_run_again_each_in_pages_of_its_own() {
+    let prompt: Vec<u32> = (0..40).collect();
+    let alone = alone(&[(prompt.clone(), tokens(100))]);
+    let plan = Plan::default();
+    let config = EngineConfig {
+        token_budget: 64,
+        ..config(100)
+    };
+    let engine = engine_of(config, &plan);
+    let gate = lock(&plan.gate);
+    let stream = engine
+        .submit(request(prompt, several(&tokens(100), 3)))
+        .unwrap();
+    wait_until("the prompt's step", || engine.metrics().steps == 1);
+    std::thread::scope(|scope| {
+        let lost = scope.spawn(|| engine.logits(vec![POISON], true, false));
+        // Its turn is the next step, where the completions have just begun.
+        wait_until("the panic's turn", || engine.metrics().waiting == 1);
+        drop(gate);
+        assert!(lost.join().unwrap().is_err());
+    });
+    for completion in collect_all(stream, 3) {
+        assert_eq!(completion, alone[0]);
+    }
+    assert_eq!(plan.built.load(Ordering::SeqCst), 2);
     assert_nothing_held(&engine);
 }
 
