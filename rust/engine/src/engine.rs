@@ -1,5 +1,5 @@
 //! The engine: `step` plans, runs the model, samples and hands out; a thread of its own does so
-//! while there is work. Knows no text and no model, only `Forward` and `Text`.
+//! while there is work. Knows no text and no model, only `Forward` and `Parts`.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::pages::Pages;
 use crate::scheduler::{self, Job};
-use crate::sequence::{Sequence, Text};
+use crate::sequence::{Parts, Sequence};
 use crate::stream::{Sender, Stream, channel, lock};
 
 /// Rows whose logits are made at a time where those of every position are wanted: a large vocabulary
@@ -110,7 +110,7 @@ pub struct Request {
     pub ids: Vec<u32>,
     pub options: Options,
     /// Makes what turns a completion's tokens into text, once for each completion.
-    pub text: Box<dyn Fn() -> Box<dyn Text> + Send>,
+    pub text: Box<dyn Fn() -> Parts + Send>,
     /// See `Span::long`.
     pub long: bool,
     /// The model's end tokens.
@@ -719,9 +719,10 @@ impl Core {
                 let Some(delta) = task.sequence.take(row).transpose() else {
                     continue;
                 };
+                let tokens = delta.as_ref().map_or(0, |delta| delta.token_ids.len());
                 self.counters
                     .completion_tokens
-                    .fetch_add(1, Ordering::Relaxed);
+                    .fetch_add(tokens as u64, Ordering::Relaxed);
                 task.sender.send(delta);
             }
         }

@@ -3,25 +3,31 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde_json::{Map, Value, json};
 
 use crate::arch::Arch;
 use crate::batch::{Forward, PAGE};
 use crate::candle::Candle;
+use crate::constraint::{Constraint, Grammars, Rule};
 use crate::cpu::Cpu;
 use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
 use crate::engine::{Engine, EngineConfig, Factory, Request};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::options::{Defaults, Options};
-use crate::sequence::Text;
+use crate::response::{Parser, Style, Thinking};
+use crate::sequence::{Parts, Text};
 use crate::stream::Stream;
 use crate::template::{ChatTemplate, RenderRequest};
 use crate::tokenizer::{Detokenizer, Tokenizer};
 use crate::weights::Weights;
 use crate::{files, vocab};
+
+mod answer;
+
+use answer::Answer;
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +68,8 @@ pub struct ModelOptions {
     pub kv_cache_bytes: Option<u64>,
     /// Requests that run at a time.
     pub max_sequences: usize,
+    /// Whether tokens that a grammar forces run together, not one by one. Off only to compare.
+    pub forced_tokens: bool,
 }
 
 impl Default for ModelOptions {
@@ -73,6 +81,7 @@ impl Default for ModelOptions {
             chat_template: None,
             kv_cache_bytes: None,
             max_sequences: 32,
+            forced_tokens: true,
         }
     }
 }
@@ -109,6 +118,10 @@ pub struct Model {
     defaults: Defaults,
     eos_ids: Vec<u32>,
     original_context: Option<usize>,
+    vocab_size: usize,
+    forced_tokens: bool,
+    /// Made when the first request needs one.
+    grammars: OnceLock<Result<Arc<Grammars>>>,
     engine: Engine,
     release: Box<dyn Fn() + Send + Sync>,
     info: Value,
@@ -148,6 +161,7 @@ impl Model {
         config.max_sequences = options.max_sequences;
         config.token_budget = config.token_budget.max(options.max_sequences);
         let original_context = arch.original_context;
+        let vocab_size = arch.vocab_size;
         let (factory, release) = load(arch, weights, options, plan.pages as usize, progress)?;
         Ok(Self {
             tokenizer,
@@ -155,6 +169,9 @@ impl Model {
             defaults,
             eos_ids,
             original_context,
+            vocab_size,
+            forced_tokens: options.forced_tokens,
+            grammars: OnceLock::new(),
             engine: Engine::new(factory, config)?,
             release,
             info,
@@ -162,29 +179,40 @@ impl Model {
         })
     }
 
-    /// Queue a request. `options` are those of [`Options::parse`], and for messages also `tools`, `documents`,
-    /// `add_generation_prompt` (default: true, unless the final message is continued), `continue_final_message` and
-    /// `template_variables`.
+    /// Queue a request. `options` are those of [`Options::parse`]; those that say what the text must be: `regex`, `choice`,
+    /// `grammar` (Lark), `response_format`; and for messages also `tools`, `tool_choice`, `parallel_tool_calls`,
+    /// `tool_style`, `reasoning`, `documents`, `add_generation_prompt` (default: true, unless the final message is
+    /// continued), `continue_final_message` and `template_variables`.
     ///
     /// # Errors
-    /// At once, whatever can be known without running: options, template, context.
+    /// At once, whatever can be known without running: options, template, grammar, context.
     pub fn submit(&self, prompt: Prompt, options: Value) -> Result<Stream> {
-        let (for_template, options) = split_options(options)?;
-        let options = Options::parse(&options, &self.defaults)?;
-        let ids = match prompt {
+        let (mut for_template, mut options) = split_options(options)?;
+        let answer = Answer::take(&mut options)?;
+        let options = Options::parse(&Value::Object(options), &self.defaults)?;
+        let chat = matches!(prompt, Prompt::Messages(_));
+        let template = self
+            .template_for(!answer.tools.is_empty())
+            .ok()
+            .filter(|_| chat);
+        let known = template.map(|template| (template.source(), template.takes_tools()));
+        let style = answer.style(known);
+        let (ids, thinking) = match prompt {
             Prompt::Messages(messages) => {
                 refuse(
                     "add_special_tokens",
                     options.add_special_tokens.is_some(),
                     "text prompts",
                 )?;
-                let request = for_template.request(messages)?;
-                self.tokenizer.encode(&self.render(&request)?, false)?
+                if answer.tools.is_empty() {
+                    for_template.tools = None;
+                }
+                self.chat_prompt(for_template, messages, &answer, style)?
             }
             Prompt::Text(text) => {
                 for_template.refuse_any()?;
-                self.tokenizer
-                    .encode(&text, options.add_special_tokens.unwrap_or(true))?
+                let special = options.add_special_tokens.unwrap_or(true);
+                (self.tokenizer.encode(&text, special)?, Thinking::Off)
             }
             Prompt::Ids(ids) => {
                 for_template.refuse_any()?;
@@ -193,17 +221,122 @@ impl Model {
                     options.add_special_tokens.is_some(),
                     "text prompts",
                 )?;
-                ids
+                (ids, Thinking::Off)
             }
         };
-        let (tokenizer, skip) = (self.tokenizer.clone(), options.skip_special_tokens);
+        if !chat {
+            refuse("tools", !answer.tools.is_empty(), "messages")?;
+            refuse("reasoning", answer.reasoning.is_some(), "messages")?;
+        }
+        let begun = thinking == Thinking::Begun;
+        let rule = match answer.shapes_text() {
+            true => answer.rule(style, begun, &self.grammars()?, &options)?,
+            false => None,
+        };
+        if let Some(rule) = &rule {
+            self.check_room(rule, ids.len(), &options)?;
+        }
+        let parser = answer.parser(style, thinking);
         self.engine.submit(Request {
             long: self.is_long(ids.len()),
-            text: Box::new(move || Box::new(Detokenizer::new(tokenizer.clone(), skip))),
+            text: self.parts(style, rule, parser, &answer, thinking, &options)?,
             eos_ids: self.eos_ids.clone(),
             ids,
             options,
         })
+    }
+
+    /// The prompt's tokens, and what becomes of thoughts after it.
+    fn chat_prompt(
+        &self,
+        mut for_template: ForTemplate,
+        messages: Value,
+        answer: &Answer,
+        style: &'static Style,
+    ) -> Result<(Vec<u32>, Thinking)> {
+        let template = self.template_for(for_template.tools.is_some())?.clone();
+        if let Some(wanted) = answer.reasoning {
+            for_template.switch_thoughts(wanted, template.source())?;
+        }
+        let messages = match template.takes_tools() {
+            true => messages,
+            false => answer::spell_out(&messages, for_template.tools.take().as_ref(), style),
+        };
+        let request = for_template.request(messages)?;
+        let mut text = self.render(&request)?;
+        let Some((open, close)) = style.thought() else {
+            return Ok((self.tokenizer.encode(&text, false)?, Thinking::Off));
+        };
+        let end = text.trim_end();
+        let begun = end.ends_with(open);
+        if answer.reasoning == Some(true)
+            && !begun
+            && answer.shapes_text()
+            && request.add_generation_prompt
+        {
+            text.push_str(open);
+            text.push('\n');
+            return Ok((self.tokenizer.encode(&text, false)?, Thinking::Begun));
+        }
+        let thinking = match (begun, template.source().contains(close)) {
+            (true, _) => Thinking::Begun,
+            (false, true) => Thinking::Possible,
+            (false, false) => Thinking::Off,
+        };
+        Ok((self.tokenizer.encode(&text, false)?, thinking))
+    }
+
+    fn grammars(&self) -> Result<Arc<Grammars>> {
+        let made = self.grammars.get_or_init(|| {
+            let (tokenizer, forced) = (self.tokenizer.clone(), self.forced_tokens);
+            Grammars::new(tokenizer, self.vocab_size, &self.eos_ids, forced).map(Arc::new)
+        });
+        made.clone()
+    }
+
+    /// Refuse what cannot end in time.
+    fn check_room(&self, rule: &Rule, prompt: usize, options: &Options) -> Result<()> {
+        let context = self.engine.config().context().saturating_sub(prompt);
+        let room = options.max_tokens.map_or(context, |n| n.min(context));
+        let least = rule.least_tokens();
+        match least > room {
+            false => Ok(()),
+            true => Err(Error::InvalidRequest(format!(
+                "the shortest text that meets the grammar has {least} tokens, there is room for {room}; raise max_tokens"
+            ))),
+        }
+    }
+
+    /// How each completion's tokens are read.
+    fn parts(
+        &self,
+        style: &'static Style,
+        rule: Option<Rule>,
+        parser: Option<Parser>,
+        answer: &Answer,
+        thinking: Thinking,
+        options: &Options,
+    ) -> Result<Box<dyn Fn() -> Parts + Send>> {
+        let (tokenizer, skip) = (self.tokenizer.clone(), options.skip_special_tokens);
+        let shown: Vec<u32> = match parser {
+            Some(_) => style
+                .markers()
+                .iter()
+                .filter_map(|m| tokenizer.token_to_id(m))
+                .collect(),
+            None => Vec::new(),
+        };
+        let tools = answer.tools.clone();
+        let parsed = parser.is_some();
+        let grammars = rule.is_some().then(|| self.grammars()).transpose()?;
+        Ok(Box::new(move || Parts {
+            text: Box::new(Detokenizer::new(tokenizer.clone(), skip).showing(shown.clone())),
+            constraint: grammars
+                .as_ref()
+                .zip(rule.as_ref())
+                .map(|(grammars, rule)| Constraint::new(grammars.clone(), rule)),
+            parser: parsed.then(|| style.parser(&tools, !tools.is_empty(), thinking)),
+        }))
     }
 
     /// The prompt that these messages make. A content list of text parts counts as their text.
@@ -559,12 +692,13 @@ struct ForTemplate {
     variables: Option<Map<String, Value>>,
 }
 
-fn split_options(options: Value) -> Result<(ForTemplate, Value)> {
+fn split_options(options: Value) -> Result<(ForTemplate, Map<String, Value>)> {
     let Value::Object(mut options) = options else {
         return Err(Error::InvalidRequest(format!(
             "options should be an object, got {options}"
         )));
     };
+    let tools = options.get("tools").filter(|v| !v.is_null()).cloned();
     let mut take = |key: &str| options.remove(key).filter(|v| !v.is_null());
     let flag = |key: &str, value: Option<Value>| match value {
         None => Ok(None),
@@ -574,7 +708,7 @@ fn split_options(options: Value) -> Result<(ForTemplate, Value)> {
         ))),
     };
     let for_template = ForTemplate {
-        tools: take("tools"),
+        tools,
         documents: take("documents"),
         add_generation_prompt: flag("add_generation_prompt", take("add_generation_prompt"))?,
         continue_final_message: flag("continue_final_message", take("continue_final_message"))?,
@@ -588,7 +722,7 @@ fn split_options(options: Value) -> Result<(ForTemplate, Value)> {
             }
         },
     };
-    Ok((for_template, Value::Object(options)))
+    Ok((for_template, options))
 }
 
 impl ForTemplate {
@@ -605,6 +739,21 @@ impl ForTemplate {
             variables: self.variables.unwrap_or_default(),
             ..RenderRequest::default()
         })
+    }
+
+    /// Set the template's switch for thoughts, under the names that templates have for it.
+    fn switch_thoughts(&mut self, wanted: bool, source: &str) -> Result<()> {
+        let names = ["enable_thinking", "thinking"];
+        if !names.iter().any(|name| source.contains(name)) {
+            return Err(Error::InvalidRequest(format!(
+                "reasoning {wanted} would do nothing: the chat template has no switch for thoughts"
+            )));
+        }
+        let variables = self.variables.get_or_insert_with(Map::new);
+        for name in names {
+            variables.entry(name).or_insert(Value::Bool(wanted));
+        }
+        Ok(())
     }
 
     fn refuse_any(&self) -> Result<()> {
@@ -690,7 +839,10 @@ mod tests {
     fn what_a_prompt_cannot_use_is_refused() {
         let (for_template, rest) =
             split_options(json!({"tools": [], "max_tokens": 3, "documents": null})).unwrap();
-        assert_eq!(rest, json!({"max_tokens": 3}));
+        assert_eq!(
+            rest,
+            *json!({"max_tokens": 3, "tools": []}).as_object().unwrap()
+        );
         let error = for_template.refuse_any().unwrap_err().to_string();
         assert_eq!(error, "tools applies to messages only");
     }

@@ -166,6 +166,18 @@ impl Sampler {
         Ok(judge(logits, best, 1.0, token, k, scores, candidates))
     }
 
+    /// A token that had no rival.
+    pub fn certain(&self, token: u32) -> Sampled {
+        Sampled {
+            token,
+            logprob: self.rules.logprobs.then_some(0.0),
+            top: match self.rules.top_logprobs {
+                0 => Vec::new(),
+                _ => vec![(token, 0.0)],
+            },
+        }
+    }
+
     /// The token is now part of the output.
     pub fn accept(&mut self, token: u32) {
         if self.rules.remember() {

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use crate::constraint::Constraint;
 use crate::error::Result;
 use crate::options::Options;
-use crate::response::CallDelta;
+use crate::response::{CallDelta, Parser};
 use crate::sampling::{Sampled, Sampler};
 use crate::stop::StopBuffer;
 
@@ -14,6 +15,25 @@ pub trait Text: Send {
     fn push(&mut self, id: u32) -> String;
     /// No token follows: the text still held back.
     fn finish(&mut self) -> String;
+}
+
+/// What turns one request's tokens into an answer.
+pub struct Parts {
+    pub text: Box<dyn Text>,
+    /// What the text must be, if anything.
+    pub constraint: Option<Constraint>,
+    /// Tells text, thoughts and tool calls apart; none: all is text.
+    pub parser: Option<Parser>,
+}
+
+impl From<Box<dyn Text>> for Parts {
+    fn from(text: Box<dyn Text>) -> Self {
+        Self {
+            text,
+            constraint: None,
+            parser: None,
+        }
+    }
 }
 
 /// Why a request ended.
@@ -95,6 +115,10 @@ pub struct Sequence {
     ends: Vec<u32>,
     sampler: Sampler,
     text: Box<dyn Text>,
+    constraint: Option<Constraint>,
+    /// The text was led to an early end, for want of tokens.
+    cut_short: bool,
+    parser: Option<Parser>,
     stop: StopBuffer,
     /// The prompt's log probabilities so far, from the second token on; none once they are out, or
     /// not wanted.
@@ -110,7 +134,7 @@ impl Sequence {
         ids: Vec<u32>,
         options: &Options,
         eos_ids: &[u32],
-        text: Box<dyn Text>,
+        parts: Parts,
         context: usize,
     ) -> Self {
         let prompt = ids.len();
@@ -126,7 +150,10 @@ impl Sequence {
             min_tokens: options.min_tokens,
             ends,
             sampler: Sampler::new(options, &ids),
-            text,
+            text: parts.text,
+            constraint: parts.constraint,
+            cut_short: false,
+            parser: parts.parser,
             stop: StopBuffer::new(&options.stop),
             judged: options.prompt_logprobs.then(Vec::new),
             submitted: Instant::now(),
@@ -218,16 +245,71 @@ impl Sequence {
         }))
     }
 
-    /// Choose the next token from its logits, `[vocab_size]`, and take it.
+    /// Choose the next token from its logits, `[vocab_size]`, and take it, and those that a grammar
+    /// forces after it.
     ///
     /// # Errors
-    /// `Internal` when the logits allow no token.
+    /// `Internal` when the logits allow no token; `InvalidRequest` when a grammar is too costly.
     pub fn advance(&mut self, logits: &[f32]) -> Result<Delta> {
+        let sampled = self.choose(logits)?;
+        let mut delta = self.push(sampled);
+        if delta.finish_reason.is_none() {
+            self.force(&mut delta);
+        }
+        Ok(delta)
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<Sampled> {
+        /// Tokens that may prove too long for what is left before the shortest way is taken.
+        const ATTEMPTS: usize = 8;
         let early = self.completion_tokens() < self.min_tokens;
-        let sampled = self
-            .sampler
-            .sample(logits, None, if early { &self.ends } else { &[] })?;
-        Ok(self.push(sampled))
+        let left = self.limit.saturating_sub(self.ids.len() + 1);
+        let Some(constraint) = &mut self.constraint else {
+            let banned: &[u32] = if early { &self.ends } else { &[] };
+            return self.sampler.sample(logits, None, banned);
+        };
+        let free = constraint.free();
+        let mask = constraint.mask()?;
+        let allowed = mask.as_ref().map(|mask| mask.as_slice());
+        let open = free && (early || !constraint.may_end());
+        let mut banned = if open { self.ends.clone() } else { Vec::new() };
+        for _ in 0..ATTEMPTS {
+            let Ok(sampled) = self.sampler.sample(logits, allowed, &banned) else {
+                break;
+            };
+            let ends = free && self.ends.contains(&sampled.token);
+            if ends || constraint.take(sampled.token, left) {
+                return Ok(sampled);
+            }
+            banned.push(sampled.token);
+        }
+        self.cut_short = true;
+        match constraint.close(left) {
+            Some(token) => Ok(self.sampler.certain(token)),
+            // Where the end is not foreseen, tokens are not refused for their length.
+            None => self.sampler.sample(logits, allowed, &[]),
+        }
+    }
+
+    /// Take the tokens that must follow.
+    fn force(&mut self, delta: &mut Delta) {
+        let left = self.limit - self.ids.len();
+        let Some(constraint) = &mut self.constraint else {
+            return;
+        };
+        for token in constraint.forced(left) {
+            let more = self.push(self.sampler.certain(token));
+            delta.text += &more.text;
+            delta.reasoning += &more.reasoning;
+            delta.tool_calls.extend(more.tool_calls);
+            delta.token_ids.extend(more.token_ids);
+            delta.logprobs.extend(more.logprobs);
+            delta.finish_reason = more.finish_reason;
+            delta.usage = more.usage;
+            if delta.finish_reason.is_some() {
+                return;
+            }
+        }
     }
 
     /// Take a token: its text, and the end of the request if it is one.
@@ -237,25 +319,60 @@ impl Sequence {
         self.sampler.accept(token);
         self.ids.push(token);
 
-        let (text, finish_reason) = self.text_of(token);
-        Delta {
-            text,
+        let (text, mut finish_reason) = self.text_of(token);
+        let mut delta = Delta {
             token_ids: vec![token],
             logprobs: logprob_of(sampled).into_iter().collect(),
-            usage: finish_reason.map(|_| self.usage()),
-            finish_reason,
             ..Delta::default()
+        };
+        self.read(text, finish_reason.is_some(), &mut delta);
+        if finish_reason == Some(FinishReason::Stop) {
+            finish_reason = Some(self.how_it_stopped());
+        }
+        delta.usage = finish_reason.map(|_| self.usage());
+        delta.finish_reason = finish_reason;
+        delta
+    }
+
+    /// Sort new text into text, thoughts and calls.
+    fn read(&mut self, text: String, last: bool, delta: &mut Delta) {
+        let Some(parser) = &mut self.parser else {
+            delta.text = text;
+            return;
+        };
+        let mut parts = vec![parser.push(&text)];
+        if last {
+            parts.push(parser.finish());
+        }
+        for part in parts {
+            delta.text += &part.text;
+            delta.reasoning += &part.reasoning;
+            delta.tool_calls.extend(part.calls);
+        }
+    }
+
+    fn how_it_stopped(&self) -> FinishReason {
+        if self.cut_short {
+            return FinishReason::Length;
+        }
+        match self.parser.as_ref().is_some_and(Parser::called) {
+            true => FinishReason::ToolCalls,
+            false => FinishReason::Stop,
         }
     }
 
     /// The text a token releases, and whether it ends the request. End tokens have none.
     fn text_of(&mut self, token: u32) -> (String, Option<FinishReason>) {
-        if self.ends.contains(&token) {
+        let bound = self.constraint.as_ref().is_some_and(|c| !c.free());
+        if self.ends.contains(&token) && !self.bound_text(bound) {
             return (self.flush(String::new()), Some(FinishReason::Stop));
         }
         let piece = self.text.push(token);
-        // Before min_tokens no stop counts, so nothing is held back for one.
-        let (text, hit) = if self.completion_tokens() < self.min_tokens {
+        let complete = self.constraint.as_ref().is_some_and(Constraint::complete);
+        // Within a grammar no stop counts, nor before min_tokens: nothing is held back for one.
+        let (text, hit) = if bound {
+            (self.stop.finish() + &piece, None)
+        } else if self.completion_tokens() < self.min_tokens {
             (piece, None)
         } else {
             let released = self.stop.push(&piece);
@@ -264,10 +381,18 @@ impl Sequence {
         if hit.is_some() {
             return (text, Some(FinishReason::Stop));
         }
+        if complete {
+            return (self.flush(text), Some(FinishReason::Stop));
+        }
         if self.ids.len() < self.limit {
             return (text, None);
         }
         (self.flush(text), Some(FinishReason::Length))
+    }
+
+    /// Whether an end token is a part of a grammar's text (an end of turn within a format).
+    fn bound_text(&self, bound: bool) -> bool {
+        bound && !self.constraint.as_ref().is_some_and(Constraint::complete)
     }
 
     /// Append all text held back; a stop completed by it still cuts.
@@ -337,7 +462,7 @@ mod tests {
             vec![10, 11, 12],
             &options,
             &EOS,
-            Box::new(Letters::default()),
+            (Box::new(Letters::default()) as Box<dyn Text>).into(),
             100,
         )
     }

@@ -338,6 +338,8 @@ pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     stages: Vec<Stage>,
     skip_special: bool,
+    /// Special tokens that have text all the same.
+    shown: Vec<u32>,
 }
 
 impl Detokenizer {
@@ -348,15 +350,22 @@ impl Detokenizer {
             tokenizer,
             stages,
             skip_special,
+            shown: Vec::new(),
         }
+    }
+
+    /// Give these special tokens their text, whatever becomes of others.
+    pub fn showing(mut self, ids: Vec<u32>) -> Self {
+        self.shown = ids;
+        self
     }
 
     /// Take the next id; returns the text that is now certain, which may be empty. An id that the
     /// vocabulary does not have (a padded embedding row) gives nothing.
     pub fn push(&mut self, id: u32) -> String {
         let mut text = String::new();
-        self.tokenizer
-            .step(&mut self.stages, id, self.skip_special, &mut text);
+        let skip = self.skip_special && !self.shown.contains(&id);
+        self.tokenizer.step(&mut self.stages, id, skip, &mut text);
         text
     }
 

@@ -31,7 +31,7 @@ impl Engine {
     #[new]
     #[pyo3(signature = (
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
-        kv_cache_bytes = None, max_sequences = None, progress = None
+        kv_cache_bytes = None, max_sequences = None, forced_tokens = true, progress = None
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -46,6 +46,7 @@ impl Engine {
         chat_template: Option<String>,
         kv_cache_bytes: Option<&Bound<'_, PyAny>>,
         max_sequences: Option<&Bound<'_, PyAny>>,
+        forced_tokens: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
@@ -58,6 +59,7 @@ impl Engine {
             chat_template,
             kv_cache_bytes: to_size(kv_cache_bytes, "kv_cache_bytes")?.map(|size| size as u64),
             max_sequences: to_size(max_sequences, "max_sequences")?.unwrap_or(usual.max_sequences),
+            forced_tokens,
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }

@@ -1,6 +1,7 @@
 //! Tests of engine.rs.
 
 use super::*;
+use crate::sequence::Text;
 use crate::sequence::{Delta, FinishReason};
 use crate::stream::Notifier;
 
@@ -152,7 +153,7 @@ fn request(ids: Vec<u32>, options: Options) -> Request {
     Request {
         ids,
         options,
-        text: Box::new(|| Box::new(Letters)),
+        text: Box::new(|| (Box::new(Letters) as Box<dyn Text>).into()),
         long: false,
         eos_ids: vec![EOS],
     }
