@@ -1,4 +1,22 @@
-//! How a family writes tool calls and thoughts: one value gives both the grammar and the streaming parser.
+//! How a model family writes tool calls and thoughts: one value, a [`Style`], gives both the grammar that
+//! makes a model write a call and the parser that reads it back. It knows no tokens and compiles no grammar.
+
+mod grammar;
+mod literal;
+mod parser;
+#[cfg(test)]
+mod tests;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::options::nearest;
+
+pub use grammar::Lark;
+pub use parser::{Parsed, Parser};
+
+/// The longest name of a tool, in bytes.
+const LONGEST_NAME: usize = 256;
 
 /// What a piece of text adds to a tool call.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -10,4 +28,703 @@ pub struct CallDelta {
     pub name: Option<String>,
     /// The next piece of its arguments, which together are a JSON object.
     pub arguments: String,
+}
+
+/// A tool that the model may call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tool {
+    pub name: String,
+    /// A JSON schema, always an object.
+    pub parameters: Value,
+}
+
+/// The tools of an OpenAI-shaped list: `{"type": "function", "function": {...}}`, or the inner object alone.
+///
+/// # Errors
+/// No list, no name, a name twice, a name with characters outside `[A-Za-z0-9_.-]`, parameters that are no object.
+pub fn tools_of(list: &Value) -> Result<Vec<Tool>> {
+    let Value::Array(items) = list else {
+        return invalid(format!("tools: a list is wanted, {} came", kind_of(list)));
+    };
+    let mut tools: Vec<Tool> = Vec::with_capacity(items.len());
+    for (at, item) in items.iter().enumerate() {
+        let tool = tool_of(item, at)?;
+        if tools.iter().any(|other| other.name == tool.name) {
+            return invalid(format!("tools: two are named {:?}", tool.name));
+        }
+        tools.push(tool);
+    }
+    Ok(tools)
+}
+
+fn tool_of(item: &Value, at: usize) -> Result<Tool> {
+    let inner = item.get("function").unwrap_or(item);
+    let Some(fields) = inner.as_object() else {
+        return invalid(format!(
+            "tools[{at}]: an object is wanted, {} came",
+            kind_of(inner)
+        ));
+    };
+    let name = match fields.get("name") {
+        Some(Value::String(name)) => name,
+        Some(other) => {
+            return invalid(format!(
+                "tools[{at}]: the name must be text, {} came",
+                kind_of(other)
+            ));
+        }
+        None => return invalid(format!("tools[{at}]: a tool needs a name")),
+    };
+    if name.is_empty() || name.len() > LONGEST_NAME {
+        return invalid(format!(
+            "tools[{at}]: a name has 1 to {LONGEST_NAME} bytes, this one {}",
+            name.len()
+        ));
+    }
+    let wrong = |c: &char| !(c.is_ascii_alphanumeric() || "_.-".contains(*c));
+    if let Some(wrong) = name.chars().find(wrong) {
+        return invalid(format!(
+            "tools[{at}]: a name has letters, digits, '_', '.' and '-', {name:?} has {wrong:?}"
+        ));
+    }
+    let parameters = match fields.get("parameters") {
+        None | Some(Value::Null) => json!({"type": "object", "properties": {}}),
+        Some(Value::Object(schema)) => Value::Object(object_schema(schema)),
+        Some(other) => {
+            return invalid(format!(
+                "tools: the parameters of {name:?} must be an object, {} came",
+                kind_of(other)
+            ));
+        }
+    };
+    Ok(Tool {
+        name: name.clone(),
+        parameters,
+    })
+}
+
+/// A schema of arguments says that they are an object, if it says nothing itself.
+fn object_schema(schema: &Map<String, Value>) -> Map<String, Value> {
+    let mut schema = schema.clone();
+    schema.entry("type").or_insert_with(|| "object".into());
+    schema
+}
+
+/// Which tools the model may, or has to, call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToolChoice {
+    None,
+    Auto,
+    Required,
+    Named(String),
+}
+
+impl ToolChoice {
+    /// Reads every spelling of OpenAI's, Anthropic's and LangChain's `tool_choice`.
+    ///
+    /// # Errors
+    /// A tool that is not among `tools`, a call required of no tools, or another shape.
+    pub fn parse(value: &Value, tools: &[Tool]) -> Result<Self> {
+        let choice = match value {
+            Value::Null => return Ok(Self::Auto),
+            Value::Bool(true) => Self::Required,
+            Value::Bool(false) => Self::None,
+            Value::String(word) => Self::of_word(word, tools)?,
+            Value::Object(fields) => Self::of_object(fields, tools)?,
+            other => return Err(Self::wanted(other)),
+        };
+        if choice == Self::Required && tools.is_empty() {
+            return invalid("tool_choice: a call is required, but there are no tools".into());
+        }
+        Ok(choice)
+    }
+
+    fn of_word(word: &str, tools: &[Tool]) -> Result<Self> {
+        Ok(match word {
+            "none" => Self::None,
+            "auto" => Self::Auto,
+            "required" | "any" => Self::Required,
+            name => Self::of_name(name, tools)?,
+        })
+    }
+
+    fn of_object(fields: &Map<String, Value>, tools: &[Tool]) -> Result<Self> {
+        let name = fields
+            .get("function")
+            .and_then(|function| function.get("name"))
+            .or_else(|| fields.get("name"));
+        match (name, fields.get("type")) {
+            (Some(Value::String(name)), _) => Self::of_name(name, tools),
+            (None, Some(Value::String(word)))
+                if ["none", "auto", "any", "required"].contains(&word.as_str()) =>
+            {
+                Self::of_word(word, tools)
+            }
+            _ => Err(Self::wanted(&Value::Object(fields.clone()))),
+        }
+    }
+
+    fn of_name(name: &str, tools: &[Tool]) -> Result<Self> {
+        let names: Vec<&str> = tools.iter().map(|tool| tool.name.as_str()).collect();
+        if names.contains(&name) {
+            return Ok(Self::Named(name.to_string()));
+        }
+        let hint = match nearest(name, &names) {
+            Some(near) => format!("; did you mean {near:?}?"),
+            None => String::new(),
+        };
+        invalid(format!(
+            "tool_choice: no tool is named {name:?}; the tools are {names:?}{hint}"
+        ))
+    }
+
+    fn wanted(value: &Value) -> Error {
+        let mut came = value.to_string();
+        if let Some((end, _)) = came.char_indices().nth(100) {
+            came.truncate(end);
+            came.push_str("...");
+        }
+        Error::InvalidRequest(format!(
+            "tool_choice: \"none\", \"auto\", \"required\" or a tool is wanted, {came} came"
+        ))
+    }
+}
+
+/// What the parser does about thoughts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thinking {
+    /// Text is text. (Harmony's channels are read all the same: its answers have no other form.)
+    Off,
+    /// A marker at the start of the turn begins a thought.
+    Possible,
+    /// The prompt ended inside a thought.
+    Begun,
+}
+
+/// How a family writes tool calls and thoughts. A turn of calls is
+/// `open` call (`between` call)* `close`, and a call is `before` name `after` arguments `end`.
+#[derive(Debug)]
+pub struct Style {
+    name: &'static str,
+    thought: Option<(&'static str, &'static str)>,
+    open: &'static str,
+    before: &'static str,
+    after: &'static str,
+    arguments: Arguments,
+    end: &'static str,
+    between: &'static str,
+    close: &'static str,
+    /// The head of `open` + `before` that shows, amid free text, that a call begins; empty where only a tool's
+    /// name shows it.
+    trigger: &'static str,
+    /// What may stand before a whole turn of calls, and shows one too.
+    lead: &'static str,
+    /// Without any marker, the start of a turn may be a call.
+    bare: bool,
+    /// Several calls in one turn can be written.
+    several: bool,
+    /// Ids are nine letters and digits, nothing else.
+    short_ids: bool,
+    /// The turn is made of messages in channels (harmony).
+    channels: bool,
+    /// Strings that may be one special token.
+    markers: &'static [&'static str],
+}
+
+/// How the arguments of a call are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Arguments {
+    /// One JSON object.
+    Json,
+    /// One JSON object, a member of an object that has the name too.
+    Envelope,
+    /// Each between tags.
+    Tagged(Tags),
+    /// Keyword arguments of Python.
+    Python,
+    /// `key:value`, with strings between `<|"|>` (Gemma 4).
+    Gemma,
+}
+
+/// `key.0` name `key.1` value `value.0` `value.1` `value.2`; `value.1` is what ends a raw value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tags {
+    key: (&'static str, &'static str),
+    value: (&'static str, &'static str, &'static str),
+}
+
+/// Gemma 4's quote.
+const QUOTE: &str = "<|\"|>";
+const THINK: Option<(&str, &str)> = Some(("<think>", "</think>"));
+
+/// Hermes, on which the others are built.
+const HERMES: Style = Style {
+    name: "hermes",
+    thought: THINK,
+    open: "",
+    before: "<tool_call>\n{\"name\": \"",
+    after: "\", \"arguments\": ",
+    arguments: Arguments::Envelope,
+    end: "}\n</tool_call>",
+    between: "\n",
+    close: "",
+    trigger: "<tool_call>",
+    lead: "",
+    bare: false,
+    several: true,
+    short_ids: false,
+    channels: false,
+    markers: &["<tool_call>", "</tool_call>"],
+};
+
+/// A list of objects with name and arguments.
+const LIST: Style = Style {
+    before: "{\"name\": \"",
+    end: "}",
+    between: ", ",
+    close: "]",
+    ..HERMES
+};
+
+const DEEPSEEK: Style = Style {
+    name: "deepseek",
+    open: "<｜tool▁calls▁begin｜>",
+    before: "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+    after: "\n```json\n",
+    arguments: Arguments::Json,
+    end: "\n```<｜tool▁call▁end｜>",
+    between: "\n",
+    close: "<｜tool▁calls▁end｜>",
+    trigger: "<｜tool▁calls▁begin｜>",
+    markers: &[
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+    ],
+    ..HERMES
+};
+
+const GLM: Style = Style {
+    name: "glm",
+    before: "<tool_call>",
+    after: "\n",
+    arguments: Arguments::Tagged(Tags {
+        key: ("<arg_key>", "</arg_key>\n<arg_value>"),
+        value: ("", "</arg_value>", "\n"),
+    }),
+    end: "</tool_call>",
+    markers: &[
+        "<tool_call>",
+        "</tool_call>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+    ],
+    ..HERMES
+};
+
+const PYTHONIC: Style = Style {
+    name: "pythonic",
+    open: "[",
+    before: "",
+    after: "(",
+    arguments: Arguments::Python,
+    end: ")",
+    between: ", ",
+    close: "]",
+    trigger: "",
+    bare: true,
+    markers: &[],
+    ..HERMES
+};
+
+/// Every style; the first is the one taken where nothing shows another.
+static STYLES: &[Style] = &[
+    HERMES,
+    Style {
+        name: "llama3_json",
+        before: "{\"name\": \"",
+        after: "\", \"parameters\": ",
+        end: "}",
+        trigger: "{\"name\": ",
+        lead: "<|python_tag|>",
+        bare: true,
+        several: false,
+        markers: &["<|python_tag|>"],
+        ..HERMES
+    },
+    PYTHONIC,
+    Style {
+        name: "lfm2",
+        open: "<|tool_call_start|>[",
+        close: "]<|tool_call_end|>",
+        trigger: "<|tool_call_start|>",
+        bare: false,
+        markers: &["<|tool_call_start|>", "<|tool_call_end|>"],
+        ..PYTHONIC
+    },
+    Style {
+        name: "mistral",
+        thought: Some(("[THINK]", "[/THINK]")),
+        open: "[TOOL_CALLS][",
+        trigger: "[TOOL_CALLS]",
+        short_ids: true,
+        markers: &["[TOOL_CALLS]"],
+        ..LIST
+    },
+    Style {
+        name: "mistral_named",
+        thought: Some(("[THINK]", "[/THINK]")),
+        before: "[TOOL_CALLS]",
+        after: "[ARGS]",
+        arguments: Arguments::Json,
+        end: "",
+        between: "",
+        trigger: "[TOOL_CALLS]",
+        short_ids: true,
+        markers: &["[TOOL_CALLS]", "[ARGS]"],
+        ..HERMES
+    },
+    Style {
+        name: "qwen3_coder",
+        before: "<tool_call>\n<function=",
+        after: ">\n",
+        arguments: Arguments::Tagged(Tags {
+            key: ("<parameter=", ">\n"),
+            value: ("\n", "</parameter>", "\n"),
+        }),
+        end: "</function>\n</tool_call>",
+        ..HERMES
+    },
+    DEEPSEEK,
+    Style {
+        name: "deepseek_v31",
+        before: "<｜tool▁call▁begin｜>",
+        after: "<｜tool▁sep｜>",
+        end: "<｜tool▁call▁end｜>",
+        between: "",
+        ..DEEPSEEK
+    },
+    Style {
+        name: "phi4",
+        open: "<|tool_call|>[",
+        close: "]<|/tool_call|>",
+        trigger: "<|tool_call|>",
+        markers: &["<|tool_call|>", "<|/tool_call|>"],
+        ..LIST
+    },
+    Style {
+        name: "functools",
+        open: "functools[",
+        trigger: "functools[",
+        markers: &[],
+        ..LIST
+    },
+    Style {
+        name: "granite",
+        open: "<|tool_call|>[",
+        trigger: "<|tool_call|>",
+        markers: &["<|tool_call|>"],
+        ..LIST
+    },
+    Style {
+        name: "granite_fc",
+        before: "<function_call> {\"name\": \"",
+        end: "}",
+        between: "",
+        trigger: "<function_call>",
+        markers: &["<function_call>"],
+        ..HERMES
+    },
+    Style {
+        name: "apriel",
+        open: "<tool_calls>[",
+        close: "]</tool_calls>",
+        trigger: "<tool_calls>",
+        markers: &["<tool_calls>", "</tool_calls>"],
+        ..LIST
+    },
+    GLM,
+    Style {
+        name: "glm_tight",
+        after: "",
+        arguments: Arguments::Tagged(Tags {
+            key: ("<arg_key>", "</arg_key><arg_value>"),
+            value: ("", "</arg_value>", ""),
+        }),
+        between: "",
+        ..GLM
+    },
+    Style {
+        name: "gemma",
+        thought: Some(("<|channel>thought", "<channel|>")),
+        before: "<|tool_call>call:",
+        after: "{",
+        arguments: Arguments::Gemma,
+        end: "}<tool_call|>",
+        between: "",
+        trigger: "<|tool_call>",
+        markers: &["<|tool_call>", "<tool_call|>", QUOTE, "<|channel>"],
+        ..HERMES
+    },
+    Style {
+        name: "harmony",
+        thought: Some(("<|channel|>analysis<|message|>", "<|end|>")),
+        before: "<|channel|>commentary to=functions.",
+        after: " <|constrain|>json<|message|>",
+        arguments: Arguments::Json,
+        end: "<|call|>",
+        between: "",
+        trigger: "<|channel|>commentary to=functions.",
+        several: false,
+        channels: true,
+        markers: &[
+            "<|channel|>",
+            "<|message|>",
+            "<|constrain|>",
+            "<|start|>",
+            "<|end|>",
+            "<|call|>",
+            "<|return|>",
+        ],
+        ..HERMES
+    },
+];
+
+/// What in the source of a template shows a style, the surest first: all of the strings must be there.
+static SIGNS: &[(&[&str], &str)] = &[
+    (&["<|channel|>", "<|message|>"], "harmony"),
+    (&["<|tool_call>"], "gemma"),
+    (&["[TOOL_CALLS]", "[ARGS]"], "mistral_named"),
+    (&["[TOOL_CALLS]"], "mistral"),
+    (&["tool▁sep", "```"], "deepseek"),
+    (&["tool▁calls▁begin"], "deepseek_v31"),
+    (&["<tool_call>", "</arg_key><arg_value>"], "glm_tight"),
+    (&["<tool_call>", "<arg_key>"], "glm"),
+    (&["<tool_call>", "<function="], "qwen3_coder"),
+    (&["<tool_calls>[", "</tool_calls>"], "apriel"),
+    (&["<tool_call>"], "hermes"),
+    (&["functools["], "functools"),
+    (&["<|tool_call|>", "<|/tool_call|>"], "phi4"),
+    (&["<|tool|>", "<|/tool|>"], "phi4"),
+    (&["<|tool_call|>"], "granite"),
+    (&["<function_call> "], "granite_fc"),
+    (&["<|tool_call_start|>"], "lfm2"),
+    (&["<|tool_list_start|>"], "lfm2"),
+    (&["<|python_tag|>"], "llama3_json"),
+    (&["<|start_header_id|>", "\"parameters\""], "llama3_json"),
+    (&["[func_name1("], "pythonic"),
+    (&["tool_call.name + '('"], "pythonic"),
+];
+
+impl Style {
+    /// The style of this name.
+    ///
+    /// # Errors
+    /// `Unsupported`, with every name there is.
+    pub fn named(name: &str) -> Result<&'static Style> {
+        Self::known(name).ok_or_else(|| Error::Unsupported {
+            what: "style of tool calls",
+            name: name.chars().take(64).collect(),
+            supported: STYLES
+                .iter()
+                .map(|style| style.name)
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+    }
+
+    fn known(name: &str) -> Option<&'static Style> {
+        STYLES.iter().find(|style| style.name == name)
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The style of a chat template, by the markers in its source; hermes where none is seen, or where the
+    /// template takes no tools and our own instructions ask for it.
+    pub fn of_template(source: &str, takes_tools: bool) -> &'static Style {
+        let seen = sign_in(source);
+        // A template without tools leaves the wording to us, but what it does write of calls or channels stands.
+        match seen {
+            Some(style) if takes_tools || style.trigger != "{\"name\": " => style,
+            _ => &STYLES[0],
+        }
+    }
+
+    /// The style of a `response_template` (or `response_schema`) in a tokenizer's configuration: its patterns hold the same
+    /// markers, with or without a regex's backslashes.
+    pub fn of_response_template(value: &Value) -> Option<&'static Style> {
+        fn gather(value: &Value, depth: usize, text: &mut String) {
+            if depth > 32 || text.len() > 1 << 20 {
+                return;
+            }
+            match value {
+                Value::String(piece) => {
+                    text.push_str(piece);
+                    text.push('\n');
+                }
+                Value::Array(items) => items.iter().for_each(|v| gather(v, depth + 1, text)),
+                Value::Object(fields) => fields.iter().for_each(|(key, v)| {
+                    text.push_str(key);
+                    text.push('\n');
+                    gather(v, depth + 1, text);
+                }),
+                _ => {}
+            }
+        }
+        let mut text = String::new();
+        gather(value, 0, &mut text);
+        sign_in(&text.replace('\\', ""))
+    }
+
+    /// Every string that may be a special token of the vocabulary and must be seen in the text all the same.
+    pub fn markers(&self) -> Vec<&'static str> {
+        let mut markers = self.markers.to_vec();
+        if let (Some((open, close)), false) = (self.thought, self.channels) {
+            // Gemma's opening is a token and a word.
+            if self.arguments != Arguments::Gemma {
+                markers.push(open);
+            }
+            markers.push(close);
+        }
+        markers
+    }
+
+    /// What opens and closes a thought.
+    pub fn thought(&self) -> Option<(&'static str, &'static str)> {
+        self.thought
+    }
+
+    /// A parser of one turn. `calls`: look for them; `tools` types the arguments where the style does not.
+    pub fn parser(&'static self, tools: &[Tool], calls: bool, thinking: Thinking) -> Parser {
+        Parser::new(self, tools, calls, thinking)
+    }
+
+    /// What the system message says about `tools` (an OpenAI-shaped list) where the template does not.
+    pub fn instructions(&self, tools: &Value) -> String {
+        let mut text = String::from("You can call these tools:\n");
+        for tool in tools.as_array().into_iter().flatten() {
+            let inner = tool.get("function").unwrap_or(tool);
+            text.push_str(&inner.to_string());
+            text.push('\n');
+        }
+        let call = |name: &str| {
+            format!(
+                "{}{name}{}{}{}",
+                HERMES.before, HERMES.after, "{...}", HERMES.end
+            )
+        };
+        text.push_str(
+            "\nTo call one, answer with its name and a JSON object of its arguments, written so:\n",
+        );
+        text.push_str(&call("NAME"));
+        text.push_str("\nWrite one such block per call. Answer in plain text where no tool helps.");
+        text
+    }
+
+    /// Whether the calls of a turn are the items of a list.
+    fn is_list(&self) -> bool {
+        self.open.ends_with('[')
+    }
+}
+
+fn sign_in(text: &str) -> Option<&'static Style> {
+    let (_, name) = SIGNS
+        .iter()
+        .find(|(signs, _)| signs.iter().all(|sign| text.contains(sign)))?;
+    Style::known(name)
+}
+
+/// How a value is written where the style writes strings without quotes.
+#[derive(Debug, Clone, PartialEq)]
+enum Kind {
+    /// Always a string.
+    Text,
+    /// A string, or JSON of one of these types (any type, if there are none).
+    Mixed(Vec<String>),
+    /// Never a string.
+    Json,
+}
+
+impl Kind {
+    /// The kind of a property's schema; `root` has the definitions it may refer to.
+    fn of(schema: &Value, root: &Value) -> Self {
+        let mut types = Vec::new();
+        gather_types(schema, root, 0, &mut types);
+        types.dedup();
+        let text = types.iter().any(|name| name == "string");
+        if types.iter().any(|name| name == "any") {
+            return Self::Mixed(Vec::new());
+        }
+        types.retain(|name| name != "string");
+        match (text, types.is_empty()) {
+            (true, true) => Self::Text,
+            (true, false) => Self::Mixed(types),
+            (false, _) => Self::Json,
+        }
+    }
+}
+
+/// The names of the types a schema admits, "any" where it does not say.
+fn gather_types(schema: &Value, root: &Value, depth: usize, types: &mut Vec<String>) {
+    const DEEPEST: usize = 8;
+    let mut add = |name: &str| types.push(name.to_string());
+    if depth > DEEPEST {
+        return add("any");
+    }
+    if let Some(name) = schema.get("$ref").and_then(Value::as_str) {
+        return match name.strip_prefix('#').and_then(|path| root.pointer(path)) {
+            Some(found) => gather_types(found, root, depth + 1, types),
+            None => add("any"),
+        };
+    }
+    if let Some(Value::Array(values)) = schema.get("enum") {
+        return values.iter().for_each(|value| add(type_of(value)));
+    }
+    if let Some(value) = schema.get("const") {
+        return add(type_of(value));
+    }
+    match schema.get("type") {
+        Some(Value::String(name)) => return add(name),
+        Some(Value::Array(names)) => {
+            return names.iter().filter_map(Value::as_str).for_each(add);
+        }
+        _ => {}
+    }
+    match schema.get("anyOf").or_else(|| schema.get("oneOf")) {
+        Some(Value::Array(choices)) if !choices.is_empty() => {
+            for choice in choices {
+                gather_types(choice, root, depth + 1, types);
+            }
+        }
+        _ => add("any"),
+    }
+}
+
+/// JSON schema's name of a value's type.
+fn type_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+fn kind_of(value: &Value) -> String {
+    match value {
+        Value::Null => "null".into(),
+        other => format!("a {}", type_of(other)),
+    }
+}
+
+fn invalid<T>(message: String) -> Result<T> {
+    Err(Error::InvalidRequest(message))
 }
