@@ -324,8 +324,7 @@ impl Parser {
                 return Step::Again;
             }
         }
-        let openers = self.openers.clone();
-        let openers = openers.iter().map(String::as_str);
+        let openers = self.openers.iter().map(String::as_str);
         let markers: Vec<&str> = openers.chain(self.drops.iter().copied()).collect();
         let found = markers
             .iter()
