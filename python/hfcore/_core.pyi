@@ -243,7 +243,7 @@ class Delta:
 
     @property
     def finish_reason(self) -> str | None:
-        """`"stop"`, `"length"` or `"tool_calls"` in the last delta, None before."""
+        """`"stop"`, `"length"` or `"tool_calls"` in a completion's last delta, None before."""
 
     @property
     def usage(self) -> Usage | None:
@@ -267,7 +267,11 @@ class Notifier:
 
 @final
 class Stream:
-    """The deltas of one request as they come. Dropping or closing it cancels the request."""
+    """The deltas of one request as they come. Dropping or closing it cancels the request.
+
+    With `n` above 1 those of its completions are mixed, `Delta.index` tells them apart, and the
+    stream ends when all of them have.
+    """
 
     def __iter__(self) -> Stream: ...
     def __next__(self) -> Delta:

@@ -14,7 +14,8 @@ use crate::error::run;
 /// How long Ctrl-C may go unnoticed.
 const TICK: Duration = Duration::from_millis(100);
 
-/// The deltas of one request as they come. Dropping or closing it cancels the request.
+/// The deltas of one request as they come, those of several completions mixed. Dropping or closing
+/// it cancels the request.
 #[pyclass(frozen, module = "hfcore._core")]
 pub struct Stream {
     inner: stream::Stream,
