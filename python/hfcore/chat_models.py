@@ -359,7 +359,8 @@ class ChatHuggingFace(BaseChatModel):
             wishes["tool_choice"] = to_choice(wishes["tool_choice"], schemas)
         if "response_format" in wishes:
             wishes["response_format"] = to_response_format(wishes["response_format"])
-        return _Request(backend, messages, schemas or None, wishes, bool(usage))
+        blocks = self.output_version == "v1"
+        return _Request(backend, messages, schemas or None, wishes, bool(usage), blocks)
 
     @override
     def _generate(
@@ -425,6 +426,7 @@ class _Request:
     tools: list[dict[str, Any]] | None
     options: dict[str, Any]
     usage: bool
+    blocks: bool
 
     def stream(self) -> Deltas:
         """Submit it."""
@@ -464,13 +466,16 @@ class _Request:
 
     def _chunk(self, delta: Delta, calls: list[ToolCallChunk]) -> ChatGenerationChunk:
         last = delta.finish_reason is not None
+        metadata = _metadata(delta, self.backend.model_name) if last else _logprobs(delta)
+        # In content blocks core would number a call like the text before it, and merge the two.
+        blocks: list[str | dict[Any, Any]] = [
+            {**call, "index": f"lc_call_{call['index']}"} for call in calls if self.blocks
+        ]
         message = AIMessageChunk(
-            content=delta.text,
+            content=blocks or delta.text,
             additional_kwargs=_thoughts(delta),
             tool_call_chunks=calls,
-            response_metadata=(
-                _metadata(delta, self.backend.model_name) if last else _logprobs(delta)
-            ),
+            response_metadata=metadata | ({"output_version": "v1"} if blocks else {}),
             usage_metadata=_usage(delta) if self.usage else None,
             chunk_position="last" if last else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, cast
 
@@ -60,17 +61,20 @@ class Reader:
 
     def complete(self, message: BaseMessage) -> Any:
         """As `parsed`, when no more will come: an answer that was cut is no object."""
-        reason = message.response_metadata.get("finish_reason")
-        try:
-            if self.tool and reason == "length":
-                raise OutputParserException("the call is not complete")
-            return self.parsed(message)
-        except OutputParserException as error:
-            if reason != "length":
-                raise
+        if message.response_metadata.get("finish_reason") == "length" and not self._whole(message):
             raise OutputParserException(
-                f"the answer was cut after max_tokens tokens: {error}", llm_output=message.text
-            ) from error
+                "the answer was cut before it was complete, by max_tokens or the context's size",
+                llm_output=str(message.text),
+            )
+        return self.parsed(message)
+
+    def _whole(self, message: BaseMessage) -> bool:
+        """Whether a text is JSON to its end; core's parser also takes the half of one."""
+        try:
+            json.loads(message.text)
+        except ValueError:
+            return False
+        return self.tool is None
 
 
 class Parser(BaseCumulativeTransformOutputParser[Any]):
