@@ -16,8 +16,9 @@ PACKAGE = ROOT / "python" / "hfcore"
 
 # A file may use only what stands before it. `__init__` and `__main__` gather, so they come last.
 PYTHON_LADDER = (
-    "errors", "fetch", "options", "_core", "hub", "engine", "backends", "testing", "messages",
-    "llms", "chat_models", "embeddings", "server", "bench", "demo", "cli", "__init__", "__main__",
+    "errors", "fetch", "options", "_core", "hub", "engine", "backends", "testing",
+    "messages", "tools", "structured", "llms", "chat_models", "embeddings", "server", "bench",
+    "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 # Each outside library has one home, so that a change of it has one place too.
@@ -29,7 +30,7 @@ RUST_HOMES = {
     "llguidance": {"constraint"},
 }
 PYTHON_HOMES = {
-    "langchain_core": {"messages", "chat_models", "llms", "embeddings"},
+    "langchain_core": {"messages", "tools", "structured", "chat_models", "llms", "embeddings"},
     "huggingface_hub": {"hub", "backends"},
     "numpy": {"_core", "engine", "testing", "bench", "embeddings"},
 }

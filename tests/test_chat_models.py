@@ -147,6 +147,9 @@ OPTIONS: dict[str, Any] = {
     "logit_bias": {5: 1.0}, "seed": 3, "do_sample": True, "stop": ["x"], "ignore_eos": True,
     "logprobs": True, "top_logprobs": 2, "min_tokens": 2, "stop_token_ids": [4],
     "skip_special_tokens": False, "template_variables": {"a": 1}, "timeout": 5.0,
+    "response_format": {"type": "json_object"}, "regex": "a+", "choice": ["a", "b"],
+    "grammar": 'start: "a"', "parallel_tool_calls": False, "reasoning": True,
+    "tool_style": "hermes", "n": 1,
 }  # fmt: skip
 
 
@@ -165,7 +168,7 @@ def test_every_option_reaches_the_engine_from_field_binding_and_call(name: str) 
 
 
 def test_every_field_of_a_request_is_tested_above() -> None:
-    elsewhere = {"documents", "add_generation_prompt", "continue_final_message"}
+    elsewhere = {"documents", "add_generation_prompt", "continue_final_message", "tool_choice"}
     from hfcore.options import CHAT_REQUEST
 
     assert set(OPTIONS) == set(CHAT_REQUEST) - elsewhere
@@ -225,8 +228,9 @@ def test_what_langchain_passes_to_every_model_is_accepted() -> None:
         ({}, InvalidRequestError, "model_id is needed"),
         ({"model": "m", "temprature": 0}, UnknownOptionError, "did you mean 'temperature'"),
         ({"model": "m", "max_tokens": "many"}, InvalidRequestError, "max_tokens: .*got 'many'"),
-        ({"model": "m", "n": 2}, InvalidRequestError, "one completion a request"),
-        ({"model": "m", "tools": [{}]}, InvalidRequestError, "tools is not supported yet"),
+        ({"model": "m", "best_of": 2}, InvalidRequestError, "use n, and choose"),
+        ({"model": "m", "tools": [{}]}, UnknownOptionError, "use bind_tools"),
+        ({"model": "m", "response_format": 5}, InvalidRequestError, "response_format must be"),
         ({"model": "m", "tokenizer": object()}, InvalidRequestError, "comes with the model"),
         ({"llm": "gpt2"}, InvalidRequestError, "llm must be a HuggingFacePipeline.*got str"),
         ({"model": "m", "return_full_text": True}, UnknownOptionError, "return_full_text"),
@@ -259,20 +263,16 @@ def test_only_the_pipeline_backend_is_there(backend: str) -> None:
         ChatHuggingFace.from_model_id("m", backend=backend)
 
 
-@pytest.mark.parametrize("name", ["tools", "tool_choice", "response_format", "functions"])
-def test_tools_and_schemas_are_refused_not_dropped(name: str) -> None:
+@pytest.mark.parametrize("name", ["functions", "function_call", "guided_json"])
+def test_old_names_of_tools_are_refused_with_the_new_ones(name: str) -> None:
     chat, backend = canned()
     asked: dict[str, Any] = {name: ["x"]}
     for ask in (chat.invoke, chat.stream, chat.bind(**asked).invoke):
-        with pytest.raises(InvalidRequestError, match=f"{name} is not supported yet"):
+        with pytest.raises(InvalidRequestError, match=f"{name}=.*is not supported: use "):
             list(ask("x", **asked))
     assert backend.requests == []
     nothing: dict[str, Any] = {name: None}
     chat.invoke("x", **nothing)
-    with pytest.raises(NotImplementedError):
-        chat.bind_tools([])
-    with pytest.raises(NotImplementedError):
-        chat.with_structured_output({})
 
 
 def test_another_model_can_be_named_in_a_call(chat: ChatHuggingFace, tmp_path: Path) -> None:

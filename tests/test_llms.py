@@ -183,7 +183,7 @@ def test_the_constructor_opens_nothing() -> None:
         ({"model": "m", "device": 0}, UnsupportedModelError, "not supported yet"),
         ({"model": "m", "device_map": "cuda:0"}, UnsupportedModelError, "not supported yet"),
         ({"model": "m", "model_kwargs": {"device": "mps"}}, UnsupportedModelError, "'mps'"),
-        ({"model": "m", "tools": [1]}, InvalidRequestError, "tools is not supported yet"),
+        ({"model": "m", "tools": [1]}, InvalidRequestError, "use bind_tools"),
     ],
 )
 def test_what_cannot_act_is_refused_by_the_constructor(
@@ -204,7 +204,7 @@ def test_only_the_default_backend_is_there() -> None:
         ({"temprature": 1}, UnknownOptionError),
         ({"max_tokens": 1, "max_new_tokens": 2}, InvalidRequestError),
         ({"return_full_text": True, "skip_prompt": True}, InvalidRequestError),
-        ({"num_return_sequences": 2}, InvalidRequestError),
+        ({"num_beams": 2}, InvalidRequestError),
         ({"tools": [{}]}, InvalidRequestError),
     ],
 )

@@ -53,6 +53,10 @@ class Backend(Protocol):
     def identity(self) -> dict[str, Any]:
         """What two backends differ in when their answers may."""
 
+    @property
+    def context_size(self) -> int | None:
+        """Most tokens of a prompt and its answer; None while that is unknown."""
+
     def sibling(self, model: str) -> Backend:
         """The same kind of backend for another model."""
 
@@ -110,6 +114,14 @@ class Local:
     def identity(self) -> dict[str, Any]:
         """Files and how they are opened."""
         return self.engine.identity()
+
+    @property
+    def context_size(self) -> int | None:
+        """As it was asked for, or of the open engine; opens nothing."""
+        if self.engine.loaded:
+            known = self.engine.get().info.get("context_size")
+            return known if isinstance(known, int) else None
+        return self.engine.options.get("context_size")
 
     def sibling(self, model: str) -> Local:
         """Another model, opened the same way."""

@@ -1,33 +1,46 @@
 """ChatHuggingFace: LangChain's chat interface to a model in this process.
 
-Tools and structured output are not here yet: asking for them is an error, never ignored.
+What is asked is put into a request here; what the forms of tools, schemas and messages are, is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.prompt_values import PromptValue
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, PrivateAttr, SecretStr
 from typing_extensions import override
 
 from . import options
-from .backends import Backend
-from .engine import Completion, Delta, total
+from .backends import Backend, Deltas
+from .engine import Completion, Delta
 from .errors import HfcoreError, InvalidRequestError
-from .llms import ECHO, HuggingFacePipeline, logprobs_dict, plain_errors, usage_dict
+from .llms import (
+    ECHO,
+    HuggingFacePipeline,
+    logprobs_dict,
+    plain_errors,
+    revivable,
+    token_usage,
+    totals,
+)
 from .messages import to_dicts
+from .structured import METHODS, Parser, Reader, with_raw
+from .tools import from_calls, to_choice, to_response_format, to_schema, to_tools
 
 PROVIDER = "huggingface"
 _FOR_LLM = (
@@ -46,8 +59,18 @@ class ChatHuggingFace(BaseChatModel):
     Sampling: temperature (0 is greedy), top_k, top_p, min_p, typical_p, repetition_penalty,
     frequency_penalty, presence_penalty, logit_bias, seed, do_sample, max_tokens (max_new_tokens),
     min_tokens, stop (stop_sequences), stop_token_ids, ignore_eos, skip_special_tokens, logprobs,
-    top_logprobs. For each, the call wins over what
-    was bound, that over this object, that over `llm`, that over the model's own defaults.
+    top_logprobs, n (answers to each conversation, for `generate`; they cannot be streamed).
+    Log probabilities are of the distribution that was sampled from (after penalties, bias,
+    temperature and grammar), before top_k, top_p, min_p and typical_p.
+
+    What an answer looks like: `bind_tools` and `with_structured_output`, or response_format
+    (OpenAI's dict, a JSON schema, a class), regex, choice (a list of str), grammar (Lark), one of
+    them. `reasoning`: True asks for thoughts, False tells the template that there are to be none;
+    they come in additional_kwargs["reasoning_content"] and as blocks of `content_blocks`.
+    `tool_style` names how calls are written, where the model's own way is not recognised.
+
+    For each option the call wins over what was bound, that over this object, that over `llm`, that
+    over the model's own defaults.
 
     Others: `timeout`, seconds for a whole request; `template_variables`, passed to the chat
     template; `streaming`, whether invoke goes through the stream; `stream_usage=False` leaves
@@ -87,6 +110,14 @@ class ChatHuggingFace(BaseChatModel):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
+    n: int | None = None
+    response_format: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: bool | None = None
+    tool_style: str | None = None
     timeout: float | None = None
     streaming: bool = False
     stream_usage: bool = True
@@ -103,6 +134,8 @@ class ChatHuggingFace(BaseChatModel):
         for_llm = {name: given.pop(name) for name in _FOR_LLM if name in given}
         llm = _llm(given.pop("llm", None), for_llm)
         with plain_errors():
+            if given.get("response_format") is not None:
+                given["response_format"] = to_response_format(given["response_format"])
             super().__init__(**given | {"llm": llm, "model_id": llm.model_id})
 
     @classmethod
@@ -130,6 +163,28 @@ class ChatHuggingFace(BaseChatModel):
         """
         return {**self.llm.backend.identity(), **self._defaults()}
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The cache's key: the model, and the whole request but for its messages."""
+        request = self._request((), stop, kwargs)
+        asked = {n: v for n, v in request.options.items() if n != "timeout"}
+        key = [self._llm_type, request.backend.identity(), asked, request.tools]
+        return json.dumps(key, sort_keys=True, default=str)
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """True: `langchain_core.load` writes and reads this, by the name of its model."""
+        return True
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """What is never written; `load` looks for it in the environment, if told to."""
+        return {"api_key": "HF_TOKEN"}
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        """What a chat model of hfcore can do; the context's size where it is known unopened."""
+        size = self.llm.backend.context_size
+        return {**_PROFILE, "max_input_tokens": size} if size else {**_PROFILE}
+
     def _get_invocation_params(
         self, stop: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -156,6 +211,101 @@ class ChatHuggingFace(BaseChatModel):
         """As in LangChain. A bound option gives way to a call's, by whichever name either goes."""
         return super().bind(**options.mark_bound(kwargs))
 
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        response_format: Any = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """This model with tools that it may call; calls come in the answer's `tool_calls`.
+
+        Args:
+            tools: functions, BaseTools, pydantic classes (1 or 2), TypedDicts, dataclasses, dicts
+                (OpenAI's, Anthropic's, a JSON schema with a title).
+            tool_choice: None or "auto": the model decides; "any", "required" or True: at least one
+                call; "none" or False: none; a tool's name (or OpenAI's or Anthropic's dict of it):
+                that one. It is enforced, not asked for.
+            strict: arguments have no keys but those of the schema.
+            parallel_tool_calls: whether one answer may hold several calls; None: it may.
+            response_format: what an answer that is no call looks like.
+            kwargs: options of the request.
+
+        Raises InvalidRequestError for what is no tool, two tools of one name, and a choice that is
+        none of them.
+
+        >>> from hfcore.engine import ToolCall
+        >>> from hfcore.testing import Canned
+        >>> chat = ChatHuggingFace(model="owner/name")
+        >>> chat.llm._backend = Canned([ToolCall(0, "c1", "add", '{"a": 1, "b": 2}')])
+        >>> def add(a: int, b: int) -> int:
+        ...     "Add two numbers."
+        ...     return a + b
+        >>> chat.bind_tools([add], tool_choice="add").invoke("1 + 2?").tool_calls[0]["args"]
+        {'a': 1, 'b': 2}
+        """
+        schemas = to_tools(tools, strict)
+        asked: dict[str, Any] = {
+            "tool_choice": to_choice(tool_choice, schemas),
+            "parallel_tool_calls": parallel_tool_calls,
+        }
+        if response_format is not None:
+            asked["response_format"] = to_response_format(response_format, strict)
+        given = {name: value for name, value in asked.items() if value is not None}
+        bound: Runnable[LanguageModelInput, AIMessage] = self.bind(tools=schemas, **given, **kwargs)
+        return bound
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """This model, followed by what reads its answer as an object of the schema.
+
+        Args:
+            schema: a pydantic class (1 or 2) or a dataclass gives instances; a TypedDict, a JSON
+                schema or a function of OpenAI's gives dicts. May be None for "json_mode".
+            method: "json_schema": the answer is bound to the schema; "function_calling": it is a
+                call of a tool with that schema; "json_mode": it is some JSON object, and whether
+                it fits is seen afterwards.
+            include_raw: give {"raw": message, "parsed": object or None, "parsing_error": error or
+                None} and raise nothing.
+            strict: objects have no keys but those of the schema.
+            tools: with "json_schema", tools that may be called before; a call gives None.
+            kwargs: options of the request.
+
+        A stream gives objects as they grow. Raises OutputParserException when an answer is no such
+        object (it was cut, or fails a validator that a schema cannot express).
+
+        >>> from hfcore.testing import Canned
+        >>> chat = ChatHuggingFace(model="owner/name")
+        >>> chat.llm._backend = Canned('{"city": "Oslo"}')
+        >>> schema = {"title": "Place", "type": "object", "properties": {"city": {}}}
+        >>> chat.with_structured_output(schema).invoke("Where is the fjord?")
+        {'city': 'Oslo'}
+        """
+        if method not in METHODS:
+            raise InvalidRequestError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if tools and method != "json_schema":
+            raise InvalidRequestError(f"tools go with method='json_schema' only, got {method!r}")
+        options.canonical(kwargs, (*_CHAT, "model"))
+        asked, tool = _structured(schema, method, strict)
+        if tools:
+            asked["tools"] = to_tools(tools, strict)
+        model = self.bind(**asked, **kwargs)
+        reader = Reader(schema, tool)
+        after: Runnable[Any, Any] = with_raw(reader) if include_raw else Parser(reader=reader)
+        chain: Runnable[LanguageModelInput, Any] = model | after
+        return chain
+
     def get_token_ids(self, text: str) -> list[int]:
         """The model's own tokens of a text, without special ones around it."""
         if self.custom_get_token_ids is not None:
@@ -168,8 +318,7 @@ class ChatHuggingFace(BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
     ) -> int:
         """The tokens of a conversation as the chat template writes it, tools included."""
-        schemas = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return self.llm.backend.count_tokens(to_dicts(messages), schemas)
+        return self.llm.backend.count_tokens(to_dicts(messages), to_tools(tools))
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
         try:
@@ -203,9 +352,15 @@ class ChatHuggingFace(BaseChatModel):
             {n: v for n, v in layer.items() if n not in (*_IGNORED_IN_CALLS, "stream_usage")}
             for layer in (call, bound)
         ]
-        wishes = options.merge(*layers, self._defaults(), known=(*_CHAT, "model"))
+        wishes = options.merge(*layers, self._defaults(), known=(*_CHAT, "model", "tools"))
         backend = self._backend(wishes.pop("model", None))
-        return _Request(backend, to_dicts(messages), wishes, bool(usage))
+        schemas = to_tools(wishes.pop("tools", None))
+        if "tool_choice" in wishes:
+            wishes["tool_choice"] = to_choice(wishes["tool_choice"], schemas)
+        if "response_format" in wishes:
+            wishes["response_format"] = to_response_format(wishes["response_format"])
+        blocks = self.output_version == "v1"
+        return _Request(backend, messages, schemas or None, wishes, bool(usage), blocks)
 
     @override
     def _generate(
@@ -216,9 +371,8 @@ class ChatHuggingFace(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request = self._request(messages, stop, kwargs)
-        stream = request.backend.stream(request.prompt, None, request.options)
-        with contextlib.closing(stream) as deltas:
-            return _result(total(list(deltas)), request.backend.model_name)
+        with contextlib.closing(request.stream()) as deltas:
+            return _result(totals(deltas), request.backend.model_name)
 
     @override
     async def _agenerate(
@@ -229,9 +383,8 @@ class ChatHuggingFace(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request = self._request(messages, stop, kwargs)
-        stream = request.backend.astream(request.prompt, None, request.options)
-        async with contextlib.aclosing(stream) as deltas:
-            done = total([delta async for delta in deltas])
+        async with contextlib.aclosing(request.astream()) as deltas:
+            done = totals([delta async for delta in deltas])
         return _result(done, request.backend.model_name)
 
     def _stream(
@@ -241,10 +394,9 @@ class ChatHuggingFace(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        request = self._request(messages, stop, kwargs)
-        stream = request.backend.stream(request.prompt, None, request.options)
-        with contextlib.closing(stream) as deltas:
-            for chunk in filter(None, map(request.chunk, deltas)):
+        request = self._request(messages, stop, kwargs).single()
+        with contextlib.closing(request.stream()) as deltas:
+            for chunk in (chunk for delta in deltas for chunk in request.chunks(delta)):
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -256,16 +408,13 @@ class ChatHuggingFace(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        request = self._request(messages, stop, kwargs)
-        stream = request.backend.astream(request.prompt, None, request.options)
-        async with contextlib.aclosing(stream) as deltas:
+        request = self._request(messages, stop, kwargs).single()
+        async with contextlib.aclosing(request.astream()) as deltas:
             async for delta in deltas:
-                chunk = request.chunk(delta)
-                if chunk is None:
-                    continue
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+                for chunk in request.chunks(delta):
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
 
 @dataclass(frozen=True)
@@ -273,19 +422,60 @@ class _Request:
     """One request, ready for its backend, and how its deltas become LangChain's chunks."""
 
     backend: Backend
-    prompt: list[dict[str, Any]]
+    messages: Sequence[BaseMessage]
+    tools: list[dict[str, Any]] | None
     options: dict[str, Any]
     usage: bool
+    blocks: bool
 
-    def chunk(self, delta: Delta) -> ChatGenerationChunk | None:
-        """A delta as a chunk; None for one that says nothing (text held back)."""
+    def stream(self) -> Deltas:
+        """Submit it."""
+        return self.backend.stream(to_dicts(self.messages), self.tools, self.options)
+
+    def astream(self) -> AsyncGenerator[Delta, None]:
+        """The same for an event loop."""
+        return self.backend.astream(to_dicts(self.messages), self.tools, self.options)
+
+    def single(self) -> _Request:
+        """Itself, if a stream can be made of it."""
+        if self.options.get("n", 1) != 1:
+            raise InvalidRequestError(
+                f"n={self.options['n']} answers cannot be streamed; use invoke or generate,"
+                " without streaming=True"
+            )
+        return self
+
+    def chunks(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
+        """A delta as chunks: none for one that says nothing (text held back), one for most.
+
+        Pieces of calls stand alone: LangChain's content blocks take a chunk for one or the other.
+        """
+        ended = delta.finish_reason is not None
+        calls = [
+            tool_call_chunk(name=c.name, args=c.arguments, id=c.id, index=c.index)
+            for c in delta.tool_calls
+        ]
+        if calls and (delta.text or delta.reasoning):
+            yield self._chunk(replace(delta, tool_calls=(), finish_reason=None, usage=None), [])
+            delta = replace(delta, text="", reasoning="", logprobs=None)
+        if calls:
+            yield self._chunk(replace(delta, finish_reason=None, usage=None), calls)
+            delta = replace(delta, logprobs=None)
+        if ended or (not calls and (delta.text or delta.reasoning or delta.logprobs)):
+            yield self._chunk(delta, [])
+
+    def _chunk(self, delta: Delta, calls: list[ToolCallChunk]) -> ChatGenerationChunk:
         last = delta.finish_reason is not None
-        if not (delta.text or delta.logprobs or last):
-            return None
         metadata = _metadata(delta, self.backend.model_name) if last else _logprobs(delta)
+        # In content blocks core would number a call like the text before it, and merge the two.
+        blocks: list[str | dict[Any, Any]] = [
+            {**call, "index": f"lc_call_{call['index']}"} for call in calls if self.blocks
+        ]
         message = AIMessageChunk(
-            content=delta.text,
-            response_metadata=metadata,
+            content=blocks or delta.text,
+            additional_kwargs=_thoughts(delta),
+            tool_call_chunks=calls,
+            response_metadata=metadata | ({"output_version": "v1"} if blocks else {}),
             usage_metadata=_usage(delta) if self.usage else None,
             chunk_position="last" if last else None,
         )
@@ -294,20 +484,64 @@ class _Request:
 
 
 _CHAT = options.CHAT_REQUEST
+_PROFILE: ModelProfile = {
+    "text_inputs": True, "image_inputs": False, "audio_inputs": False, "video_inputs": False,
+    "pdf_inputs": False, "text_outputs": True, "tool_calling": True, "tool_choice": True,
+    "tool_call_streaming": True, "structured_output": True, "temperature": True,
+}  # fmt: skip
 
 
-def _result(done: Completion, model_name: str) -> ChatResult:
+def _structured(schema: Any, method: str, strict: bool | None) -> tuple[dict[str, Any], str | None]:
+    """What `with_structured_output` binds, and the name of the tool that carries the answer."""
+    if schema is None and method != "json_mode":
+        raise InvalidRequestError(f"method={method!r} needs a schema, got None")
+    noted = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+    asked: dict[str, Any] = {} if schema is None else {"ls_structured_output_format": noted}
+    if method == "json_mode":
+        if strict is not None:
+            raise InvalidRequestError(f"json_mode knows no schema to be strict about, got {strict}")
+        return {**asked, "response_format": {"type": "json_object"}}, None
+    known = to_schema(schema)
+    if method == "json_schema":
+        return {**asked, "response_format": known.format(strict)}, None
+    if known.schema.get("type", "object") != "object":
+        raise InvalidRequestError(
+            f"arguments are objects, but the schema's type is {known.schema['type']!r};"
+            " use method='json_schema'"
+        )
+    [tool] = to_tools([known.tool()], strict)
+    choice = to_choice(known.name, [tool])
+    return {
+        **asked,
+        "tools": [tool],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+    }, known.name
+
+
+def _result(answers: list[Completion], model_name: str) -> ChatResult:
+    counts = token_usage(answers)
+    return ChatResult(
+        generations=[_generation(done, model_name) for done in answers],
+        llm_output={**({"token_usage": counts} if counts else {}), "model_name": model_name},
+    )
+
+
+def _generation(done: Completion, model_name: str) -> ChatGeneration:
+    valid, invalid = from_calls(done.tool_calls)
     message = AIMessage(
         content=done.text,
+        additional_kwargs=_thoughts(done),
+        tool_calls=valid,
+        invalid_tool_calls=invalid,
         response_metadata=_metadata(done, model_name),
         usage_metadata=_usage(done),
     )
-    info = {"finish_reason": done.finish_reason}
-    counts = {"token_usage": usage_dict(done.usage)} if done.usage else {}
-    return ChatResult(
-        generations=[ChatGeneration(message=message, generation_info=info)],
-        llm_output={**counts, "model_name": model_name},
-    )
+    return ChatGeneration(message=message, generation_info={"finish_reason": done.finish_reason})
+
+
+def _thoughts(source: Delta | Completion) -> dict[str, Any]:
+    return {"reasoning_content": source.reasoning} if source.reasoning else {}
 
 
 def _metadata(ended: Delta | Completion, model_name: str) -> dict[str, Any]:
@@ -380,3 +614,6 @@ def _known(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _first_set(name: str, *layers: Mapping[str, Any], default: Any) -> Any:
     return next((layer[name] for layer in layers if layer.get(name) is not None), default)
+
+
+revivable(ChatHuggingFace)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+import sys
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.llms import BaseLLM
+from langchain_core.load.serializable import Serializable
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
@@ -24,6 +26,10 @@ from . import options
 from .backends import Backend, Local
 from .engine import Completion, Delta, TokenLogprob, Usage, shared_engine, total
 from .errors import InvalidRequestError
+from .tools import to_response_format
+
+# By its full name: the package shows a function of this name instead of the module.
+load = sys.modules["langchain_core.load.load"]
 
 TASKS = ("text-generation",)
 ECHO = ("return_full_text", "skip_prompt")
@@ -129,6 +135,16 @@ class HuggingFacePipeline(BaseLLM):
         """All that an answer depends on, so that caches never mix two models up."""
         return {**self._backend.identity(), "model_id": self.model_id, **self.pipeline_kwargs}
 
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """True: `langchain_core.load` writes and reads this, by the name of its model."""
+        return True
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """What is never written; `load` looks for it in the environment, if told to."""
+        return {"model_kwargs.token": "HF_TOKEN"} if "token" in self.model_kwargs else {}
+
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         params = super()._get_ls_params(stop=stop, **kwargs)
         wishes = self._call(stop, kwargs).options
@@ -143,6 +159,8 @@ class HuggingFacePipeline(BaseLLM):
         layers = (_flat(call), _flat(bound), self.pipeline_kwargs)
         echo = next((e for e in map(_echo, layers) if e is not None), False)
         wishes = options.merge(*layers, known=_KNOWN)
+        if "response_format" in wishes:
+            wishes["response_format"] = to_response_format(wishes["response_format"])
         return _Call({n: v for n, v in wishes.items() if n not in ECHO}, echo)
 
     @override
@@ -156,7 +174,7 @@ class HuggingFacePipeline(BaseLLM):
         call = self._call(stop, kwargs)
         running: deque[Any] = deque()
         waiting = iter(prompts)
-        completions: list[Completion] = []
+        completions: list[list[Completion]] = []
 
         def submit(count: int) -> None:
             for prompt in islice(waiting, count):
@@ -165,7 +183,7 @@ class HuggingFacePipeline(BaseLLM):
         try:
             submit(self.batch_size)
             while running:
-                completions.append(total(list(running[0])))
+                completions.append(totals(running[0]))
                 running.popleft()
                 submit(1)
         finally:
@@ -184,10 +202,10 @@ class HuggingFacePipeline(BaseLLM):
         call = self._call(stop, kwargs)
         turn = asyncio.Semaphore(self.batch_size)
 
-        async def complete(prompt: str) -> Completion:
+        async def complete(prompt: str) -> list[Completion]:
             stream = self._backend.astream(prompt, None, call.options)
             async with turn, contextlib.aclosing(stream) as deltas:
-                return total([delta async for delta in deltas])
+                return totals([delta async for delta in deltas])
 
         tasks = [asyncio.create_task(complete(prompt)) for prompt in prompts]
         try:
@@ -241,14 +259,20 @@ class HuggingFacePipeline(BaseLLM):
             info |= {"usage": usage_dict(delta.usage)} if delta.usage else {}
         return GenerationChunk(text=delta.text, generation_info=info or None)
 
-    def _result(self, prompts: list[str], completions: list[Completion], call: _Call) -> LLMResult:
+    def _result(
+        self, prompts: list[str], completions: list[list[Completion]], call: _Call
+    ) -> LLMResult:
         generations = [
-            [Generation(text=prompt * call.echo + done.text, generation_info=self._info(done))]
-            for prompt, done in zip(prompts, completions, strict=True)
+            [
+                Generation(text=prompt * call.echo + done.text, generation_info=self._info(done))
+                for done in answers
+            ]
+            for prompt, answers in zip(prompts, completions, strict=True)
         ]
-        usages = [usage_dict(done.usage) for done in completions if done.usage]
-        token_usage = {n: sum(u[n] for u in usages) for n in (usages[0] if usages else ())}
-        output = {"token_usage": token_usage, "model_name": self._backend.model_name}
+        counts: Counter[str] = Counter()
+        for answers in completions:
+            counts.update(token_usage(answers))
+        output = {"token_usage": dict(counts), "model_name": self._backend.model_name}
         return LLMResult(generations=generations, llm_output=output)
 
     def _info(self, done: Completion) -> dict[str, Any]:
@@ -275,6 +299,38 @@ def plain_errors() -> Iterator[None]:
         wanted = first["msg"][:1].lower() + first["msg"][1:]
         shown = "" if first["type"] == "missing" else f", got {first['input']!r:.200}"
         raise InvalidRequestError(f"{name}: {wanted}{shown}") from None
+
+
+def totals(deltas: Iterable[Delta]) -> list[Completion]:
+    """The completions of one request, in the order of their indexes.
+
+    >>> [done.text for done in totals([Delta("a"), Delta("b", index=1), Delta("c")])]
+    ['ac', 'b']
+    """
+    by_index: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    return [total(by_index[index]) for index in sorted(by_index)] or [total([])]
+
+
+def token_usage(answers: Iterable[Completion]) -> dict[str, int]:
+    """Counts of one request: its prompt once, the tokens of all its answers; {} if not counted."""
+    usages = [done.usage for done in answers if done.usage]
+    if not usages:
+        return {}
+    completed = sum(usage.completion_tokens for usage in usages)
+    return usage_dict(Usage(usages[0].prompt_tokens, completed))
+
+
+def revivable(kind: type[Serializable]) -> None:
+    """Let `langchain_core.load` find a class of ours among "all" that it may make.
+
+    Its list of those is made of LangChain's own packages. Who loads must name "hfcore" still, in
+    `valid_namespaces`.
+    """
+    path = tuple(kind.lc_id())
+    load.ALL_SERIALIZABLE_MAPPINGS[path] = path
+    getattr(load, "_default_class_paths_cache", {}).pop("all", None)  # made before ours were known
 
 
 def usage_dict(usage: Usage) -> dict[str, int]:
@@ -356,3 +412,6 @@ def _echo(layer: Mapping[str, Any]) -> bool | None:
     if full is not None:
         return bool(full)
     return None if skip is None else not skip
+
+
+revivable(HuggingFacePipeline)

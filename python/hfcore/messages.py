@@ -35,7 +35,8 @@ def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
 
     Text blocks of one message are joined by line breaks, an assistant's without. Tool calls carry
     their arguments as objects; a tool result names its tool, and says so when it is an error.
-    Raises InvalidRequestError for no messages, unknown classes, and blocks that are not text.
+    Raises InvalidRequestError for no messages, unknown classes, blocks that are not text, and calls
+    whose arguments are no JSON object (but those that LangChain itself marks as invalid stay).
 
     >>> to_dicts([HumanMessage([{"type": "text", "text": "Hi"}])])
     [{'role': 'user', 'content': 'Hi'}]
@@ -107,39 +108,58 @@ def _assistant(message: AIMessage, position: int) -> dict[str, Any]:
     reasoning = _reasoning(message)
     if reasoning:
         result["reasoning_content"] = reasoning
-    calls = _calls(message)
+    calls = _calls(message, position)
     if calls:
         result["tool_calls"] = calls
     return result
 
 
-def _calls(message: AIMessage) -> list[dict[str, Any]]:
-    """Valid and invalid calls; else those that only the content blocks tell of."""
+def _calls(message: AIMessage, position: int) -> list[dict[str, Any]]:
+    """Valid and invalid calls; else those that only the content blocks tell of.
+
+    An invalid call keeps its text: that is what the model wrote, and can learn from.
+    """
     calls = [_call(c["name"], c["args"], c["id"]) for c in message.tool_calls]
-    calls += [_call(c["name"], c["args"], c["id"]) for c in message.invalid_tool_calls]
+    calls += [_call(c["name"], _object(c["args"]), c["id"]) for c in message.invalid_tool_calls]
     if calls:
         return calls
-    blocks = [b for b in _blocks(message.content) if isinstance(b, Mapping)]
-    calls = [
-        _call(b.get("name"), b.get("input", b.get("args")), b.get("id"))
-        for b in blocks
-        if b.get("type") in ("tool_use", "tool_call")
+    told = [
+        (b.get("name"), b.get("input", b.get("args")), b.get("id"))
+        for b in _blocks(message.content)
+        if isinstance(b, Mapping) and b.get("type") in ("tool_use", "tool_call")
     ]
     legacy = message.additional_kwargs.get("function_call")
-    if not calls and isinstance(legacy, Mapping):
-        calls = [_call(legacy.get("name"), legacy.get("arguments"), None)]
-    return calls
+    if not told and isinstance(legacy, Mapping):
+        told = [(legacy.get("name"), legacy.get("arguments"), None)]
+    return [_call(name, _checked(args, name, position), call_id) for name, args, call_id in told]
+
+
+def _checked(arguments: Any, name: Any, position: int) -> Any:
+    """Arguments that must be an object."""
+    arguments = _object(arguments)
+    if not isinstance(arguments, Mapping):
+        raise InvalidRequestError(
+            f"message {position}: the arguments of call {name!r} are no JSON object,"
+            f" got {arguments!r:.200}"
+        )
+    return arguments
+
+
+def _object(arguments: Any) -> Any:
+    """Arguments as an object, which templates write as JSON; as they are if they are not one."""
+    if arguments is None or arguments == "":
+        return {}
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def _call(name: Any, arguments: Any, call_id: Any) -> dict[str, Any]:
-    """Arguments as an object, which templates write as JSON; as text if they are not one."""
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except ValueError:
-            parsed = None
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    function = {"name": name or "", "arguments": {} if arguments is None else arguments}
+    function = {"name": name or "", "arguments": arguments}
     return {"id": call_id or "", "type": "function", "function": function}
 
 

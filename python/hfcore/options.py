@@ -29,14 +29,23 @@ TEMPLATE = (
 )  # fmt: skip
 """How a prompt is made of messages (or of text: `add_special_tokens`)."""
 
-TEXT_REQUEST = (*SAMPLING, "add_special_tokens", "timeout")
+SHAPES = ("response_format", "regex", "choice", "grammar")
+"""What the answer must look like; a layer that sets one of them says so about all of them."""
+
+CONSTRAINT = (*SHAPES, "tool_choice", "parallel_tool_calls")
+"""What the grammar of an answer is made of, besides the tools themselves."""
+
+RESPONSE = ("tool_style", "reasoning")
+"""How calls and thoughts are written; `reasoning` False also tells the template."""
+
+TEXT_REQUEST = (*SAMPLING, *SHAPES, "n", "add_special_tokens", "timeout")
 """What a text prompt may ask for."""
 
-CHAT_REQUEST = (*SAMPLING, "documents", "add_generation_prompt", "continue_final_message",
-                "template_variables", "timeout")  # fmt: skip
-"""What a LangChain conversation may ask for."""
+CHAT_REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, "n", "documents", "add_generation_prompt",
+                "continue_final_message", "template_variables", "timeout")  # fmt: skip
+"""What a LangChain conversation may ask for, besides tools."""
 
-REQUEST = (*SAMPLING, *TEMPLATE, "timeout")
+REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs", "timeout")
 """Everything that one request may carry. `timeout`: seconds for the whole request."""
 
 MODEL = (
@@ -54,6 +63,10 @@ ALIASES = {
     "random_seed": "seed",
     "chat_template_kwargs": "template_variables",
     "request_timeout": "timeout",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "enable_thinking": "reasoning",
     "num_return_sequences": "n",
     "model_id": "model",
     "model_name": "model",
@@ -77,8 +90,10 @@ _OWN_TYPES = (
 )
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((1,), "one completion a request; send the request n times with different seeds"),
-    "best_of": ((1,), "one completion a request"),
+    "functions": ((), "use tools"),
+    "function_call": ((), "use tool_choice"),
+    "guided_json": ((), "use response_format"),
+    "best_of": ((1,), "use n, and choose among the answers"),
     "num_beams": ((1,), _BEAMS),
     "num_beam_groups": ((1,), _BEAMS),
     "diversity_penalty": ((0, 0.0), _BEAMS),
@@ -146,15 +161,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 BOUND = "bound_options"
 """The keyword under which `mark_bound` notes names."""
 
-_NOT_YET = (
-    "tools",
-    "tool_choice",
-    "response_format",
-    "parallel_tool_calls",
-    "functions",
-    "function_call",
-)
-
 
 def canonical(options: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[str, Any]:
     """One layer's options under their own names, without those that are None.
@@ -192,7 +198,7 @@ def merge(*layers: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[st
 
     A layer that decides whether to sample (do_sample, or a temperature) overrules what weaker ones
     say against it: greedy in a call drops the constructor's top_p, a call's temperature its
-    do_sample=False.
+    do_sample=False. So does one that says what the answer must look like (one of SHAPES).
 
     >>> merge({"max_new_tokens": 5}, {"max_tokens": 9, "temperature": 0.7}, {"do_sample": False})
     {'max_tokens': 5, 'temperature': 0.7}
@@ -204,6 +210,8 @@ def merge(*layers: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[st
         named = canonical(layer, known)
         if sampled is not None:
             named = {n: v for n, v in named.items() if not _against(sampled, n, v)}
+        if any(shape in result for shape in SHAPES):
+            named = {n: v for n, v in named.items() if n not in SHAPES}
         sampled = _decision(named) if sampled is None else sampled
         result = named | result
     return result
@@ -267,6 +275,7 @@ def unknown(name: str, known: Iterable[str]) -> UnknownOptionError:
     """The error for a name that nobody knows."""
     guess = nearest(name, known)
     hint = f"; did you mean {guess!r}?" if guess else ""
+    hint = "; tools belong to a chat's request: use bind_tools" if name == "tools" else hint
     return UnknownOptionError(f"unknown option {name!r}{hint}", name=name, nearest=guess)
 
 
@@ -292,10 +301,6 @@ def device(value: object) -> str:
 
 def _refuse(name: str, option: str, value: object, known: tuple[str, ...]) -> None:
     """Raise for an option outside `known`, unless its value asks for nothing."""
-    if name in _NOT_YET:
-        if value:
-            raise InvalidRequestError(f"{name} is not supported yet, got {value!r:.200}")
-        return
     if option not in UNSUPPORTED:
         raise unknown(name, (*known, *(a for a, o in ALIASES.items() if o in known)))
     neutral, reason = UNSUPPORTED[option]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine import Delta, Prompt, Usage
+from .engine import Delta, Prompt, ToolCall, Usage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,19 +57,25 @@ def tiny_model(
 class Canned:
     """A backend that plays answers from a script, one a request, from the start again at the end.
 
-    An answer is a text (one delta for each word), a list of Delta, or an exception to raise.
-    `requests` holds what was asked, as (prompt, tools, options). A token is a byte of UTF-8.
+    An answer is a text (one delta for each word), a list of ToolCall (their arguments in two
+    pieces), a list of Delta, or an exception to raise. With `n` in the options it is played n
+    times. `requests` holds what was asked, as (prompt, tools, options). A token is a byte of UTF-8.
 
-    >>> backend = Canned("Good day")
+    >>> backend = Canned("Good day", [ToolCall(0, "c1", "add", '{"a": 1}')])
     >>> [delta.text for delta in backend.stream("Hello?", None, {})]
     ['Good', ' day']
+    >>> [delta.finish_reason for delta in backend.stream("1 + 1?", None, {})]
+    [None, None, 'tool_calls']
     """
 
     def __init__(
-        self, *answers: str | Sequence[Delta] | Exception, model_name: str = "canned"
+        self,
+        *answers: str | Sequence[Delta] | Sequence[ToolCall] | Exception,
+        model_name: str = "canned",
     ) -> None:
         self.answers = answers or ("ok",)
         self.model_name = model_name
+        self.context_size = 4096
         self.requests: list[tuple[Prompt, Any, dict[str, Any]]] = []
         self.closed = 0
 
@@ -80,7 +87,10 @@ class Canned:
         self.requests.append((prompt, tools, dict(options)))
         if isinstance(answer, Exception):
             raise answer
-        deltas = _words(prompt, answer) if isinstance(answer, str) else list(answer)
+        deltas = _words(prompt, answer) if isinstance(answer, str) else _pieces(prompt, answer)
+        n = options.get("n", 1)
+        if n > 1:
+            deltas = [replace(delta, index=i) for delta in deltas for i in range(n)]
         return _Played(self, deltas)
 
     async def astream(
@@ -135,6 +145,25 @@ def _words(prompt: Prompt, answer: str) -> list[Delta]:
     deltas = [Delta(text, (i,)) for i, text in enumerate(texts)]
     last = deltas[-1]
     return [*deltas[:-1], Delta(last.text, last.token_ids, None, "stop", usage)]
+
+
+def _pieces(prompt: Prompt, answer: Sequence[Delta] | Sequence[ToolCall]) -> list[Delta]:
+    """The deltas as they are; calls as deltas: a head with the name, then the arguments."""
+    deltas: list[Delta] = []
+    for item in answer:
+        if isinstance(item, Delta):
+            deltas.append(item)
+            continue
+        middle = len(item.arguments) // 2
+        head = ToolCall(item.index, item.id, item.name, item.arguments[:middle])
+        rest = ToolCall(item.index, None, None, item.arguments[middle:])
+        deltas += [
+            Delta(token_ids=(i,), tool_calls=(piece,)) for i, piece in ((0, head), (1, rest))
+        ]
+    if answer and isinstance(answer[0], ToolCall):
+        usage = Usage(len(str(prompt).split()), len(deltas), 0.01, 0.02)
+        deltas.append(Delta(finish_reason="tool_calls", usage=usage))
+    return deltas
 
 
 # The tiny model -----------------------------------------------------------------------------------
