@@ -721,6 +721,7 @@ fn type_of(value: &Value) -> &'static str {
 fn kind_of(value: &Value) -> String {
     match value {
         Value::Null => "null".into(),
+        Value::Array(_) | Value::Object(_) => format!("an {}", type_of(value)),
         other => format!("a {}", type_of(other)),
     }
 }

@@ -1048,8 +1048,12 @@ fn overlap(text: &str, marker: &str) -> usize {
 }
 
 /// The largest place at or before `at` where `text` may be cut.
-fn floor(text: &str, at: usize) -> usize {
-    text.floor_char_boundary(at)
+pub(super) fn floor(text: &str, at: usize) -> usize {
+    let mut at = at.min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
 }
 
 /// Whether `text` begins with `pattern`, where white space of the pattern stands for any, or none.

@@ -205,8 +205,7 @@ fn read(style: &str, thinking: Thinking, text: &str) -> (String, String, Vec<(St
         let (mut pieces, mut rest) = (Vec::new(), text);
         while !rest.is_empty() {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let (piece, tail) =
-                rest.split_at(rest.floor_char_boundary(1 + (seed >> 33) as usize % 12));
+            let (piece, tail) = rest.split_at(parser::floor(rest, 1 + (seed >> 33) as usize % 12));
             let (piece, tail) = if piece.is_empty() {
                 (rest, "")
             } else {
@@ -546,7 +545,7 @@ fn an_id_is_new_each_time_and_mistral_s_has_nine_letters() {
 #[test]
 fn a_wrong_list_of_tools_is_refused_with_what_came() {
     for (list, wanted) in [
-        (json!({}), "tools: a list is wanted, a object came"),
+        (json!({}), "tools: a list is wanted, an object came"),
         (json!([{"function": {}}]), "tools[0]: a tool needs a name"),
         (
             json!([{"name": ""}]),
