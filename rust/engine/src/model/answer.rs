@@ -85,13 +85,14 @@ impl Answer {
             )));
         }
         let answer = Self {
+            // A call that is forced is one, where nothing is said: a weak model would go on calling.
+            several: several.unwrap_or(matches!(choice, ToolChoice::Auto)),
             tools: if matches!(choice, ToolChoice::None) {
                 Vec::new()
             } else {
                 tools
             },
             choice,
-            several: several.unwrap_or(true),
             source: sources.pop(),
             style,
             reasoning,
