@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from .errors import HfcoreError, InvalidRequestError
 from .llms import (
     ECHO,
     HuggingFacePipeline,
+    check_single,
     logprobs_dict,
     plain_errors,
     revivable,
@@ -363,6 +365,15 @@ class ChatHuggingFace(BaseChatModel):
         return _Request(backend, messages, schemas or None, wishes, bool(usage), blocks)
 
     @override
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """The counts of all conversations of one `generate` together."""
+        counts: Counter[str] = Counter()
+        for output in llm_outputs:  # None: from a cache
+            counts.update((output or {}).get("token_usage", {}))
+        names = {"model_name": output["model_name"] for output in llm_outputs if output}
+        return {"token_usage": dict(counts), **names}
+
+    @override
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -438,11 +449,7 @@ class _Request:
 
     def single(self) -> _Request:
         """Itself, if a stream can be made of it."""
-        if self.options.get("n", 1) != 1:
-            raise InvalidRequestError(
-                f"n={self.options['n']} answers cannot be streamed; use invoke or generate,"
-                " without streaming=True"
-            )
+        check_single(self.options)
         return self
 
     def chunks(self, delta: Delta) -> Iterator[ChatGenerationChunk]:

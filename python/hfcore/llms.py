@@ -222,7 +222,7 @@ class HuggingFacePipeline(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        call = self._call(stop, kwargs)
+        call = self._call(stop, kwargs).single()
         with contextlib.closing(self._backend.stream(prompt, None, call.options)) as deltas:
             if call.echo:
                 yield GenerationChunk(text=prompt)
@@ -239,7 +239,7 @@ class HuggingFacePipeline(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call = self._call(stop, kwargs)
+        call = self._call(stop, kwargs).single()
         stream = self._backend.astream(prompt, None, call.options)
         async with contextlib.aclosing(stream) as deltas:
             if call.echo:
@@ -287,6 +287,11 @@ class _Call:
     options: dict[str, Any]
     echo: bool
 
+    def single(self) -> _Call:
+        """Itself, if a stream can be made of it."""
+        check_single(self.options)
+        return self
+
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
@@ -299,6 +304,15 @@ def plain_errors() -> Iterator[None]:
         wanted = first["msg"][:1].lower() + first["msg"][1:]
         shown = "" if first["type"] == "missing" else f", got {first['input']!r:.200}"
         raise InvalidRequestError(f"{name}: {wanted}{shown}") from None
+
+
+def check_single(asked: Mapping[str, Any]) -> None:
+    """Refuse to stream several answers: LangChain's chunks do not say whose they are."""
+    if asked.get("n", 1) != 1:
+        raise InvalidRequestError(
+            f"n={asked['n']} answers cannot be streamed; use invoke or generate,"
+            " without streaming=True"
+        )
 
 
 def totals(deltas: Iterable[Delta]) -> list[Completion]:
