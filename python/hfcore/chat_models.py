@@ -370,8 +370,7 @@ class ChatHuggingFace(BaseChatModel):
         counts: Counter[str] = Counter()
         for output in llm_outputs:  # None: from a cache
             counts.update((output or {}).get("token_usage", {}))
-        names = {"model_name": output["model_name"] for output in llm_outputs if output}
-        return {"token_usage": dict(counts), **names}
+        return {"token_usage": dict(counts), "model_name": self.llm.backend.model_name}
 
     @override
     def _generate(
