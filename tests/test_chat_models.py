@@ -419,7 +419,6 @@ def test_langchain_writes_and_reads_it_without_secrets(chat: ChatHuggingFace) ->
     secret = "hf_s3cret"  # noqa: S105  # the test's own
     made = ChatHuggingFace(
         model=chat.model_id, max_tokens=8, temperature=0, api_key=secret, token=secret,
-        response_format={"type": "text"},
     )  # fmt: skip
     written = dumpd(made)
     assert written == dumpd(copy.deepcopy(made))

@@ -42,7 +42,7 @@ from .llms import (
 )
 from .messages import to_dicts
 from .structured import METHODS, Parser, Reader, with_raw
-from .tools import from_calls, to_choice, to_response_format, to_schema, to_tools
+from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
 
 PROVIDER = "huggingface"
 _FOR_LLM = (
@@ -236,8 +236,8 @@ class ChatHuggingFace(BaseChatModel):
             response_format: what an answer that is no call looks like.
             kwargs: options of the request.
 
-        Raises InvalidRequestError for what is no tool, two tools of one name, and a choice that is
-        none of them.
+        Raises InvalidRequestError for what is no tool and a choice that is none of them; for two
+        tools of one name, when asked.
 
         >>> from hfcore.engine import ToolCall
         >>> from hfcore.testing import Canned
@@ -357,6 +357,7 @@ class ChatHuggingFace(BaseChatModel):
         wishes = options.merge(*layers, self._defaults(), known=(*_CHAT, "model", "tools"))
         backend = self._backend(wishes.pop("model", None))
         schemas = to_tools(wishes.pop("tools", None))
+        check_names(schemas)
         if "tool_choice" in wishes:
             wishes["tool_choice"] = to_choice(wishes["tool_choice"], schemas)
         if "response_format" in wishes:

@@ -59,7 +59,7 @@ def to_tools(tools: Sequence[Any] | None, strict: bool | None = None) -> list[di
 
     Kinds: function, BaseTool, pydantic class (1 or 2), TypedDict, dataclass; dict of OpenAI,
     Anthropic or Bedrock, or a JSON schema with a title. Raises InvalidRequestError for anything
-    else, for tools that a provider runs, and for two tools of one name.
+    else, and for tools that a provider runs.
 
     >>> def add(a: int, b: int) -> int:
     ...     "Add two numbers."
@@ -69,13 +69,16 @@ def to_tools(tools: Sequence[Any] | None, strict: bool | None = None) -> list[di
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable | None):
         raise InvalidRequestError(f"tools must be a list, got {type(tools).__name__}")
-    result = [_tool(tool, position, strict) for position, tool in enumerate(tools or ())]
+    return [_tool(tool, position, strict) for position, tool in enumerate(tools or ())]
+
+
+def check_names(tools: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse two tools of one name. For a request: LangChain programs bind such tools, and pass."""
     seen = set()
-    for name in names(result):
+    for name in names(tools):
         if name in seen:
             raise InvalidRequestError(f"two tools are named {name!r}; calls could not tell them")
         seen.add(name)
-    return result
 
 
 def names(tools: Iterable[Mapping[str, Any]]) -> list[str]:
