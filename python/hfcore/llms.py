@@ -143,7 +143,14 @@ class HuggingFacePipeline(BaseLLM):
     @property
     def lc_secrets(self) -> dict[str, str]:
         """What is never written; `load` looks for it in the environment, if told to."""
-        return {"model_kwargs.token": "HF_TOKEN"} if "token" in self.model_kwargs else {}
+        return {"token": "HF_TOKEN"} if "token" in self.model_kwargs else {}
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """The token apart from model_kwargs: `load` fills in secrets at the top only."""
+        opening = dict(self.model_kwargs)
+        token = opening.pop("token", None)
+        return {"model_kwargs": opening, "token": token} if token else {}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         params = super()._get_ls_params(stop=stop, **kwargs)
