@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.load import dumpd, load
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -19,6 +21,8 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from langchain_core.rate_limiters import InMemoryRateLimiter
+from langchain_core.runnables import ConfigurableField
 
 from hfcore import ChatHuggingFace, Delta, Engine, HuggingFacePipeline, TokenLogprob, Usage
 from hfcore.errors import (
@@ -367,6 +371,27 @@ def test_a_cache_never_mixes_models_or_options_up(tiny: Path, tmp_path: Path) ->
     assert len(cache._cache) == len(chats)
 
 
+def test_a_cache_tells_requests_with_other_tools_and_formats_apart() -> None:
+    def add(a: int) -> int:
+        """Add."""
+        return a
+
+    cache = InMemoryCache()
+    chat, backend = canned("{}", cache=cache)
+    asks: list[Any] = [
+        chat, chat.bind_tools([add]), chat.bind_tools([add], tool_choice="any"),
+        chat.bind_tools([add], parallel_tool_calls=False), chat.bind(max_tokens=3),
+        chat.bind(response_format={"type": "json_object"}), chat.bind(model="owner/other"),
+        chat.with_structured_output({"title": "A", "type": "object", "properties": {}}),
+    ]  # fmt: skip
+    chat._others["owner/other"] = backend.sibling("owner/other")
+    for ask in asks * 2:
+        ask.invoke("x")
+    chat.invoke("x", tools=[add])
+    chat.bind(timeout=9).invoke("x")
+    assert len(cache._cache) == len(asks)
+
+
 def test_a_model_file_that_changes_is_another_model(tmp_path: Path) -> None:
     path = tiny_model(tmp_path)
     before = ChatHuggingFace(model=path)._identifying_params
@@ -387,6 +412,89 @@ def test_copies_and_pickles_answer_the_same(chat: ChatHuggingFace) -> None:
     assert copy.deepcopy(chat).invoke("Hello").content == expected
     assert pickle.loads(pickle.dumps(chat)).invoke("Hello").content == expected
     assert chat.model_copy(update={"max_tokens": 2}).invoke("Hello").usage_metadata is not None
+
+
+@pytest.mark.filterwarnings("ignore:The function `load` is in beta")
+def test_langchain_writes_and_reads_it_without_secrets(chat: ChatHuggingFace) -> None:
+    secret = "hf_s3cret"  # noqa: S105  # the test's own
+    made = ChatHuggingFace(
+        model=chat.model_id, max_tokens=8, temperature=0, api_key=secret, token=secret,
+    )  # fmt: skip
+    written = dumpd(made)
+    assert written == dumpd(copy.deepcopy(made))
+    assert written["id"] == ["hfcore", "chat_models", "ChatHuggingFace"]
+    assert secret not in json.dumps(written)
+    read = load(written, valid_namespaces=["hfcore"], allowed_objects="all")
+    assert read._identifying_params == made._identifying_params
+    assert read.invoke("Hello").content == chat.invoke("Hello").content
+    assert "token" not in read.llm.model_kwargs
+    again = load(
+        written, valid_namespaces=["hfcore"], allowed_objects="all", secrets_map={"HF_TOKEN": "t"}
+    )
+    assert again.llm.model_kwargs["token"].get_secret_value() == "t"
+    with pytest.raises(ValueError, match="Invalid namespace"):
+        load(written, allowed_objects="all")
+
+
+def test_a_profile_says_what_a_chat_model_can_do(tiny: Path) -> None:
+    profile = ChatHuggingFace(model="owner/name", context_size=512).profile
+    assert profile is not None
+    assert profile["max_input_tokens"] == 512
+    assert (profile["tool_calling"], profile["image_inputs"]) == (True, False)
+    unopened = ChatHuggingFace(model="owner/other").profile
+    assert unopened is not None
+    assert "max_input_tokens" not in unopened
+    own: Any = {"max_input_tokens": 7}
+    assert ChatHuggingFace(model="m", profile=own).profile == own
+
+
+def test_runnables_configure_retry_and_limit_it() -> None:
+    chat, backend = canned("a b", max_tokens=4)
+    chat.invoke("x")
+    field = ConfigurableField(id="limit")
+    chat.configurable_fields(max_tokens=field).invoke("x", {"configurable": {"limit": 9}})
+    chat.with_retry(stop_after_attempt=2).invoke("x")
+    chat.with_fallbacks([chat]).invoke("x")
+    limiter = InMemoryRateLimiter(requests_per_second=1000, check_every_n_seconds=0.001)
+    limited, _ = canned("a", rate_limiter=limiter)
+    assert limited.invoke("x").content == "a"
+    assert [o["max_tokens"] for _, _, o in backend.requests] == [4, 9, 4, 4]
+
+
+# several answers
+
+
+async def test_n_answers_are_n_generations_and_the_prompt_is_counted_once() -> None:
+    chat, backend = canned("one two")
+    messages: list[Any] = [HumanMessage("Hi")]
+    for result in (chat.generate([messages], n=3), await chat.agenerate([messages], n=3)):
+        generations = result.generations[0]
+        assert [g.text for g in generations] == ["one two"] * 3
+        own = generations[1].message.usage_metadata  # type: ignore[union-attr]  # of a chat
+        assert own is not None
+        prompt = own["input_tokens"]
+        assert own["output_tokens"] == 2
+        assert result.llm_output is not None
+        assert result.llm_output["token_usage"] == {
+            "prompt_tokens": prompt, "completion_tokens": 6, "total_tokens": prompt + 6,
+        }  # fmt: skip
+    assert backend.requests[0][2] == {"n": 3}
+    both = chat.generate([messages, messages], n=3).llm_output
+    assert both is not None
+    assert both["token_usage"]["completion_tokens"] == 12
+    chat, _ = canned("one", n=2)
+    assert chat.invoke("Hi").content == "one"
+
+
+async def test_several_answers_cannot_be_streamed() -> None:
+    chat, backend = canned("one", n=2)
+    with pytest.raises(InvalidRequestError, match="n=2 answers cannot be streamed"):
+        list(chat.stream("Hi"))
+    with pytest.raises(InvalidRequestError, match="n=2 answers cannot be streamed"):
+        _ = [c async for c in chat.astream("Hi")]
+    assert backend.requests == []
+    one: dict[str, Any] = {"n": 1}
+    assert len(list(chat.stream("Hi", **one))) == 1
 
 
 def test_threads_may_share_a_model(chat: ChatHuggingFace) -> None:

@@ -240,3 +240,17 @@ def test_tracing_gets_the_models_name(llm: HuggingFacePipeline) -> None:
     params = llm._get_ls_params(max_tokens=9)
     assert params["ls_model_name"] == llm.model_id
     assert (params["ls_provider"], params["ls_max_tokens"]) == ("huggingface", 9)
+
+
+async def test_n_answers_are_n_generations_and_the_prompt_is_counted_once() -> None:
+    llm, _ = canned("one two")
+    for result in (llm.generate(["a", "b c"], n=2), await llm.agenerate(["a", "b c"], n=2)):
+        assert [[g.text for g in answers] for answers in result.generations] == [
+            ["one two"] * 2
+        ] * 2
+        assert result.llm_output is not None
+        assert result.llm_output["token_usage"] == {
+            "prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11,
+        }  # fmt: skip
+    with pytest.raises(InvalidRequestError, match="n=2 answers cannot be streamed"):
+        list(llm.stream("a", n=2))

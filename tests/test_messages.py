@@ -149,3 +149,16 @@ def test_a_block_that_is_not_text_is_named(kind: str) -> None:
 def test_what_is_no_conversation_is_refused(messages: list[Any], words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         to_dicts(messages)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", 5])
+@pytest.mark.parametrize("kind", ["tool_use", "function_call"])
+def test_arguments_that_are_no_object_are_named(arguments: Any, kind: str) -> None:
+    block = {"type": "tool_use", "name": "add", "input": arguments, "id": "c1"}
+    legacy = {"function_call": {"name": "add", "arguments": arguments}}
+    said = AIMessage([block]) if kind == "tool_use" else AIMessage("", additional_kwargs=legacy)
+    words = re.escape(
+        f"message 1: the arguments of call 'add' are no JSON object, got {arguments!r}"
+    )
+    with pytest.raises(InvalidRequestError, match=words):
+        to_dicts([HumanMessage("x"), said])

@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Generator:
     """Schemas from a seed. `odd` says that one holds what is unsatisfiable or not supported."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311  # not for secrets
         self.odd = False
         self.defs: Schema = {}
 
@@ -63,12 +63,19 @@ class Generator:
         """A schema of any kind that nests at most `depth` deeper."""
         if self.chance(0.02):
             return self.refused()
-        leaves = [
+        leaves: list[Callable[[], Schema]] = [
             self.string, self.string, self.integer, self.number, self.enum, self.const,
             lambda: {"type": "boolean"}, lambda: {"type": "null"},
             lambda: {"type": ["string", "null"], "maxLength": self.random.randint(0, 4)},
         ]  # fmt: skip
-        nests = [self.object, self.object, self.array, self.array, self.any_of, self.one_of]
+        nests: list[Callable[[int], Schema]] = [
+            self.object,
+            self.object,
+            self.array,
+            self.array,
+            self.any_of,
+            self.one_of,
+        ]
         if depth <= 0 or self.chance(0.35):
             return self.random.choice(leaves)()
         if self.chance(0.15):
@@ -175,7 +182,7 @@ class Generator:
 
     def one_of(self, depth: int) -> Schema:
         """Alternatives of different types, so that exactly one fits."""
-        kinds = [
+        kinds: list[Callable[[], Schema]] = [
             self.string, self.integer, lambda: {"type": "boolean"}, lambda: {"type": "null"},
             lambda: self.object(depth), lambda: self.array(depth),
         ]  # fmt: skip

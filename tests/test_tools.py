@@ -150,7 +150,6 @@ def test_a_tool_without_arguments_has_an_empty_schema() -> None:
         ([{"type": "function", "function": 5}], "tool 0 .dict. is no tool"),
         ([{"type": "function", "function": {"name": ""}}], "tool 0 has no name, got ''"),
         ([{"type": "object", "properties": {}}], "title"),
-        ([add, OPENAI], "two tools are named 'add'"),
         ("add", "tools must be a list, got str"),
         (OPENAI, "tools must be a list, got dict"),
         (5, "tools must be a list, got int"),
@@ -161,6 +160,15 @@ def test_what_is_no_tool_is_refused_when_bound(tools: Any, words: str) -> None:
     for ask in (lambda: chat.bind_tools(tools), lambda: chat.invoke("x", tools=tools)):
         with pytest.raises(InvalidRequestError, match=words):
             ask()
+    assert backend.requests == []
+
+
+def test_two_tools_of_one_name_are_refused_when_asked() -> None:
+    chat, backend = canned()
+    bound = chat.bind_tools([add, OPENAI])
+    for ask in (bound.invoke, lambda x: list(bound.stream(x))):
+        with pytest.raises(InvalidRequestError, match="two tools are named 'add'"):
+            ask("x")
     assert backend.requests == []
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from .errors import HfcoreError, InvalidRequestError
 from .llms import (
     ECHO,
     HuggingFacePipeline,
+    check_single,
     logprobs_dict,
     plain_errors,
     revivable,
@@ -40,7 +42,7 @@ from .llms import (
 )
 from .messages import to_dicts
 from .structured import METHODS, Parser, Reader, with_raw
-from .tools import from_calls, to_choice, to_response_format, to_schema, to_tools
+from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
 
 PROVIDER = "huggingface"
 _FOR_LLM = (
@@ -234,8 +236,8 @@ class ChatHuggingFace(BaseChatModel):
             response_format: what an answer that is no call looks like.
             kwargs: options of the request.
 
-        Raises InvalidRequestError for what is no tool, two tools of one name, and a choice that is
-        none of them.
+        Raises InvalidRequestError for what is no tool and a choice that is none of them; for two
+        tools of one name, when asked.
 
         >>> from hfcore.engine import ToolCall
         >>> from hfcore.testing import Canned
@@ -355,12 +357,21 @@ class ChatHuggingFace(BaseChatModel):
         wishes = options.merge(*layers, self._defaults(), known=(*_CHAT, "model", "tools"))
         backend = self._backend(wishes.pop("model", None))
         schemas = to_tools(wishes.pop("tools", None))
+        check_names(schemas)
         if "tool_choice" in wishes:
             wishes["tool_choice"] = to_choice(wishes["tool_choice"], schemas)
         if "response_format" in wishes:
             wishes["response_format"] = to_response_format(wishes["response_format"])
         blocks = self.output_version == "v1"
         return _Request(backend, messages, schemas or None, wishes, bool(usage), blocks)
+
+    @override
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """The counts of all conversations of one `generate` together."""
+        counts: Counter[str] = Counter()
+        for output in llm_outputs:  # None: from a cache
+            counts.update((output or {}).get("token_usage", {}))
+        return {"token_usage": dict(counts), "model_name": self.llm.backend.model_name}
 
     @override
     def _generate(
@@ -438,11 +449,7 @@ class _Request:
 
     def single(self) -> _Request:
         """Itself, if a stream can be made of it."""
-        if self.options.get("n", 1) != 1:
-            raise InvalidRequestError(
-                f"n={self.options['n']} answers cannot be streamed; use invoke or generate,"
-                " without streaming=True"
-            )
+        check_single(self.options)
         return self
 
     def chunks(self, delta: Delta) -> Iterator[ChatGenerationChunk]:

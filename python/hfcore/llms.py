@@ -143,7 +143,14 @@ class HuggingFacePipeline(BaseLLM):
     @property
     def lc_secrets(self) -> dict[str, str]:
         """What is never written; `load` looks for it in the environment, if told to."""
-        return {"model_kwargs.token": "HF_TOKEN"} if "token" in self.model_kwargs else {}
+        return {"token": "HF_TOKEN"} if "token" in self.model_kwargs else {}
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """The token apart from model_kwargs: `load` fills in secrets at the top only."""
+        opening = dict(self.model_kwargs)
+        token = opening.pop("token", None)
+        return {"model_kwargs": opening, "token": token} if token else {}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         params = super()._get_ls_params(stop=stop, **kwargs)
@@ -222,7 +229,7 @@ class HuggingFacePipeline(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        call = self._call(stop, kwargs)
+        call = self._call(stop, kwargs).single()
         with contextlib.closing(self._backend.stream(prompt, None, call.options)) as deltas:
             if call.echo:
                 yield GenerationChunk(text=prompt)
@@ -239,7 +246,7 @@ class HuggingFacePipeline(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call = self._call(stop, kwargs)
+        call = self._call(stop, kwargs).single()
         stream = self._backend.astream(prompt, None, call.options)
         async with contextlib.aclosing(stream) as deltas:
             if call.echo:
@@ -287,6 +294,11 @@ class _Call:
     options: dict[str, Any]
     echo: bool
 
+    def single(self) -> _Call:
+        """Itself, if a stream can be made of it."""
+        check_single(self.options)
+        return self
+
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
@@ -299,6 +311,15 @@ def plain_errors() -> Iterator[None]:
         wanted = first["msg"][:1].lower() + first["msg"][1:]
         shown = "" if first["type"] == "missing" else f", got {first['input']!r:.200}"
         raise InvalidRequestError(f"{name}: {wanted}{shown}") from None
+
+
+def check_single(asked: Mapping[str, Any]) -> None:
+    """Refuse to stream several answers: LangChain's chunks do not say whose they are."""
+    if asked.get("n", 1) != 1:
+        raise InvalidRequestError(
+            f"n={asked['n']} answers cannot be streamed; use invoke or generate,"
+            " without streaming=True"
+        )
 
 
 def totals(deltas: Iterable[Delta]) -> list[Completion]:

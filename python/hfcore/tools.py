@@ -59,8 +59,7 @@ def to_tools(tools: Sequence[Any] | None, strict: bool | None = None) -> list[di
 
     Kinds: function, BaseTool, pydantic class (1 or 2), TypedDict, dataclass; dict of OpenAI,
     Anthropic or Bedrock, or a JSON schema with a title. Raises InvalidRequestError for anything
-    else, for tools that a provider runs, and for two tools of one name; a tool given twice counts
-    once.
+    else, and for tools that a provider runs.
 
     >>> def add(a: int, b: int) -> int:
     ...     "Add two numbers."
@@ -70,26 +69,16 @@ def to_tools(tools: Sequence[Any] | None, strict: bool | None = None) -> list[di
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable | None):
         raise InvalidRequestError(f"tools must be a list, got {type(tools).__name__}")
-    result: dict[str, dict[str, Any]] = {}
-    for position, given in enumerate(tools or ()):
-        tool = _tool(given, position, strict)
-        name = tool["function"]["name"]
-        if name in result and _substance(result[name]) != _substance(tool):
+    return [_tool(tool, position, strict) for position, tool in enumerate(tools or ())]
+
+
+def check_names(tools: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse two tools of one name. For a request: LangChain programs bind such tools, and pass."""
+    seen = set()
+    for name in names(tools):
+        if name in seen:
             raise InvalidRequestError(f"two tools are named {name!r}; calls could not tell them")
-        result.setdefault(name, tool)
-    return list(result.values())
-
-
-def _substance(tool: Mapping[str, Any]) -> Any:
-    """What a tool takes, without the words about it."""
-
-    def bare(value: Any, named: bool) -> Any:
-        if isinstance(value, Mapping):
-            words = () if named else ("title", "description")
-            return {k: bare(v, k == "properties") for k, v in value.items() if k not in words}
-        return [bare(v, False) for v in value] if isinstance(value, list) else value
-
-    return bare(tool["function"].get("parameters", {}), False)
+        seen.add(name)
 
 
 def names(tools: Iterable[Mapping[str, Any]]) -> list[str]:
