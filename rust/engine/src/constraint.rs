@@ -428,7 +428,10 @@ impl Constraint {
         let token = match &mut self.place {
             Place::Bound(bound) => {
                 let way = bound.tracker.as_ref()?.way()?;
-                let token = *fewest_tokens(&bound.grammar.vocabulary.trie, &way)?.first()?;
+                let trie = &bound.grammar.vocabulary.trie;
+                // Nothing left to write: the end itself.
+                let tokens = fewest_tokens(trie, &way)?;
+                let token = *tokens.first().unwrap_or(&trie.eos_token());
                 return bound.take(token, left, false).then_some(token);
             }
             Place::Free { markers, tail, .. } => {

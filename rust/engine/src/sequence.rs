@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::constraint::Constraint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::response::{CallDelta, Parser};
 use crate::sampling::{Sampled, Sampler};
@@ -99,6 +99,24 @@ pub struct Delta {
     pub prompt_logprobs: Option<Vec<TokenLogprob>>,
     pub finish_reason: Option<FinishReason>,
     pub usage: Option<Usage>,
+}
+
+impl Delta {
+    /// Add what came after it. Pieces of one call become one.
+    fn append(&mut self, more: Self) {
+        self.text += &more.text;
+        self.reasoning += &more.reasoning;
+        self.token_ids.extend(more.token_ids);
+        self.logprobs.extend(more.logprobs);
+        for piece in more.tool_calls {
+            match self.tool_calls.last_mut() {
+                Some(call) if call.index == piece.index => call.arguments += &piece.arguments,
+                _ => self.tool_calls.push(piece),
+            }
+        }
+        self.finish_reason = more.finish_reason.or(self.finish_reason);
+        self.usage = more.usage.or(self.usage);
+    }
 }
 
 /// A request under way.
@@ -252,9 +270,19 @@ impl Sequence {
     /// `Internal` when the logits allow no token; `InvalidRequest` when a grammar is too costly.
     pub fn advance(&mut self, logits: &[f32]) -> Result<Delta> {
         let sampled = self.choose(logits)?;
-        let mut delta = self.push(sampled);
-        if delta.finish_reason.is_none() {
-            self.force(&mut delta);
+        let chosen = sampled.token;
+        let ends = self.ends.contains(&chosen);
+        let left = self.limit.saturating_sub(self.ids.len() + 1);
+        // All that is forced is taken before any of it is read: only the last piece may be the end.
+        let forced = match &mut self.constraint {
+            Some(constraint) if !ends => constraint.forced(left),
+            _ => Vec::new(),
+        };
+        let mut delta = self.push(sampled, forced.is_empty());
+        for (n, token) in forced.iter().enumerate() {
+            let certain = self.sampler.certain(*token);
+            let more = self.push(certain, n + 1 == forced.len());
+            delta.append(more);
         }
         Ok(delta)
     }
@@ -286,40 +314,20 @@ impl Sequence {
         self.cut_short = true;
         match constraint.close(left) {
             Some(token) => Ok(self.sampler.certain(token)),
-            // Where the end is not foreseen, tokens are not refused for their length.
-            None => self.sampler.sample(logits, allowed, &[]),
+            None => Err(Error::Internal(
+                "the grammar allows no token, and no end".into(),
+            )),
         }
     }
 
-    /// Take the tokens that must follow.
-    fn force(&mut self, delta: &mut Delta) {
-        let left = self.limit - self.ids.len();
-        let Some(constraint) = &mut self.constraint else {
-            return;
-        };
-        for token in constraint.forced(left) {
-            let more = self.push(self.sampler.certain(token));
-            delta.text += &more.text;
-            delta.reasoning += &more.reasoning;
-            delta.tool_calls.extend(more.tool_calls);
-            delta.token_ids.extend(more.token_ids);
-            delta.logprobs.extend(more.logprobs);
-            delta.finish_reason = more.finish_reason;
-            delta.usage = more.usage;
-            if delta.finish_reason.is_some() {
-                return;
-            }
-        }
-    }
-
-    /// Take a token: its text, and the end of the request if it is one.
-    fn push(&mut self, sampled: Sampled) -> Delta {
+    /// Take a token: its text, and the end of the request if it is one. `last`: no forced one follows.
+    fn push(&mut self, sampled: Sampled, last: bool) -> Delta {
         let token = sampled.token;
         self.first_token.get_or_insert_with(Instant::now);
         self.sampler.accept(token);
         self.ids.push(token);
 
-        let (text, mut finish_reason) = self.text_of(token);
+        let (text, mut finish_reason) = self.text_of(token, last);
         let mut delta = Delta {
             token_ids: vec![token],
             logprobs: logprob_of(sampled).into_iter().collect(),
@@ -345,9 +353,12 @@ impl Sequence {
             parts.push(parser.finish());
         }
         for part in parts {
-            delta.text += &part.text;
-            delta.reasoning += &part.reasoning;
-            delta.tool_calls.extend(part.calls);
+            delta.append(Delta {
+                text: part.text,
+                reasoning: part.reasoning,
+                tool_calls: part.calls,
+                ..Delta::default()
+            });
         }
     }
 
@@ -362,13 +373,14 @@ impl Sequence {
     }
 
     /// The text a token releases, and whether it ends the request. End tokens have none.
-    fn text_of(&mut self, token: u32) -> (String, Option<FinishReason>) {
+    fn text_of(&mut self, token: u32, last: bool) -> (String, Option<FinishReason>) {
         let bound = self.constraint.as_ref().is_some_and(|c| !c.free());
-        if self.ends.contains(&token) && !self.bound_text(bound) {
+        let complete = last && self.constraint.as_ref().is_some_and(Constraint::complete);
+        // Within a grammar an end token is a part of the text, until the text is complete.
+        if self.ends.contains(&token) && (!bound || complete) {
             return (self.flush(String::new()), Some(FinishReason::Stop));
         }
         let piece = self.text.push(token);
-        let complete = self.constraint.as_ref().is_some_and(Constraint::complete);
         // Within a grammar no stop counts, nor before min_tokens: nothing is held back for one.
         let (text, hit) = if bound {
             (self.stop.finish() + &piece, None)
@@ -388,11 +400,6 @@ impl Sequence {
             return (text, None);
         }
         (self.flush(text), Some(FinishReason::Length))
-    }
-
-    /// Whether an end token is a part of a grammar's text (an end of turn within a format).
-    fn bound_text(&self, bound: bool) -> bool {
-        bound && !self.constraint.as_ref().is_some_and(Constraint::complete)
     }
 
     /// Append all text held back; a stop completed by it still cuts.

@@ -349,3 +349,19 @@ fn a_grammar_is_compiled_once() {
         &grammars.compile("start: \"a\"").unwrap()
     ));
 }
+
+#[test]
+fn a_number_that_grew_too_long_ends_the_text() {
+    let grammars = grammars(true);
+    for schema in [
+        json!({"type": "number", "minimum": -1.25}),
+        json!({"type": "integer", "multipleOf": 7}),
+    ] {
+        let rule = rule(&grammars, Source::JsonSchema(schema));
+        let mut random = Random(9);
+        for _ in 0..40 {
+            let (text, _) = write(&grammars, &rule, 60, &mut random);
+            assert!(text.parse::<f64>().is_ok() && text.len() < 24, "{text}");
+        }
+    }
+}
