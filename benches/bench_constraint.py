@@ -154,9 +154,9 @@ def spread(values: list[float]) -> list[float]:
 
 
 def measure_all(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    opening = {"threads": options.threads, "context_size": CONTEXT}
-    sampling = _core.Engine(str(model), forced_tokens=False, **opening)
-    forcing = _core.Engine(str(model), forced_tokens=True, **opening)
+    opening: dict[str, Any] = {"threads": options.threads, "context_size": CONTEXT}
+    sampling = _core.Engine(str(model), **opening | {"forced_tokens": False})
+    forcing = _core.Engine(str(model), **opening | {"forced_tokens": True})
     listing = {"max_tokens": options.new, "response_format": schema_format(LIST)}
     plain = {"max_tokens": options.new, "ignore_eos": True}
     record = {"max_tokens": 400, "response_format": schema_format(RECORD)}
@@ -206,12 +206,11 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     lines = [line.split(":", 1) for line in info.splitlines() if ":" in line]
     fields = {key.strip(): value.strip() for key, value in lines}
     wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    core = Path(_core.__file__ or "")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": head(HERE.parent / ".git")[:12],
         # The library may be newer than the commit: this says which one was timed.
-        "core_sha256": hashlib.sha256(core.read_bytes()).hexdigest()[:16],
+        "core_sha256": options.core,
         "cpu": fields.get("model name", platform.processor()),
         "cpu_flags": [flag for flag in wanted if flag in fields.get("flags", "").split()],
         "load_average_before": options.load,
@@ -237,7 +236,7 @@ def read(path: Path) -> str:
 
 
 def load_average() -> str | None:
-    return (read(Path("/proc/loadavg")).split() or [None])[0]
+    return next(iter(read(Path("/proc/loadavg")).split()), None)
 
 
 def base(argument: str) -> str:
@@ -253,7 +252,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "constraint.json")
     options = parser.parse_args()
     options.load = load_average()
-    model = options.model or fetch.path_of(fetch.DEMO_MODELS[0])
+    # Now: another build may replace the file while this runs.
+    options.core = hashlib.sha256(Path(_core.__file__ or "").read_bytes()).hexdigest()[:16]
+    model = options.model or fetch.path_of(next(iter(fetch.DEMO_MODELS)))
     print(model.name)
     results = measure_all(model, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

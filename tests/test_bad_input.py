@@ -248,12 +248,12 @@ REQUESTS: list[tuple[Any, dict[str, Any], type[e.HfcoreError], str]] = [
     ("x", {"logit_bias": {10**7: 1}}, e.InvalidRequestError, "10000000"),
     ("x", {"logprobs": True, "top_logprobs": 99}, e.InvalidRequestError, "top_logprobs.*99"),
     ("x", {"do_sample": False, "top_p": 0.5}, e.InvalidRequestError, "do_sample.*top_p"),
-    ("x", {"n": 2}, e.InvalidRequestError, "n=2"),
+    ("x", {"n": 0}, e.InvalidRequestError, "n must be at least 1"),
     ("x", {"num_beams": 2}, e.InvalidRequestError, "beam search"),
     ("x", {"timeout": 0}, e.InvalidRequestError, "timeout.*0"),
     ("x", {"temprature": 1}, e.UnknownOptionError, "did you mean 'temperature'"),
     ("x", {"max_tokens": 1, "max_new_tokens": 2}, e.InvalidRequestError, "same option"),
-    ("x", {"tool_choice": "auto"}, e.InvalidRequestError, "tool_choice is not supported yet"),
+    ("x", {"tool_choice": "nope"}, e.InvalidRequestError, "tool_choice"),
 ]
 
 

@@ -303,6 +303,7 @@ class Engine:
         chat_template: str | None = None,
         kv_cache_bytes: int | None = None,
         max_sequences: int | None = None,
+        forced_tokens: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine:
         """Load the model at `path`: a `.gguf` file, or a directory with safetensors.

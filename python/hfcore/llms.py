@@ -315,7 +315,8 @@ def plain_errors() -> Iterator[None]:
 
 def check_single(asked: Mapping[str, Any]) -> None:
     """Refuse to stream several answers: LangChain's chunks do not say whose they are."""
-    if asked.get("n", 1) != 1:
+    n = asked.get("n", 1)
+    if isinstance(n, int) and n > 1:
         raise InvalidRequestError(
             f"n={asked['n']} answers cannot be streamed; use invoke or generate,"
             " without streaming=True"

@@ -131,6 +131,9 @@ impl Vocabulary {
     }
 }
 
+/// Grammars by their source, and the sources in order of age.
+type Kept = (HashMap<String, Arc<Grammar>>, VecDeque<String>);
+
 /// Compiles grammars for one vocabulary, and keeps them.
 pub struct Grammars {
     vocabulary: Arc<Vocabulary>,
@@ -138,7 +141,7 @@ pub struct Grammars {
     /// Whether forced tokens are fed at once; off only to compare.
     forcing: bool,
     /// The latest last.
-    kept: Mutex<(HashMap<String, Arc<Grammar>>, VecDeque<String>)>,
+    kept: Mutex<Kept>,
 }
 
 impl Grammars {
@@ -225,10 +228,10 @@ impl Grammars {
         if grammars.insert(lark.to_string(), grammar.clone()).is_none() {
             order.push_back(lark.to_string());
         }
-        if order.len() > CACHED {
-            if let Some(oldest) = order.pop_front() {
-                grammars.remove(&oldest);
-            }
+        if order.len() > CACHED
+            && let Some(oldest) = order.pop_front()
+        {
+            grammars.remove(&oldest);
         }
     }
 

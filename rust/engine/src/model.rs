@@ -260,7 +260,12 @@ impl Model {
         }
         let messages = match template.takes_tools() {
             true => messages,
-            false => answer::spell_out(&messages, for_template.tools.take().as_ref(), style),
+            false => answer::spell_out(
+                &messages,
+                for_template.tools.take().as_ref(),
+                style,
+                template.source(),
+            ),
         };
         let request = for_template.request(messages)?;
         let mut text = self.render(&request)?;
@@ -345,6 +350,25 @@ impl Model {
     /// `NoChatTemplate`; `Template`; `InvalidRequest` for content that is not text.
     pub fn render(&self, request: &RenderRequest) -> Result<String> {
         let template = self.template_for(request.tools.is_some())?;
+        let told;
+        let request = if template.takes_tools() {
+            request
+        } else {
+            let style = Style::of_template(template.source(), false);
+            let messages = plain_content(&request.messages)?;
+            let messages = messages.as_ref().unwrap_or(&request.messages);
+            told = RenderRequest {
+                messages: answer::spell_out(
+                    messages,
+                    request.tools.as_ref(),
+                    style,
+                    template.source(),
+                ),
+                tools: None,
+                ..request.clone()
+            };
+            &told
+        };
         match plain_content(&request.messages)? {
             Some(messages) => template.render(&RenderRequest {
                 messages,

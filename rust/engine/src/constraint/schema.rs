@@ -74,6 +74,7 @@ fn prepare(schema: &mut Value, close: bool, depth: usize) -> Result<()> {
         map.insert("additionalProperties".into(), Value::Bool(false));
     }
     keys_once(map)?;
+    open_bounds(map);
     for key in ONE {
         if let Some(inner) = map.get_mut(key) {
             prepare(inner, true, depth + 1)?;
@@ -102,6 +103,35 @@ fn is_closable(map: &Map<String, Value>) -> bool {
         "unevaluatedProperties",
     ];
     named && !says.iter().any(|key| map.contains_key(*key))
+}
+
+/// llguidance 1.9.1 lets a number reach an exclusive bound below 0 (-1 for `exclusiveMaximum` -1); a hair inside
+/// it, the bound is met.
+fn open_bounds(map: &mut Map<String, Value>) {
+    if map.get("type").is_some_and(|kind| kind == "integer") {
+        return;
+    }
+    for (open, closed, side) in [
+        ("exclusiveMaximum", "maximum", -1.0),
+        ("exclusiveMinimum", "minimum", 1.0),
+    ] {
+        let Some(bound) = map
+            .get(open)
+            .and_then(Value::as_f64)
+            .filter(|bound| *bound < 0.0)
+        else {
+            continue;
+        };
+        let inside = bound + side * bound.abs().max(1.0) * 1e-9;
+        let other = map.get(closed).and_then(Value::as_f64).unwrap_or(inside);
+        let tighter = if side < 0.0 {
+            inside.min(other)
+        } else {
+            inside.max(other)
+        };
+        map.remove(open);
+        map.insert(closed.into(), json!(tighter));
+    }
 }
 
 /// Free keys may be written twice and count once, so more than one of them cannot be demanded.

@@ -308,13 +308,16 @@ fn format(value: &Value) -> Result<Option<Source>> {
     }
 }
 
-/// A conversation for a template that knows no tools: how to call them stands in the system message, calls and results
-/// in the text.
-pub fn spell_out(messages: &Value, tools: Option<&Value>, style: &Style) -> Value {
+/// A conversation for a template that lists no tools: how to call them stands in the system message; calls and results
+/// in the text, unless the `template` writes those itself.
+pub fn spell_out(messages: &Value, tools: Option<&Value>, style: &Style, template: &str) -> Value {
     let Some(list) = messages.as_array() else {
         return messages.clone();
     };
-    let mut told: Vec<Value> = list.iter().map(spelled).collect();
+    let mut told: Vec<Value> = match template.contains("tool_calls") {
+        true => list.clone(),
+        false => list.iter().map(spelled).collect(),
+    };
     if let Some(tools) = tools {
         let text = style.instructions(tools);
         match told.first_mut().filter(|m| m["role"] == "system") {
