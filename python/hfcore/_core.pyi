@@ -316,6 +316,7 @@ class Engine:
             threads: Compute threads; None is the cores that this process may use.
             chat_template: Jinja text to use in place of the model's own.
             kv_cache_bytes: Memory for keys and values; None chooses by what is free.
+            forced_tokens: Whether tokens that a grammar forces run as one step.
             max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's
                 view at any moment; what it raises ends the loading once the step is done.
