@@ -69,12 +69,18 @@ class Reader:
         return self.parsed(message)
 
     def _whole(self, message: BaseMessage) -> bool:
-        """Whether a text is JSON to its end; core's parser also takes the half of one."""
+        """Whether what was written is JSON to its end; core's parsers also take the half of one."""
+        calls = getattr(message, "tool_calls", [])
+        chunks = getattr(message, "tool_call_chunks", [])
+        if self.tool is not None and not chunks:
+            return bool(calls)  # of a whole message only whole calls are valid
+        texts = [message.text] if self.tool is None else [chunk["args"] for chunk in chunks]
         try:
-            json.loads(message.text)
+            for text in texts:
+                json.loads(text or "")
         except ValueError:
             return False
-        return self.tool is None
+        return True
 
 
 class Parser(BaseCumulativeTransformOutputParser[Any]):
