@@ -4,7 +4,8 @@
 //! token is taken after which that way would be too long.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{
@@ -16,9 +17,11 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
+mod aside;
 mod closing;
 mod schema;
 
+pub use aside::Aside;
 pub use schema::rule as schema_rule;
 
 use closing::{Analysis, Piece, Tracker, fewest_tokens};
@@ -29,6 +32,15 @@ const CACHED: usize = 64;
 const MAX_GRAMMAR_BYTES: usize = 2 << 20;
 /// Characters of a number: more digits than this say nothing to a double, and a weak model never stops.
 const MAX_NUMERAL: usize = 16;
+
+/// What a request may spend on following its grammar, on the whole and for each token: the other requests of the same
+/// step wait meanwhile. Ordinary schemas take some 0.05 ms a token.
+const ALLOWANCE: Duration = Duration::from_secs(1);
+const ALLOWANCE_PER_TOKEN: Duration = Duration::from_millis(10);
+/// llguidance's own limits on one mask: a fifth and a quarter of what it allows. All 1,000 schemas of tests/test_schemas.py
+/// stay within them.
+const MASK_ITEMS: usize = 10_000;
+const MASK_FUEL: u64 = 50_000;
 
 /// What a text must be. Choice and regex match the whole text.
 #[derive(Debug, Clone, PartialEq)]
@@ -163,7 +175,10 @@ impl Grammars {
         let mut factory = ParserFactory::new(&env, able, &slices).map_err(|error| {
             Error::Internal(format!("no grammars for this vocabulary: {error}"))
         })?;
-        factory.quiet().limits_mut().verbose_errors = false;
+        let limits = factory.quiet().limits_mut();
+        limits.verbose_errors = false;
+        limits.step_max_items = MASK_ITEMS;
+        limits.step_lexer_fuel = MASK_FUEL;
         Ok(Self {
             vocabulary,
             factory,
@@ -285,6 +300,8 @@ impl Grammar {
             tracker: self.analysis.as_ref().and_then(Tracker::new),
             grammar: self.clone(),
             complete: false,
+            spent: Duration::ZERO,
+            tokens: 0,
         }
     }
 }
@@ -344,6 +361,8 @@ pub struct Constraint {
 
 enum Place {
     Bound(Box<Bound>),
+    /// Within a grammar, whose mask is being made beside the model.
+    Away(mpsc::Receiver<(Box<Bound>, Result<SimpleVob>)>),
     Free {
         markers: Vec<(Marker, Rule)>,
         must: bool,
@@ -358,6 +377,9 @@ struct Bound {
     /// None: the end is not foreseen (any more).
     tracker: Option<Tracker>,
     complete: bool,
+    /// The time that following it took so far, and for how many tokens.
+    spent: Duration,
+    tokens: u32,
 }
 
 impl Constraint {
@@ -366,20 +388,42 @@ impl Constraint {
         Self { grammars, place }
     }
 
+    /// Begin to make the next mask on another thread; `mask` waits for it. Nothing else may be asked before.
+    pub fn prepare(&mut self, aside: &mut Aside) {
+        let free = Place::Free {
+            markers: Vec::new(),
+            must: false,
+            tail: Vec::new(),
+        };
+        match std::mem::replace(&mut self.place, free) {
+            Place::Bound(mut bound) if !bound.complete => {
+                let (answer, place) = mpsc::sync_channel(1);
+                self.place = Place::Away(place);
+                aside.run(Box::new(move || {
+                    let mask = bound.mask();
+                    // Who asked may have gone.
+                    let _ = answer.send((bound, mask));
+                }));
+            }
+            place => self.place = place,
+        }
+    }
+
     /// The tokens allowed next, a bit each; none: any.
     ///
     /// # Errors
-    /// `InvalidRequest` when the grammar is too costly to follow.
+    /// `InvalidRequest` when the grammar is too costly to follow; `Internal` when making the mask panicked.
     pub fn mask(&mut self) -> Result<Option<SimpleVob>> {
-        let Place::Bound(bound) = &mut self.place else {
-            return Ok(None);
-        };
-        bound.parser.compute_mask().map(Some).map_err(|error| {
-            Error::InvalidRequest(format!(
-                "the grammar cannot be followed: {}",
-                plain(&error.to_string())
-            ))
-        })
+        match &mut self.place {
+            Place::Free { .. } => Ok(None),
+            Place::Bound(bound) => bound.mask().map(Some),
+            Place::Away(place) => {
+                let lost = || Error::Internal("a grammar's mask was lost".into());
+                let (bound, mask) = place.recv().map_err(|_| lost())?;
+                self.place = Place::Bound(bound);
+                mask.map(Some)
+            }
+        }
     }
 
     /// Whether stop strings and end tokens count here: not within a grammar.
@@ -401,7 +445,8 @@ impl Constraint {
     pub fn take(&mut self, token: u32, left: usize) -> bool {
         match &mut self.place {
             Place::Bound(bound) => bound.take(token, left, true),
-            Place::Free { .. } => self.take_free(token, left),
+            Place::Free { .. } => self.enter(token, left),
+            Place::Away(_) => false,
         }
     }
 
@@ -437,6 +482,7 @@ impl Constraint {
                 let token = *tokens.first().unwrap_or(&trie.eos_token());
                 return bound.take(token, left, false).then_some(token);
             }
+            Place::Away(_) => return None,
             Place::Free { markers, tail, .. } => {
                 let (marker, _) = markers.first()?;
                 match marker {
@@ -452,10 +498,6 @@ impl Constraint {
         };
         self.enter(token, usize::MAX);
         Some(token)
-    }
-
-    fn take_free(&mut self, token: u32, left: usize) -> bool {
-        self.enter(token, left)
     }
 
     /// In free text: note the token, and begin what a marker that it completes begins.
@@ -531,8 +573,35 @@ impl Place {
 }
 
 impl Bound {
+    fn mask(&mut self) -> Result<SimpleVob> {
+        let start = Instant::now();
+        let mask = self.parser.compute_mask();
+        self.spent += start.elapsed();
+        if self.spent > ALLOWANCE + ALLOWANCE_PER_TOKEN * self.tokens {
+            return Err(Error::InvalidRequest(format!(
+                "the grammar is too costly to follow: {} tokens took {:.1} s",
+                self.tokens,
+                self.spent.as_secs_f64()
+            )));
+        }
+        mask.map_err(|error| {
+            Error::InvalidRequest(format!(
+                "the grammar cannot be followed: {}",
+                plain(&error.to_string())
+            ))
+        })
+    }
+
     /// See `Constraint::take`; without `checked` whatever room it leaves.
     fn take(&mut self, token: u32, left: usize, checked: bool) -> bool {
+        let start = Instant::now();
+        let taken = self.follow(token, left, checked);
+        self.spent += start.elapsed();
+        self.tokens += u32::from(taken);
+        taken
+    }
+
+    fn follow(&mut self, token: u32, left: usize, checked: bool) -> bool {
         let trie = &self.grammar.vocabulary.trie;
         let ends = trie.eos_tokens().contains(&token);
         if !ends && !follow(&mut self.tracker, trie, token, left, checked) {

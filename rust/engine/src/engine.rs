@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::batch::{Batch, Forward, PAGE};
+use crate::constraint::Aside;
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::pages::Pages;
@@ -518,6 +519,8 @@ struct Core {
     /// In order of arrival.
     running: Vec<Task>,
     batch: Batch,
+    /// Makes the grammars' masks while the model runs.
+    aside: Aside,
     next_id: u64,
     counters: Arc<Counters>,
 }
@@ -532,6 +535,7 @@ impl Core {
             waiting: VecDeque::new(),
             running: Vec::new(),
             batch: Batch::default(),
+            aside: Aside::default(),
             next_id: 0,
             counters,
         }
@@ -696,9 +700,10 @@ impl Core {
         };
         self.batch.clear();
         for &(id, tokens) in plan {
-            let Some(task) = self.running.iter().find(|task| task.id == id) else {
+            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
                 continue;
             };
+            task.sequence.prepare(tokens, &mut self.aside);
             let (ids, start) = task.sequence.next(tokens);
             self.batch.push(ids, start, &task.table, task.long);
             let end = self.batch.tokens.len() as u32;

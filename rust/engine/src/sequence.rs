@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::constraint::Constraint;
+use crate::constraint::{Aside, Constraint};
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::response::{CallDelta, Parser};
@@ -243,6 +243,15 @@ impl Sequence {
         }
     }
 
+    /// The next `n` tokens are about to run: begin what choosing a token after them will need.
+    pub fn prepare(&mut self, n: usize, aside: &mut Aside) {
+        if n == self.pending()
+            && let Some(constraint) = &mut self.constraint
+        {
+            constraint.prepare(aside);
+        }
+    }
+
     /// Take one row of the logits that were wanted, `[vocab_size]`: for the prompt's next token, or
     /// to choose a token after the last.
     ///
@@ -296,8 +305,8 @@ impl Sequence {
             let banned: &[u32] = if early { &self.ends } else { &[] };
             return self.sampler.sample(logits, None, banned);
         };
-        let free = constraint.free();
         let mask = constraint.mask()?;
+        let free = constraint.free();
         let allowed = mask.as_ref().map(|mask| mask.as_slice());
         let open = free && (early || !constraint.may_end());
         let mut banned = if open { self.ends.clone() } else { Vec::new() };

@@ -365,3 +365,42 @@ fn a_number_that_grew_too_long_ends_the_text() {
         }
     }
 }
+
+#[test]
+fn a_grammar_that_costs_too_much_to_follow_is_an_error() {
+    let grammars = grammars(true);
+    let lark = "start: s\ns: s s s | s s | \"a\" | \"b\" | \"\"\n";
+    let grammar = grammars.compile(lark).unwrap();
+    let mut constraint = Constraint::new(grammars, &Rule::Grammar(grammar));
+    let end = (0..2000).find_map(|n| {
+        let token = u32::from(b'a');
+        constraint.mask().err().or_else(|| {
+            constraint.take(token, 2000 - n);
+            None
+        })
+    });
+    let message = end.unwrap().to_string();
+    assert!(message.contains("the grammar"), "{message}");
+}
+
+#[test]
+fn a_mask_made_beside_the_model_is_the_one_made_here() {
+    let grammars = grammars(true);
+    let lark = Source::Choice(vec!["name".into(), "nab".into()])
+        .lark()
+        .unwrap();
+    let grammar = grammars.compile(&lark).unwrap();
+    let rule = Rule::Grammar(grammar);
+    let mut here = Constraint::new(grammars.clone(), &rule);
+    let mut beside = Constraint::new(grammars, &rule);
+    let mut aside = Aside::default();
+    for byte in b"na" {
+        beside.prepare(&mut aside);
+        let masks = [&mut here, &mut beside].map(|c| c.mask().unwrap().unwrap());
+        assert_eq!(masks[0].as_slice(), masks[1].as_slice());
+        for constraint in [&mut here, &mut beside] {
+            assert!(constraint.take(u32::from(*byte), 10));
+        }
+    }
+    assert!(!beside.free() && !beside.complete());
+}
