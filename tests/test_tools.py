@@ -88,7 +88,7 @@ BEDROCK = {
 
 def _runnable() -> BaseTool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # as_tool is in beta, and says so
         return RunnableLambda(lambda x: x["a"]).as_tool(
             name="add", description="Add two numbers.", arg_types={"a": int, "b": int}
         )

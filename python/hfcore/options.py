@@ -1,8 +1,9 @@
 """The names of all options, their aliases, and who wins when several layers set one.
 
-Values are checked by the engine, once; here only names are. Layers, strongest first: the call, what
-was bound to it, the constructor, the model's own generation defaults (which the engine knows). An
-option counts as set in a layer when it is there and not None, so `temperature=0` beats a default.
+Values are checked by the engine, once; here only names are, and whether an option can act at all.
+Layers, strongest first: the call, what was bound to it, the constructor, the model's own generation
+defaults (which the engine knows). An option counts as set in a layer when it is there and not None,
+so `temperature=0` beats a default.
 """
 
 from __future__ import annotations
