@@ -105,6 +105,7 @@ class TestIntegration(_Local, ChatModelIntegrationTests):
         return str(self.other)
 
 
+@pytest.mark.timeout(400)  # several answers of up to 256 tokens took 90 s on a busy machine
 class TestIntegrationOnRealModel(TestIntegration):
     beyond = BEYOND_SMOLLM2
 
