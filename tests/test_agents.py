@@ -1,12 +1,22 @@
-"""Loops of model and tools: by hand, and by LangChain's agents where those are installed."""
+"""Loops of model and tools: by hand, by LangChain's agents, and in LangGraph graphs.
+
+On scripted answers, which say what has to come out, and on the model of noise, which is the engine.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode
 from pydantic import BaseModel
 
 from hfcore import ChatHuggingFace
@@ -52,12 +62,43 @@ def test_a_loop_by_hand_ends_with_the_answer() -> None:
     }  # fmt: skip
 
 
+@tool
+def shout(text: str) -> str:
+    """Write a text in capitals."""
+    return text.upper()
+
+
 def agent(chat: ChatHuggingFace, **kwargs: Any) -> Any:
-    agents = pytest.importorskip("langchain.agents", reason="needs langchain")
-    return agents.create_agent(chat, [add], **kwargs)
+    return create_agent(chat, [add], **kwargs)
 
 
-QUESTION = {"messages": [HumanMessage("1 + 2?")]}
+def graph_of(chat: ChatHuggingFace) -> Any:
+    """A call that must be, its tool, and an answer.
+
+    Before Python 3.11 asyncio hands no config on by itself.
+    """
+
+    def call(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+        model = chat.bind_tools([add, shout], tool_choice="any")
+        return {"messages": [model.invoke(state["messages"], config)]}
+
+    async def answer(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+        return {"messages": [await chat.ainvoke(state["messages"], config)]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("call", call)
+    graph.add_node("tools", ToolNode([add, shout]))
+    graph.add_node("answer", answer)
+    for edge in ((START, "call"), ("call", "tools"), ("tools", "answer"), ("answer", END)):
+        graph.add_edge(*edge)
+    return graph.compile()
+
+
+def noise(tiny: Path) -> ChatHuggingFace:
+    return ChatHuggingFace(model=tiny, max_tokens=120, temperature=1, seed=3)
+
+
+QUESTION: Any = {"messages": [HumanMessage("1 + 2?")]}
 
 
 async def test_an_agent_calls_its_tool_and_answers() -> None:
@@ -85,22 +126,78 @@ async def test_an_agent_streams_tokens_and_pieces_of_calls() -> None:
         assert [m.content for m in streamed if m.type == "tool"] == ["3"]
 
 
-@pytest.mark.parametrize("strategy", ["ProviderStrategy", "ToolStrategy", "the class alone"])
+STRATEGIES = {"provider": ProviderStrategy(Sum), "tool": ToolStrategy(Sum), "the class": Sum}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_agent_ends_with_an_object(strategy: str) -> None:
-    structured_output = pytest.importorskip(
-        "langchain.agents.structured_output", reason="needs langchain"
-    )
     by_tool = [ToolCall(0, "c2", "Sum", '{"value": 3}')]
-    last: Any = by_tool if strategy == "ToolStrategy" else '{"value": 3}'
+    last: Any = by_tool if strategy == "tool" else '{"value": 3}'
     chat, backend = canned(CALLED, last)
-    wanted: Any = Sum if " " in strategy else getattr(structured_output, strategy)(Sum)
+    wanted: Any = STRATEGIES[strategy]
     state = agent(chat, response_format=wanted).invoke(QUESTION)
     assert state["structured_response"] == Sum(value=3)
     asked = backend.requests[0][2]
-    if strategy == "ToolStrategy":
+    if strategy == "tool":
         assert asked["tool_choice"] == "required"
     else:
         assert asked["response_format"]["json_schema"]["name"] == "Sum"
+
+
+async def test_a_graph_streams_the_tokens_of_each_of_its_models() -> None:
+    chat, backend = canned(CALLED, "The sum is 3")
+    graph = graph_of(chat)
+    streamed = [
+        (m, about["langgraph_node"])
+        async for m, about in graph.astream(QUESTION, stream_mode="messages")
+    ]
+    said = [m.content for m, node in streamed if node == "answer" and m.content]
+    assert said == ["The", " sum", " is", " 3"]
+    pieces = [p for m, node in streamed if node == "call" for p in m.tool_call_chunks]
+    assert "".join(p["args"] or "" for p in pieces) == '{"a": 1, "b": 2}'
+    assert [m.content for m, node in streamed if node == "tools"] == ["3"]
+    assert [asked.get("tool_choice") for _, _, asked in backend.requests] == ["required", None]
+
+
+async def test_a_graph_of_the_engine_calls_a_tool_and_streams_its_answer(tiny: Path) -> None:
+    graph = graph_of(noise(tiny))
+    _, called, result, said = (await graph.ainvoke(QUESTION))["messages"]
+    [call] = called.tool_calls
+    assert called.invalid_tool_calls == []
+    expected = {"add": add, "shout": shout}[call["name"]].invoke(call["args"])
+    assert (result.content, result.tool_call_id) == (str(expected), call["id"])
+    chunks: dict[str, list[Any]] = {"call": [], "tools": [], "answer": []}
+    async for m, about in graph.astream(QUESTION, stream_mode="messages"):
+        chunks[about["langgraph_node"]].append(m)
+    texts = [m.content for m in chunks["answer"] if m.content]
+    assert len(texts) > 5
+    assert "".join(texts) == said.content
+    arguments = [p["args"] for m in chunks["call"] for p in m.tool_call_chunks]
+    assert len(arguments) > 3
+    assert json.loads("".join(a or "" for a in arguments)) == call["args"]
+
+
+async def test_an_agent_of_the_engine_streams_the_tokens_that_it_answers(tiny: Path) -> None:
+    graph = agent(noise(tiny), system_prompt="Be brief.")
+    for stated, streamed in (
+        (graph.invoke(QUESTION), list(graph.stream(QUESTION, stream_mode="messages"))),
+        (
+            await graph.ainvoke(QUESTION),
+            [pair async for pair in graph.astream(QUESTION, stream_mode="messages")],
+        ),
+    ):
+        said = stated["messages"][-1]
+        chunks = [m for m, _ in streamed if isinstance(m, AIMessageChunk)]
+        assert said.usage_metadata["output_tokens"] > 5
+        assert len([c for c in chunks if c.content]) > 5
+        assert "".join(str(c.content) for c in chunks) == said.content
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_agent_of_the_engine_ends_with_an_object(strategy: str, tiny: Path) -> None:
+    wanted: Any = STRATEGIES[strategy]
+    state = create_agent(noise(tiny), response_format=wanted).invoke(QUESTION)
+    assert isinstance(state["structured_response"], Sum)
 
 
 def test_a_broken_call_goes_back_to_the_model_not_to_the_tool() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.messages import AIMessage, HumanMessage
 
 from hfcore import ChatHuggingFace, ChatTemplate, Engine, HuggingFacePipeline, Tokenizer
 from hfcore import errors as e
@@ -214,6 +216,20 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(
 
 
 NAN, INF = float("nan"), float("inf")
+UNMET = {"title": "Unmet", "type": "object", "required": ["a"],
+         "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}}  # fmt: skip
+NEVER_ENDS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+
+
+def tool(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "parameters": parameters}}
+
+
+def answer(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+ADD = tool({"type": "object", "properties": {"a": {"type": "integer"}}})
 REQUESTS: list[tuple[Any, dict[str, Any], type[e.HfcoreError], str]] = [
     ([], {}, e.InvalidRequestError, "empty"),
     ("", {"add_special_tokens": False}, e.InvalidRequestError, "at least 1 token, got 0"),
@@ -247,6 +263,7 @@ REQUESTS: list[tuple[Any, dict[str, Any], type[e.HfcoreError], str]] = [
     ("x", {"logit_bias": {"a": 1}}, e.InvalidRequestError, "logit_bias"),
     ("x", {"logit_bias": {10**7: 1}}, e.InvalidRequestError, "10000000"),
     ("x", {"logprobs": True, "top_logprobs": 99}, e.InvalidRequestError, "top_logprobs.*99"),
+    ("x", {"logprobs": True, "top_logprobs": -1}, e.InvalidRequestError, "top_logprobs.*-1"),
     ("x", {"do_sample": False, "top_p": 0.5}, e.InvalidRequestError, "do_sample.*top_p"),
     ("x", {"n": 0}, e.InvalidRequestError, "n must be at least 1"),
     ("x", {"num_beams": 2}, e.InvalidRequestError, "beam search"),
@@ -254,6 +271,15 @@ REQUESTS: list[tuple[Any, dict[str, Any], type[e.HfcoreError], str]] = [
     ("x", {"temprature": 1}, e.UnknownOptionError, "did you mean 'temperature'"),
     ("x", {"max_tokens": 1, "max_new_tokens": 2}, e.InvalidRequestError, "same option"),
     ("x", {"tool_choice": "nope"}, e.InvalidRequestError, "tool_choice"),
+    ("x", {"tool_choice": "auto"}, e.InvalidRequestError, "tool_choice"),
+    ("x", {"response_format": answer(UNMET)}, e.InvalidRequestError, "'a' is unsatisfiable"),
+    ("x", {"response_format": answer(NEVER_ENDS)}, e.InvalidRequestError, "no text meets it"),
+    (USER, {"tool_choice": "none"}, e.InvalidRequestError, "'none', but there are no tools"),
+    (USER, {"tool_choice": "add", "tools": []}, e.InvalidRequestError, "but there are no tools"),
+    (USER, {"tool_choice": "ad", "tools": [ADD]}, e.InvalidRequestError, 'no tool is named "ad"'),
+    (USER, {"tools": [ADD, ADD]}, e.InvalidRequestError, 'two are named "add"'),
+    (USER, {"tools": [tool(UNMET)]}, e.InvalidRequestError, "'a' is unsatisfiable"),
+    ([1], {"tool_style": "hermes"}, e.InvalidRequestError, "tool_style.*messages only"),
 ]
 
 
@@ -301,6 +327,60 @@ def test_an_image_for_a_text_model_is_refused_by_name(tiny: Path) -> None:
     with pytest.raises(e.InvalidRequestError, match=r"'image_url'.*text only") as caught:
         ChatHuggingFace(model=tiny).invoke([{"role": "user", "content": content}])
     assert "AAAA" not in str(caught.value)
+
+
+def test_a_schema_that_nothing_meets_is_refused_however_it_is_asked_for(tiny: Path) -> None:
+    chat = ChatHuggingFace(model=tiny)
+    for method in ("json_schema", "function_calling"):
+        asked = chat.with_structured_output(UNMET, method=method)
+        with soon(), pytest.raises(e.InvalidRequestError, match="'a' is unsatisfiable"):
+            asked.invoke("x")
+    with pytest.raises(e.InvalidRequestError, match="'a' is unsatisfiable"):
+        chat.bind_tools([UNMET]).invoke("x")
+
+
+@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", "5", 5, [1]])
+@pytest.mark.parametrize("form", ["openai", "langchain"])
+def test_a_call_in_a_history_whose_arguments_are_no_object_is_named(
+    tiny: Path, arguments: Any, form: str
+) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    flat = {"id": "c1", "type": "tool_call", "name": "add", "args": arguments}
+    calls = [call if form == "openai" else flat]
+    history: list[Any] = [*USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+    words = f"message 1: the arguments of call 'add' are no JSON object, got {arguments!r}"
+    with pytest.raises(e.InvalidRequestError, match=re.escape(words)) as caught:
+        ChatHuggingFace(model=tiny).invoke(history)
+    assert one_line(caught.value)
+
+
+def test_a_call_that_langchain_cannot_read_is_named_not_dropped(tiny: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": 5}}
+    unread = AIMessage("", additional_kwargs={"tool_calls": [call]})
+    assert (unread.tool_calls, unread.invalid_tool_calls) == ([], [])
+    with pytest.raises(e.InvalidRequestError, match="arguments of call 'add' are no JSON object"):
+        ChatHuggingFace(model=tiny).invoke([HumanMessage("x"), unread])
+
+
+def test_a_call_that_the_model_broke_goes_back_to_it_as_it_was(tiny: Path) -> None:
+    """Not an error: LangChain keeps it apart as invalid, and the caller did not write it."""
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": '}}
+    broken = AIMessage("", additional_kwargs={"tool_calls": [call]})
+    [kept] = broken.invalid_tool_calls
+    assert kept["args"] == '{"a": '
+    chat = ChatHuggingFace(model=tiny, max_tokens=2)
+    assert chat.invoke([HumanMessage("x"), broken, HumanMessage("Again")]).usage_metadata
+
+
+def test_what_is_for_chats_is_refused_of_a_text_by_its_name(tiny: Path) -> None:
+    for asked in ({"tool_style": "hermes"}, {"tool_choice": "auto"}, {"reasoning": True}):
+        words = f"unknown option '{next(iter(asked))}'; it belongs to a chat's request"
+        for ask in (
+            lambda asked=asked: HuggingFacePipeline(model=tiny, **asked),
+            lambda asked=asked: HuggingFacePipeline(model=tiny).invoke("x", **asked),
+        ):
+            with pytest.raises(e.UnknownOptionError, match=words):
+                ask()
 
 
 # templates

@@ -52,15 +52,32 @@ def demo_directory(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return tmp_path
 
 
-@pytest.mark.parametrize("file_name", ["README.md"])
-def test_the_examples_of_the_documents_run(file_name: str, demo_directory: Path) -> None:
-    text = (ROOT / file_name).read_text(encoding="utf-8")
+def run_blocks() -> dict[str, Any]:
+    """README's blocks, one after the other; the names that they leave behind."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    blocks = python_blocks(text)
-    assert blocks, f"{file_name} shows no python"
+    blocks = python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert blocks, "README.md shows no python"
     for line, source in blocks:
         # The blank lines make a traceback point at the line of the document.
-        exec(compile("\n" * (line - 1) + source, file_name, "exec"), names)  # noqa: S102 - our own text
+        exec(compile("\n" * (line - 1) + source, "README.md", "exec"), names)  # noqa: S102 - our own text
+    return names
+
+
+def test_the_examples_of_the_readme_run_and_its_agent_calls_a_tool_then_answers(
+    demo_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = run_blocks()
+    question, *calls_and_results, answer = readme["conversation"]
+    kinds = [message.type for message in (question, *calls_and_results, answer)]
+    assert kinds[:3] == ["human", "AIMessageChunk", "tool"]
+    assert kinds[-1] == "AIMessageChunk"
+    for called, result in zip(calls_and_results[::2], calls_and_results[1::2], strict=True):
+        [call] = called.tool_calls
+        assert (called.invalid_tool_calls, result.tool_call_id) == ([], call["id"])
+        assert result.content == str(readme["tools"][call["name"]].invoke(call["args"]))
+    assert (answer.tool_calls, answer.invalid_tool_calls) == ([], [])
+    assert answer.content
+    assert answer.content in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("path", "name", "line", "doc"), EXAMPLES)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 
 from hfcore import Engine, HuggingFacePipeline
 from hfcore.errors import InvalidRequestError, UnknownOptionError, UnsupportedModelError
-from hfcore.testing import Canned
+from hfcore.testing import Canned, tiny_model
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -228,6 +230,59 @@ def test_cache_keys_differ_whenever_answers_may(tiny: Path) -> None:
     ]  # fmt: skip
     keys = {str(HuggingFacePipeline(model_id=str(tiny), **v)._identifying_params) for v in variants}
     assert len(keys) == len(variants)
+
+
+async def test_a_cache_tells_the_options_of_calls_apart(tiny: Path) -> None:
+    cache = InMemoryCache()
+    llm = HuggingFacePipeline(model_id=str(tiny), cache=cache, max_tokens=8)
+    calls: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 0, "max_tokens": 3}, {"temperature": 0, "stop": [" "]},
+        {"seed": 1, "temperature": 1}, {"seed": 2, "temperature": 1}, {"seed": 1, "temperature": 2},
+        {"temperature": 0, "return_full_text": True}, {"temperature": 0, "regex": "[ab]+"},
+    ]  # fmt: skip
+    plain = HuggingFacePipeline(model_id=str(tiny), cache=False, max_tokens=8)
+    expected = [plain.invoke("Once upon", **call) for call in calls]
+    assert len(set(expected)) == len(calls)
+    for _ in range(2):
+        assert [llm.invoke("Once upon", **call) for call in calls] == expected
+        assert [await llm.ainvoke("Once upon", **call) for call in calls] == expected
+        assert [llm.bind(**call).invoke("Once upon") for call in calls] == expected
+    assert len(cache._cache) == len(calls)
+    # The same wish is the same answer, by whichever name and in whichever layer it is made.
+    assert llm.bind(max_tokens=5).invoke("Once upon", max_new_tokens=3, do_sample=False)
+    assert len(cache._cache) == len(calls) + 1
+    with pytest.raises(UnknownOptionError, match="did you mean 'temperature'"):
+        llm.invoke("Once upon", temprature=0)
+
+
+def test_a_cache_gives_an_answer_once_made_and_never_another_models(tiny: Path) -> None:
+    cache = InMemoryCache()
+    llm, backend = canned("one", "two", cache=cache)
+    assert [llm.invoke("x", seed=5) for _ in range(3)] == ["one"] * 3
+    assert llm.invoke("x", seed=6) == "two"
+    assert len(backend.requests) == 2
+    second = tiny_model(tiny.parent, name="second", seed=7)
+    answers = [
+        HuggingFacePipeline(model=model, cache=cache).invoke("x", temperature=0, max_tokens=8)
+        for model in (tiny, tiny, second, second)
+    ]
+    assert answers[0] == answers[1] != answers[2] == answers[3]
+
+
+async def test_callbacks_learn_what_a_call_asks_for() -> None:
+    class Heard(BaseCallbackHandler):
+        params: list[Any]
+
+        def on_llm_start(self, serialized: Any, prompts: Any, **kwargs: Any) -> None:
+            self.params.append((kwargs["invocation_params"]["seed"], kwargs["options"]["stop"]))
+
+    handler = Heard()
+    handler.params = []
+    llm, _ = canned(seed=1)
+    config: Any = {"callbacks": [handler], "run_name": "named", "tags": ["t"]}
+    llm.invoke("x", config, seed=2, stop_sequences="y")
+    await llm.ainvoke("x", config, seed=3)
+    assert handler.params == [(2, ["y"]), (3, None)]
 
 
 def test_copies_and_pickles_answer_the_same(llm: HuggingFacePipeline) -> None:

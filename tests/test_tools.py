@@ -88,7 +88,7 @@ BEDROCK = {
 
 def _runnable() -> BaseTool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # as_tool is in beta, and says so
         return RunnableLambda(lambda x: x["a"]).as_tool(
             name="add", description="Add two numbers.", arg_types={"a": int, "b": int}
         )
@@ -200,8 +200,12 @@ def test_every_form_of_a_choice_becomes_openais(choice: Any, expected: Any) -> N
     [
         ("ad", [OPENAI], "names 'ad', which is no tool .* .there are: 'add'.; did you mean 'add'"),
         ("zzz", [OPENAI], "names 'zzz'"),
-        ("zzz", [], "there are: none"),
+        ("zzz", [], "tool_choice is 'zzz', but there are no tools"),
         ("any", [], "tool_choice is 'any', but there are no tools"),
+        ("auto", [], "tool_choice is 'auto', but there are no tools"),
+        ("none", [], "tool_choice is 'none', but there are no tools"),
+        (False, [], "tool_choice is False, but there are no tools"),
+        ({"type": "auto"}, [], "'auto'}, but there are no tools"),
         (5, [OPENAI], "must be a str, a dict or a bool, got 5"),
         ({"type": "tool", "name": "x"}, [OPENAI], "names 'x'"),
         ({"type": "tool", "name": "add", "disable_parallel_tool_use": True}, [OPENAI], "no choice"),
@@ -384,13 +388,13 @@ async def test_text_thoughts_and_calls_of_one_answer_stay_apart(version: str | N
         assert answer.text == "I ask add."
         assert answer.tool_calls == PARSED[:1]
         assert [b["type"] for b in answer.content_blocks] == ["reasoning", "text", "tool_call"]
-        assert answer.content_blocks[0]["reasoning"] == "Let me think."  # type: ignore[typeddict-item]
+        assert answer.content_blocks[0]["reasoning"] == "Let me think."  # type: ignore[typeddict-item]  # a union; asserted above
         assert answer.additional_kwargs["reasoning_content"] == "Let me think."
         assert answer.usage_metadata is not None
         assert answer.usage_metadata["output_tokens"] == 9
         assert isinstance(answer.content, list) == (version == "v1")
         chat.invoke([HumanMessage("x"), answer, ToolMessage("3", tool_call_id="c1")])
-        prompt = chat.llm.backend.requests[-1][0]  # type: ignore[attr-defined]  # Canned
+        prompt = chat.llm.backend.requests[-1][0]  # type: ignore[attr-defined]  # it is Canned
         assert prompt[1] == {
             "role": "assistant", "content": "I ask add.", "reasoning_content": "Let me think.",
             "tool_calls": [

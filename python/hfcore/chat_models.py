@@ -40,7 +40,7 @@ from .llms import (
     token_usage,
     totals,
 )
-from .messages import to_dicts
+from .messages import check_calls, to_dicts
 from .structured import METHODS, Parser, Reader, with_raw
 from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
 
@@ -323,6 +323,7 @@ class ChatHuggingFace(BaseChatModel):
         return self.llm.backend.count_tokens(to_dicts(messages), to_tools(tools))
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        check_calls(model_input)
         try:
             return super()._convert_input(model_input)
         except HfcoreError:

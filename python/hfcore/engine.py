@@ -244,7 +244,7 @@ class Engine:
         `prompt`: str, list of message dicts, or token ids. Raises InvalidRequestError and its
         kinds, TemplateError, NoChatTemplateError, at once.
         """
-        return Stream(self._core.submit(_checked(prompt), options.canonical(request)))
+        return Stream(self._core.submit(*_checked_request(prompt, request)))
 
     def generate(self, prompt: Prompt, **request: Any) -> Completion:
         """The whole completion. See `stream`."""
@@ -258,9 +258,9 @@ class Engine:
         """
         import asyncio
 
-        wishes = options.canonical(request)
+        checked = _checked_request(prompt, request)
         # Rendering and encoding a long prompt takes a while: not on the loop's thread.
-        stream = await asyncio.to_thread(self._core.submit, _checked(prompt), wishes)
+        stream = await asyncio.to_thread(self._core.submit, *checked)
         try:
             async with contextlib.aclosing(_pumped(stream)) as deltas:
                 async for delta in deltas:
@@ -524,6 +524,13 @@ async def _threaded(stream: _core.Stream) -> AsyncGenerator[_core.Delta, None]:
 
 
 # Small conversions --------------------------------------------------------------------------------
+
+
+def _checked_request(prompt: Prompt, given: Mapping[str, Any]) -> tuple[Prompt, dict[str, Any]]:
+    """A prompt and the options that go with it."""
+    prompt = _checked(prompt)
+    messages = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+    return prompt, options.request(given, messages=messages)
 
 
 def _checked(prompt: Prompt) -> Prompt:

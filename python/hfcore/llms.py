@@ -34,6 +34,8 @@ load = sys.modules["langchain_core.load.load"]
 TASKS = ("text-generation",)
 ECHO = ("return_full_text", "skip_prompt")
 _KNOWN = (*options.TEXT_REQUEST, *ECHO)
+_OF_RUNS = ("tags", "metadata", "run_name", "run_id")
+"""What LangChain says of a call that is no option of the request."""
 
 
 class HuggingFacePipeline(BaseLLM):
@@ -169,6 +171,48 @@ class HuggingFacePipeline(BaseLLM):
         if "response_format" in wishes:
             wishes["response_format"] = to_response_format(wishes["response_format"])
         return _Call({n: v for n, v in wishes.items() if n not in ECHO}, echo)
+
+    def _with(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> HuggingFacePipeline:
+        """This model with a call's options as its own.
+
+        The key of LangChain's cache is made of the model and `stop`: other options of a call are
+        not in it, and two calls that differ in them would share an answer.
+        """
+        if stop is None and not kwargs:
+            return self
+        call = self._call(stop, kwargs)
+        asked = {**call.options, "return_full_text": call.echo}
+        return self.model_copy(update={"pipeline_kwargs": asked})
+
+    @override
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As in LangChain; options that nobody knows are refused here, before any callback."""
+        run = {name: kwargs.pop(name) for name in _OF_RUNS if name in kwargs}
+        model = self._with(stop, kwargs)
+        return super(HuggingFacePipeline, model).generate(
+            prompts, model.pipeline_kwargs.get("stop"), callbacks, **run
+        )
+
+    @override
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As `generate`."""
+        run = {name: kwargs.pop(name) for name in _OF_RUNS if name in kwargs}
+        model = self._with(stop, kwargs)
+        return await super(HuggingFacePipeline, model).agenerate(
+            prompts, model.pipeline_kwargs.get("stop"), callbacks, **run
+        )
 
     @override
     def _generate(

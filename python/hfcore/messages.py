@@ -128,10 +128,34 @@ def _calls(message: AIMessage, position: int) -> list[dict[str, Any]]:
         for b in _blocks(message.content)
         if isinstance(b, Mapping) and b.get("type") in ("tool_use", "tool_call")
     ]
-    legacy = message.additional_kwargs.get("function_call")
-    if not told and isinstance(legacy, Mapping):
-        told = [(legacy.get("name"), legacy.get("arguments"), None)]
+    # In OpenAI's form; LangChain has read those that it could.
+    given = message.additional_kwargs
+    legacy = [] if told else [*_listed(given.get("tool_calls")), given.get("function_call")]
+    told += [_openai(call) for call in legacy if isinstance(call, Mapping)]
     return [_call(name, _checked(args, name, position), call_id) for name, args, call_id in told]
+
+
+def check_calls(conversation: Any) -> None:
+    """Refuse message dicts with a call whose arguments are no JSON object, by place and name.
+
+    LangChain would say what is wrong with the JSON, not where it is.
+    """
+    for position, message in enumerate(_listed(conversation)):
+        if isinstance(message, Mapping):
+            for call in _listed(message.get("tool_calls")):
+                name, args, _ = _openai(call) if isinstance(call, Mapping) else (None, call, None)
+                _checked(args, name, position)
+
+
+def _openai(call: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Name, arguments and id of a call in a dict: OpenAI's, its older form, or LangChain's."""
+    inner = call.get("function")
+    inner = inner if isinstance(inner, Mapping) else call
+    return inner.get("name"), inner.get("arguments", inner.get("args")), call.get("id")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _checked(arguments: Any, name: Any, position: int) -> Any:

@@ -1,8 +1,9 @@
 """The names of all options, their aliases, and who wins when several layers set one.
 
-Values are checked by the engine, once; here only names are. Layers, strongest first: the call, what
-was bound to it, the constructor, the model's own generation defaults (which the engine knows). An
-option counts as set in a layer when it is there and not None, so `temperature=0` beats a default.
+Values are checked by the engine, once; here only names are, and whether an option can act at all.
+Layers, strongest first: the call, what was bound to it, the constructor, the model's own generation
+defaults (which the engine knows). An option counts as set in a layer when it is there and not None,
+so `temperature=0` beats a default.
 """
 
 from __future__ import annotations
@@ -246,6 +247,30 @@ def combine(*parts: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dict[s
     return result
 
 
+def request(given: Mapping[str, Any], *, messages: bool) -> dict[str, Any]:
+    """One request's options as the engine takes them, none of them without effect.
+
+    `messages`: the prompt is a conversation, not a text or tokens. Raises what `canonical` and
+    `check_choice` do, and InvalidRequestError for a style of calls where none can be.
+
+    >>> request({"max_new_tokens": 5}, messages=False)
+    {'max_tokens': 5}
+    """
+    named = canonical(given)
+    check_choice(named.get("tool_choice"), named.get("tools"))
+    if "tool_style" in named and not messages:
+        raise InvalidRequestError(
+            f"tool_style={named['tool_style']!r:.200} applies to messages only; the prompt is text"
+        )
+    return named
+
+
+def check_choice(choice: object, tools: object) -> None:
+    """Refuse to choose among no tools, whatever the choice; None is no choice."""
+    if choice is not None and not tools:
+        raise InvalidRequestError(f"tool_choice is {choice!r:.200}, but there are no tools")
+
+
 def mark_bound(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `bind`, with a note of their names.
 
@@ -273,8 +298,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def unknown(name: str, known: Iterable[str]) -> UnknownOptionError:
     """The error for a name that nobody knows."""
-    guess = nearest(name, known)
+    of_chats = name in CHAT_REQUEST and name not in TEXT_REQUEST
+    guess = None if of_chats else nearest(name, known)
     hint = f"; did you mean {guess!r}?" if guess else ""
+    hint = "; it belongs to a chat's request: use ChatHuggingFace" if of_chats else hint
     hint = "; tools belong to a chat's request: use bind_tools" if name == "tools" else hint
     return UnknownOptionError(f"unknown option {name!r}{hint}", name=name, nearest=guess)
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from .engine import ToolCall
 from .errors import InvalidRequestError
-from .options import nearest
+from .options import check_choice, nearest
 
 _LOCAL_KINDS = ("function", "object", "custom")
 """What a dict's type says when it describes a tool that the caller runs."""
@@ -125,13 +125,14 @@ def to_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str | dict[str
     """A tool_choice in anybody's form -> "none", "auto", "required", or OpenAI's dict of a name.
 
     "any" and True mean "required", False means "none", None is left open (auto). Raises
-    InvalidRequestError for a name that is not among `tools`, and for a call required of no tools.
+    InvalidRequestError for a name that is not among `tools`, and for any choice among none.
 
     >>> to_choice("any", [Schema("add", {}).tool()])
     'required'
     """
     if choice is None:
         return None
+    check_choice(choice, tools)
     if isinstance(choice, bool):
         choice = "required" if choice else "none"
     if isinstance(choice, Mapping):
@@ -140,13 +141,11 @@ def to_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str | dict[str
         raise InvalidRequestError(f"tool_choice must be a str, a dict or a bool, got {choice!r}")
     known = names(tools)
     if choice in _WORDS and choice not in known:
-        if _WORDS[choice] == "required" and not known:
-            raise InvalidRequestError(f"tool_choice is {choice!r}, but there are no tools")
         return _WORDS[choice]
     if choice not in known:
         guess = nearest(choice, known)
         hint = f"; did you mean {guess!r}?" if guess else ""
-        there = ", ".join(map(repr, known)) or "none"
+        there = ", ".join(map(repr, known))
         raise InvalidRequestError(
             f"tool_choice names {choice!r}, which is no tool of this request"
             f" (there are: {there}){hint}"
