@@ -166,6 +166,7 @@ impl Device for Cpu {
         let cache = &mut cache[layer];
         let keys = shape.heads * shape.head_dim;
         cache.store(
+            self.isa,
             &self.pool,
             &batch.spans,
             &batch.pages,

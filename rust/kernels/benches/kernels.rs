@@ -116,7 +116,15 @@ fn attention(isa: Isa, pool: &Pool, heads: usize, kv_heads: usize, head_dim: usi
             long: false,
         };
         for cache in &mut caches {
-            cache.store(pool, &[span(0, length)], &pages, &all, width, heads * head_dim);
+            cache.store(
+                isa,
+                pool,
+                &[span(0, length)],
+                &pages,
+                &all,
+                width,
+                heads * head_dim,
+            );
         }
         let input = AttentionInput {
             spans: &[span(start, rows)],
@@ -139,7 +147,10 @@ fn attention(isa: Isa, pool: &Pool, heads: usize, kv_heads: usize, head_dim: usi
             let seen: usize = (start + 1..=length).sum();
             let flops = 4.0 * (seen * heads * head_dim) as f64;
             let rate = flops / time / 1e9;
-            line += &format!(" prefill at {start}: {:.2} ms, {rate:.0} GFLOPS;", 1e3 * time);
+            line += &format!(
+                " prefill at {start}: {:.2} ms, {rate:.0} GFLOPS;",
+                1e3 * time
+            );
         }
     }
     println!("{line}");
@@ -150,7 +161,10 @@ fn quantising(isa: Isa, pool: &Pool) {
     let x: Vec<f32> = (0..512 * 1536).map(|_| random.float()).collect();
     let mut blocks = vec![ActBlock::default(); x.len() / 32];
     let time = best(|| quantize_rows(isa, pool, &x, 1536, &mut blocks));
-    println!("quantize_rows: {:.3} ns a number", 1e9 * time / x.len() as f64);
+    println!(
+        "quantize_rows: {:.3} ns a number",
+        1e9 * time / x.len() as f64
+    );
 }
 
 fn main() {

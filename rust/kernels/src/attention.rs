@@ -1,7 +1,8 @@
-//! Attention over a paged cache of f16 keys and values, with an online softmax, page by page.
+//! Attention over a paged cache of f16 keys and values, in chunks of positions.
 //!
-//! A query meets its pages in order of position, always 16 positions at a time, whoever else is in the step: its bits
-//! depend on nothing but itself (Milakov and Gimelshein 2018, arXiv:1805.02867, for the softmax).
+//! Each chunk is softened by itself, and chunks are added up in order (Milakov and Gimelshein 2018, arXiv:1805.02867).
+//! They lie at fixed positions: a query's bits depend on nothing but itself, neither on who else is in the step nor on
+//! how many threads share its chunks.
 
 #![expect(
     clippy::needless_range_loop,
@@ -11,135 +12,20 @@
 use crate::elementwise::exp;
 use crate::pool::{Pool, SendPtr};
 use crate::quant::f16_to_f32;
-use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::simd::{Isa, LANES, Simd, dispatch, prefetch};
 
-/// Positions in a page: one vector of keys per head dimension.
-pub const PAGE: usize = LANES;
+pub use crate::kv::{KvLayer, PAGE, Span};
 
 /// Queries that share the reading of keys and values; also the most that one call of the kernel takes.
 const GROUP: usize = 8;
 
-/// The rows of one sequence in a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// Its first row in the step, and how many.
-    pub first_row: usize,
-    pub rows: usize,
-    /// Its block table inside the step's `pages`: page `i` holds positions `i * PAGE ..`.
-    pub first_page: usize,
-    pub pages: usize,
-    /// The position of its first row; everything before is already in the cache.
-    pub start: usize,
-    /// The sequence counts as long for rope scalings that distinguish (longrope).
-    pub long: bool,
-}
+/// Pages and positions of a chunk.
+const PAGES: usize = 16;
+const CHUNK: usize = PAGES * PAGE;
 
-/// The cache of one layer: keys `[page][kv_head][dim][PAGE]`, values `[page][kv_head][PAGE][dim]`, f16 bits.
-pub struct KvLayer {
-    pages: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    /// `head_dim` up to whole vectors.
-    padded: usize,
-    keys: Vec<u16>,
-    values: Vec<u16>,
-}
-
-impl KvLayer {
-    /// Room for `pages` pages. Memory is taken from the system only as pages are first written.
-    pub fn new(pages: usize, kv_heads: usize, head_dim: usize) -> Self {
-        let padded = head_dim.next_multiple_of(LANES);
-        Self {
-            pages,
-            kv_heads,
-            head_dim,
-            padded,
-            keys: vec![0; pages * kv_heads * head_dim * PAGE],
-            values: vec![0; pages * kv_heads * padded * PAGE],
-        }
-    }
-
-    /// Bytes that one page takes in one layer.
-    pub fn page_bytes(kv_heads: usize, head_dim: usize) -> usize {
-        2 * PAGE * kv_heads * (head_dim + head_dim.next_multiple_of(LANES))
-    }
-
-    /// Write the keys and values of all rows of a step. Rows are `[.. | k | v]` with keys starting at `offset`.
-    ///
-    /// # Panics
-    /// When a page number is beyond the cache, or a span beyond the rows: defects of the caller.
-    pub fn store(
-        &mut self,
-        pool: &Pool,
-        spans: &[Span],
-        pages: &[u32],
-        qkv: &[f32],
-        width: usize,
-        offset: usize,
-    ) {
-        let (dim, padded, kv_heads) = (self.head_dim, self.padded, self.kv_heads);
-        check_pages(spans, pages, self.pages);
-        let keys = SendPtr(self.keys.as_mut_ptr());
-        let values = SendPtr(self.values.as_mut_ptr());
-        let rows: usize = spans.iter().map(|s| s.rows).sum();
-        let store_head = |head: usize| {
-            for span in spans {
-                for i in 0..span.rows {
-                    let position = span.start + i;
-                    let page = pages[span.first_page + position / PAGE] as usize;
-                    let slot = position % PAGE;
-                    let row = &qkv[(span.first_row + i) * width + offset..][..2 * kv_heads * dim];
-                    let (k, v) = row.split_at(kv_heads * dim);
-                    let (k, v) = (&k[head * dim..][..dim], &v[head * dim..][..dim]);
-                    // SAFETY: the page is inside the cache (checked above), and a head's part of a page is
-                    // written by one unit only.
-                    unsafe {
-                        let key = keys.get().add((page * kv_heads + head) * dim * PAGE + slot);
-                        for (d, &x) in k.iter().enumerate() {
-                            *key.add(d * PAGE) = f32_to_f16(x);
-                        }
-                        let value = values
-                            .get()
-                            .add(((page * kv_heads + head) * PAGE + slot) * padded);
-                        for (d, &x) in v.iter().enumerate() {
-                            *value.add(d) = f32_to_f16(x);
-                        }
-                    }
-                }
-            }
-        };
-        if rows * kv_heads * dim < 4096 {
-            (0..kv_heads).for_each(store_head);
-        } else {
-            pool.run(kv_heads, store_head);
-        }
-    }
-}
-
-fn check_pages(spans: &[Span], pages: &[u32], limit: usize) {
-    for span in spans {
-        let needed = (span.start + span.rows).div_ceil(PAGE);
-        assert!(
-            needed <= span.pages,
-            "{needed} pages of positions in a table of {}",
-            span.pages
-        );
-        let table = &pages[span.first_page..span.first_page + span.pages];
-        assert!(
-            table[..needed].iter().all(|&p| (p as usize) < limit),
-            "page beyond the cache of {limit}"
-        );
-    }
-}
-
-/// f32 to f16 bits, to nearest even; what f16 cannot hold becomes its largest number, so that masked positions can be
-/// multiplied by zero. NaN stays NaN.
-#[inline(always)]
-fn f32_to_f16(x: f32) -> u16 {
-    let x = if x > 65504.0 { 65504.0 } else { x };
-    let x = if x < -65504.0 { -65504.0 } else { x };
-    half::f16::from_f32(x).to_bits()
-}
+/// Pages that are fetched ahead where every key is read once: pages of one head do not lie side by side, so that the
+/// CPU's own prefetching does not see the next one coming.
+const AHEAD: usize = 2;
 
 /// What a layer's attention is.
 #[derive(Debug, Clone, Copy)]
@@ -155,42 +41,86 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
-/// One unit of work: some queries (row, head) of one kv head of one span.
+impl AttentionShape {
+    /// The positions that a query at `position` sees.
+    fn visible(&self, position: usize) -> std::ops::Range<usize> {
+        let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        first..position + 1
+    }
+
+    /// Queries of one kv head in a row.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// One unit of work: some queries (row, head) of one kv head of one span, over some chunks.
 #[derive(Clone, Copy)]
 struct Unit {
     span: usize,
     kv_head: usize,
     first: usize,
     count: usize,
+    /// The chunks that any of its queries sees, and the part of them that is this unit's.
+    seen: (usize, usize),
+    chunks: (usize, usize),
+    /// Where the sums of its queries begin, if it has not all chunks: `[query][chunk seen]`.
+    sums: usize,
 }
 
-/// Reusable memory for the units of a step.
+impl Unit {
+    fn whole(&self) -> bool {
+        self.seen == self.chunks
+    }
+}
+
+/// Reusable memory: the units of a step, and the sums of the chunks of those that share their queries.
 #[derive(Default)]
-pub struct AttentionPlan(Vec<Unit>);
+pub struct AttentionPlan {
+    units: Vec<Unit>,
+    sums: Vec<f32>,
+}
 
 impl AttentionPlan {
-    fn fill(&mut self, shape: &AttentionShape, spans: &[Span], threads: usize) {
-        self.0.clear();
-        let group = shape.heads / shape.kv_heads;
+    fn fill(&mut self, shape: &AttentionShape, cache: &KvLayer, spans: &[Span], threads: usize) {
+        self.units.clear();
+        let groups = |span: &Span| (span.rows * shape.group()).div_ceil(GROUP);
+        let groups: usize = spans.iter().map(groups).sum::<usize>() * shape.kv_heads;
+        // Enough units for the threads: where there are few queries, they share one's chunks.
+        let parts = (4 * threads).div_ceil(groups.max(1));
+        let parts = if threads == 1 { 1 } else { parts };
+        let mut sums = 0;
         for (i, span) in spans.iter().enumerate() {
-            let queries = span.rows * group;
-            // Few queries: one head each, to have work for every thread; many: whole groups that share what they read.
-            let few = queries * shape.kv_heads < 4 * threads * GROUP;
-            let size = if few {
-                queries.div_ceil(threads.max(1)).clamp(1, GROUP)
-            } else {
-                GROUP
-            };
+            let queries = span.rows * shape.group();
             for kv_head in 0..shape.kv_heads {
-                for first in (0..queries).step_by(size) {
-                    self.0.push(Unit {
-                        span: i,
-                        kv_head,
-                        first,
-                        count: size.min(queries - first),
-                    });
+                for first in (0..queries).step_by(GROUP) {
+                    let count = GROUP.min(queries - first);
+                    let row = |query: usize| span.start + query / shape.group();
+                    let seen = (
+                        shape.visible(row(first)).start / CHUNK,
+                        row(first + count - 1) / CHUNK + 1,
+                    );
+                    let chunks = seen.1 - seen.0;
+                    let each = chunks.div_ceil(parts);
+                    for from in (seen.0..seen.1).step_by(each) {
+                        self.units.push(Unit {
+                            span: i,
+                            kv_head,
+                            first,
+                            count,
+                            seen,
+                            chunks: (from, seen.1.min(from + each)),
+                            sums,
+                        });
+                    }
+                    if each < chunks {
+                        sums += count * chunks * (cache.padded + LANES);
+                    }
                 }
             }
+        }
+        if self.sums.len() < sums {
+            self.sums.resize(sums, 0.0);
         }
     }
 }
@@ -225,152 +155,300 @@ pub fn attend(
         (cache.kv_heads, cache.head_dim),
         (shape.kv_heads, shape.head_dim)
     );
-    check_pages(input.spans, input.pages, cache.pages);
+    cache.check_pages(input.spans, input.pages);
     let mut next = 0;
     for span in input.spans {
         assert_eq!(span.first_row, next, "spans follow one another");
         next += span.rows;
     }
-    plan.fill(shape, input.spans, pool.threads());
+    plan.fill(shape, cache, input.spans, pool.threads());
     let out = SendPtr(out.as_mut_ptr());
-    let units = &plan.0;
+    let AttentionPlan { units, sums } = plan;
+    let sums = SendPtr(sums.as_mut_ptr());
+    let task = Task {
+        shape,
+        cache,
+        input,
+    };
     pool.run(units.len(), |i| {
-        // SAFETY: bounds were checked above; a unit's queries are its own.
-        unsafe { attend_unit(isa, shape, cache, input, units[i], out.get()) }
+        // SAFETY: bounds were checked above; a unit's queries, or its chunks of them, are its own.
+        unsafe { attend_unit(isa, &task, units[i], sums.get(), out.get()) }
     });
+    // The queries whose chunks were shared: few, and short work.
+    for unit in units
+        .iter()
+        .filter(|u| !u.whole() && u.chunks.0 == u.seen.0)
+    {
+        // SAFETY: as above; all units are done.
+        unsafe { add_chunks(isa, &task, *unit, sums.get(), out.get()) }
+    }
+}
+
+/// What all units of a step read.
+struct Task<'a> {
+    shape: &'a AttentionShape,
+    cache: &'a KvLayer,
+    input: &'a AttentionInput<'a>,
+}
+
+impl Task<'_> {
+    /// Row in the step, head and position of a unit's query.
+    fn query(&self, unit: &Unit, i: usize) -> (usize, usize, usize) {
+        let (span, group) = (&self.input.spans[unit.span], self.shape.group());
+        let row = (unit.first + i) / group;
+        let head = unit.kv_head * group + (unit.first + i) % group;
+        (span.first_row + row, head, span.start + row)
+    }
+
+    /// Floats of one query's sums over one chunk: values, then the sum of the weights and their maximum.
+    fn width(&self) -> usize {
+        self.cache.padded + LANES
+    }
 }
 
 dispatch! {
-    unsafe fn attend_unit<>(shape: &AttentionShape, cache: &KvLayer, input: &AttentionInput, unit: Unit, out: *mut f32) = unit_body
+    unsafe fn attend_unit<>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) = unit_body
 }
 
 #[inline(always)]
-unsafe fn unit_body<S: Simd>(
-    shape: &AttentionShape,
-    cache: &KvLayer,
-    input: &AttentionInput,
-    unit: Unit,
-    out: *mut f32,
-) {
+unsafe fn unit_body<S: Simd>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) {
     unsafe {
         match unit.count {
-            1 => queries::<S, 1>(shape, cache, input, unit, out),
-            2 => queries::<S, 2>(shape, cache, input, unit, out),
-            3 => queries::<S, 3>(shape, cache, input, unit, out),
-            4 => queries::<S, 4>(shape, cache, input, unit, out),
-            5 => queries::<S, 5>(shape, cache, input, unit, out),
-            6 => queries::<S, 6>(shape, cache, input, unit, out),
-            7 => queries::<S, 7>(shape, cache, input, unit, out),
-            _ => queries::<S, GROUP>(shape, cache, input, unit, out),
+            1 => queries::<S, 1>(task, unit, sums, out),
+            2 => queries::<S, 2>(task, unit, sums, out),
+            3 => queries::<S, 3>(task, unit, sums, out),
+            4 => queries::<S, 4>(task, unit, sums, out),
+            5 => queries::<S, 5>(task, unit, sums, out),
+            6 => queries::<S, 6>(task, unit, sums, out),
+            7 => queries::<S, 7>(task, unit, sums, out),
+            _ => queries::<S, GROUP>(task, unit, sums, out),
         }
     }
 }
 
-/// The running softmax of one query.
-#[derive(Clone, Copy)]
-struct Running {
-    max: f32,
-    sum: [f32; LANES],
+dispatch! {
+    unsafe fn add_chunks<>(task: &Task, unit: Unit, sums: *const f32, out: *mut f32) = add_chunks_body
 }
 
-/// `Q` queries of one kv head against all pages that any of them sees. A page that one of them does not see leaves its
-/// bits alone: its weights there are exactly zero, and the cache holds only finite numbers.
+/// Add up the chunks of a unit's queries that units have left in `sums`.
 #[inline(always)]
-unsafe fn queries<S: Simd, const Q: usize>(
-    shape: &AttentionShape,
-    cache: &KvLayer,
-    input: &AttentionInput,
-    unit: Unit,
-    out: *mut f32,
-) {
-    let span = &input.spans[unit.span];
-    let group = shape.heads / shape.kv_heads;
-    let dim = shape.head_dim;
-    let padded = cache.padded;
-    let mut q = [std::ptr::null::<f32>(); Q];
-    let mut to = [std::ptr::null_mut::<f32>(); Q];
-    let mut position = [0usize; Q];
-    for i in 0..Q {
-        let (row, head) = (
-            (unit.first + i) / group,
-            unit.kv_head * group + (unit.first + i) % group,
-        );
-        let at = span.first_row + row;
-        position[i] = span.start + row;
-        // SAFETY: rows and heads are inside `q` and `out`, checked by `attend`.
-        unsafe {
-            q[i] = input.q.as_ptr().add(at * input.width + head * dim);
-            to[i] = out.add((at * shape.heads + head) * dim);
-        }
-    }
-    let sees = |p: usize| shape.window.map_or(0, |w| (p + 1).saturating_sub(w));
-    let first_page = sees(position[0]) / PAGE;
-    let last_page = position[Q - 1] / PAGE;
-    let mut running = [Running {
-        max: -1e30,
-        sum: [0.0; LANES],
-    }; Q];
-    // Sums of values, `[query][padded]`: on the stack for ordinary heads.
-    let mut small = [0f32; GROUP * 256];
-    let mut large = Vec::new();
-    let acc: &mut [f32] = if Q * padded <= small.len() {
-        &mut small[..Q * padded]
-    } else {
-        large.resize(Q * padded, 0.0);
-        &mut large
-    };
-    for page in first_page..=last_page {
-        let number = input.pages[span.first_page + page] as usize;
-        let mut weights = [[0f32; LANES]; Q];
-        // SAFETY: the page is inside the cache, checked by `attend`.
-        unsafe {
-            let keys = cache
-                .keys
-                .as_ptr()
-                .add((number * shape.kv_heads + unit.kv_head) * dim * PAGE);
-            scores::<S, Q>(&q, keys, dim, &mut weights);
-        }
-        let mut rescale = [1f32; Q];
-        for i in 0..Q {
-            let visible = sees(position[i])..position[i] + 1;
-            rescale[i] = soften(
-                shape,
-                &mut weights[i],
-                page * PAGE,
-                visible,
-                &mut running[i],
-            );
-        }
-        // SAFETY: as above; `acc` is `Q * padded` long.
-        unsafe {
-            let values = cache
-                .values
-                .as_ptr()
-                .add((number * shape.kv_heads + unit.kv_head) * PAGE * padded);
-            add_values::<S, Q>(&weights, &rescale, values, padded, acc.as_mut_ptr());
-        }
-    }
-    for i in 0..Q {
-        let mut sum = running[i].sum;
-        for half in [8, 4, 2, 1] {
-            for j in 0..half {
-                sum[j] += sum[j + half];
+unsafe fn add_chunks_body<S: Simd>(task: &Task, unit: Unit, sums: *const f32, out: *mut f32) {
+    let (padded, width) = (task.cache.padded, task.width());
+    let chunks = unit.seen.1 - unit.seen.0;
+    let mut total = Vec::with_capacity(padded);
+    for i in 0..unit.count {
+        total.clear();
+        total.resize(padded, 0.0);
+        let mut running = Running::default();
+        for chunk in 0..chunks {
+            // SAFETY: `fill` made room for all chunks of all queries.
+            unsafe {
+                let from = sums.add(unit.sums + (i * chunks + chunk) * width);
+                let of = Running {
+                    sum: *from.add(padded),
+                    max: *from.add(padded + 1),
+                };
+                add_chunk::<S>(&mut running, &mut total, of, from);
             }
         }
-        for d in 0..dim {
-            // SAFETY: `to[i]` has `dim` floats of its own.
-            unsafe { *to[i].add(d) = acc[i * padded + d] / sum[0] };
+        // SAFETY: a query's outputs are its own.
+        unsafe { finish(task, &unit, i, &running, &total, out) };
+    }
+}
+
+/// The sum of the weights of one query relative to the maximum of its scores.
+#[derive(Clone, Copy)]
+struct Running {
+    sum: f32,
+    max: f32,
+}
+
+impl Default for Running {
+    fn default() -> Self {
+        Self {
+            sum: 0.0,
+            max: f32::NEG_INFINITY,
         }
     }
 }
 
-/// Dot products of `Q` queries with the sixteen keys of a page.
+/// Add a chunk's sums to those of the chunks before it. A chunk that a query does not see changes no bit.
+#[inline(always)]
+unsafe fn add_chunk<S: Simd>(
+    running: &mut Running,
+    total: &mut [f32],
+    of: Running,
+    values: *const f32,
+) {
+    if of.sum == 0.0 {
+        return;
+    }
+    let max = if of.max > running.max {
+        of.max
+    } else {
+        running.max
+    };
+    // The first chunk has nothing before it: exp would make 0 times infinity of it.
+    let old = if running.sum == 0.0 {
+        0.0
+    } else {
+        exp(running.max - max)
+    };
+    let new = exp(of.max - max);
+    running.max = max;
+    running.sum = new.mul_add(of.sum, running.sum * old);
+    for c in (0..total.len()).step_by(LANES) {
+        // SAFETY: both have whole vectors.
+        unsafe {
+            let to = total.as_mut_ptr().add(c);
+            let before = S::mul(S::load_f32(to), S::splat(old));
+            S::store(
+                to,
+                S::fma(S::load_f32(values.add(c)), S::splat(new), before),
+            );
+        }
+    }
+}
+
+unsafe fn finish(
+    task: &Task,
+    unit: &Unit,
+    i: usize,
+    running: &Running,
+    total: &[f32],
+    out: *mut f32,
+) {
+    let (row, head, _) = task.query(unit, i);
+    let dim = task.shape.head_dim;
+    for (d, x) in total[..dim].iter().enumerate() {
+        // SAFETY: `out` has `dim` floats for every row and head.
+        unsafe { *out.add((row * task.shape.heads + head) * dim + d) = x / running.sum };
+    }
+}
+
+/// `Q` queries of one kv head against the pages of the unit's chunks that any of them sees. A page that one of them does
+/// not see leaves its bits alone: its weights there are exactly zero, and the cache holds only finite numbers.
+#[inline(always)]
+unsafe fn queries<S: Simd, const Q: usize>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) {
+    let Task {
+        shape,
+        cache,
+        input,
+    } = task;
+    let (dim, padded) = (shape.head_dim, cache.padded);
+    let span = &input.spans[unit.span];
+    let mut q = [std::ptr::null::<f32>(); Q];
+    let mut position = [0usize; Q];
+    for i in 0..Q {
+        let (row, head, at) = task.query(&unit, i);
+        position[i] = at;
+        // SAFETY: rows and heads are inside `q`, checked by `attend`.
+        q[i] = unsafe { input.q.as_ptr().add(row * input.width + head * dim) };
+    }
+    let first_page = shape.visible(position[0]).start / PAGE;
+    let last_page = position[Q - 1] / PAGE;
+    // Sums of values of a chunk and of all, `[query][padded]`: on the stack for ordinary heads.
+    let mut small = [0f32; 2 * GROUP * 256];
+    let mut large = Vec::new();
+    let memory: &mut [f32] = if 2 * Q * padded <= small.len() {
+        &mut small[..2 * Q * padded]
+    } else {
+        large.resize(2 * Q * padded, 0.0);
+        &mut large
+    };
+    let (acc, total) = memory.split_at_mut(Q * padded);
+    let mut running = [Running::default(); Q];
+    let mut weights = [[0f32; CHUNK]; Q];
+    for chunk in unit.chunks.0..unit.chunks.1 {
+        let from = first_page.max(chunk * PAGES);
+        let to = (last_page + 1).min((chunk + 1) * PAGES);
+        let number = |page: usize| input.pages[span.first_page + page] as usize;
+        // Where all is read once, fetch ahead.
+        let ahead =
+            |page: usize| (span.rows == 1 && page + AHEAD < to).then(|| number(page + AHEAD));
+        for page in from..to {
+            if let Some(next) = ahead(page) {
+                prefetch(cache.keys(next, unit.kv_head));
+            }
+            // SAFETY: a page's keys are `dim * PAGE`, and its scores have room in `weights`.
+            unsafe {
+                let keys = cache.keys(number(page), unit.kv_head).as_ptr();
+                scores::<S, Q>(
+                    &q,
+                    keys,
+                    dim,
+                    shape.scale,
+                    (page % PAGES) * PAGE,
+                    &mut weights,
+                );
+            }
+        }
+        let mut of = [Running::default(); Q];
+        for i in 0..Q {
+            let seen = &mut weights[i][(from % PAGES) * PAGE..][..(to - from) * PAGE];
+            of[i] = soften(shape, seen, from * PAGE, shape.visible(position[i]));
+        }
+        acc.fill(0.0);
+        for page in from..to {
+            if let Some(next) = ahead(page) {
+                prefetch(cache.values(next, unit.kv_head));
+            }
+            // SAFETY: a page's values are `PAGE * padded`; `acc` is `Q * padded` long.
+            unsafe {
+                let values = cache.values(number(page), unit.kv_head).as_ptr();
+                add_values::<S, Q>(
+                    &weights,
+                    (page % PAGES) * PAGE,
+                    values,
+                    padded,
+                    acc.as_mut_ptr(),
+                );
+            }
+        }
+        for i in 0..Q {
+            let acc = &acc[i * padded..][..padded];
+            if unit.whole() {
+                let total = &mut total[i * padded..][..padded];
+                // SAFETY: both are `padded` long.
+                unsafe { add_chunk::<S>(&mut running[i], total, of[i], acc.as_ptr()) };
+                continue;
+            }
+            let at = i * (unit.seen.1 - unit.seen.0) + chunk - unit.seen.0;
+            // SAFETY: `fill` made room for all chunks of all queries, and this chunk is this unit's.
+            unsafe {
+                let to = sums.add(unit.sums + at * task.width());
+                std::ptr::copy_nonoverlapping(acc.as_ptr(), to, padded);
+                *to.add(padded) = of[i].sum;
+                *to.add(padded + 1) = of[i].max;
+            }
+        }
+    }
+    if unit.whole() {
+        for i in 0..Q {
+            // SAFETY: a query's outputs are its own.
+            unsafe {
+                finish(
+                    task,
+                    &unit,
+                    i,
+                    &running[i],
+                    &total[i * padded..][..padded],
+                    out,
+                )
+            };
+        }
+    }
+}
+
+/// Scaled dot products of `Q` queries with the sixteen keys of a page, to `out[..][at..]`.
 #[inline(always)]
 unsafe fn scores<S: Simd, const Q: usize>(
     q: &[*const f32; Q],
     keys: *const u16,
     dim: usize,
-    out: &mut [[f32; LANES]; Q],
+    scale: f32,
+    at: usize,
+    out: &mut [[f32; CHUNK]; Q],
 ) {
     unsafe {
         // Two chains, even and odd dimensions: one alone would wait for its own latency.
@@ -395,40 +473,36 @@ unsafe fn scores<S: Simd, const Q: usize>(
             }
         }
         for i in 0..Q {
-            S::store(out[i].as_mut_ptr(), S::add(even[i], odd[i]));
+            let sum = S::mul(S::add(even[i], odd[i]), S::splat(scale));
+            S::store(out[i].as_mut_ptr().add(at), sum);
         }
     }
 }
 
-/// Turn a page's scores into weights relative to the running maximum; returns what older sums must be multiplied by.
+/// Turn the scores of whole pages from position `first` on into weights relative to their maximum; invisible ones become 0.
 #[inline(always)]
 fn soften(
     shape: &AttentionShape,
-    scores: &mut [f32; LANES],
+    scores: &mut [f32],
     first: usize,
     visible: std::ops::Range<usize>,
-    running: &mut Running,
-) -> f32 {
-    for s in scores.iter_mut() {
-        *s *= shape.scale;
-    }
+) -> Running {
     if let Some(cap) = shape.softcap {
         for s in scores.iter_mut() {
             // tanh(t) = 1 - 2 / (exp(2 t) + 1)
             *s = cap * (1.0 - 2.0 / (exp(2.0 * *s / cap) + 1.0));
         }
     }
-    let whole = visible.start <= first && first + PAGE <= visible.end;
-    if !whole {
-        for (j, s) in scores.iter_mut().enumerate() {
-            *s = if visible.contains(&(first + j)) {
-                *s
-            } else {
-                f32::NEG_INFINITY
-            };
+    let seen = |position: usize| position.clamp(first, first + scores.len()) - first;
+    let (from, to) = (seen(visible.start), seen(visible.end));
+    scores[..from].fill(f32::NEG_INFINITY);
+    scores[to..].fill(f32::NEG_INFINITY);
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for page in scores.chunks_exact(LANES) {
+        for (m, &s) in lanes.iter_mut().zip(page) {
+            *m = if s > *m { s } else { *m };
         }
     }
-    let mut lanes = *scores;
     for half in [8, 4, 2, 1] {
         for j in 0..half {
             lanes[j] = if lanes[j + half] > lanes[j] {
@@ -438,34 +512,32 @@ fn soften(
             };
         }
     }
-    let max = if lanes[0] > running.max {
-        lanes[0]
-    } else {
-        running.max
-    };
-    let rescale = if max > running.max {
-        exp(running.max - max)
-    } else {
-        1.0
-    };
-    running.max = max;
-    for (s, sum) in scores.iter_mut().zip(&mut running.sum) {
-        let weight = if *s == f32::NEG_INFINITY {
-            0.0
-        } else {
-            exp(*s - max)
-        };
-        *sum = *sum * rescale + weight;
-        *s = weight;
+    let max = lanes[0];
+    let mut sums = [0f32; LANES];
+    for page in scores.chunks_exact_mut(LANES) {
+        for (s, sum) in page.iter_mut().zip(&mut sums) {
+            let weight = if *s == f32::NEG_INFINITY {
+                0.0
+            } else {
+                exp(*s - max)
+            };
+            *sum += weight;
+            *s = weight;
+        }
     }
-    rescale
+    for half in [8, 4, 2, 1] {
+        for j in 0..half {
+            sums[j] += sums[j + half];
+        }
+    }
+    Running { sum: sums[0], max }
 }
 
-/// `acc = acc * rescale + weights * values`, sixteen dimensions at a time.
+/// `acc += weights[..][at..] * values`, sixteen dimensions at a time.
 #[inline(always)]
 unsafe fn add_values<S: Simd, const Q: usize>(
-    weights: &[[f32; LANES]; Q],
-    rescale: &[f32; Q],
+    weights: &[[f32; CHUNK]; Q],
+    at: usize,
     values: *const u16,
     padded: usize,
     acc: *mut f32,
@@ -474,12 +546,12 @@ unsafe fn add_values<S: Simd, const Q: usize>(
         for c in (0..padded).step_by(LANES) {
             let mut sums = [S::splat(0.0); Q];
             for i in 0..Q {
-                sums[i] = S::mul(S::load_f32(acc.add(i * padded + c)), S::splat(rescale[i]));
+                sums[i] = S::load_f32(acc.add(i * padded + c));
             }
             for j in 0..PAGE {
                 let v = S::load_f16(values.add(j * padded + c));
                 for i in 0..Q {
-                    sums[i] = S::fma(v, S::splat(weights[i][j]), sums[i]);
+                    sums[i] = S::fma(v, S::splat(*weights[i].as_ptr().add(at + j)), sums[i]);
                 }
             }
             for i in 0..Q {
@@ -496,19 +568,16 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
     let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
     let mut out = vec![0f64; rows * shape.heads * dim];
     for span in input.spans {
-        let page = |p: usize, kv: usize| {
-            input.pages[span.first_page + p / PAGE] as usize * shape.kv_heads + kv
-        };
+        let page = |p: usize| input.pages[span.first_page + p / PAGE] as usize;
         for i in 0..span.rows {
             let (row, position) = (span.first_row + i, span.start + i);
             let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
             for head in 0..shape.heads {
                 let q = &input.q[row * input.width + head * dim..][..dim];
-                let key = |p: usize, d: usize| {
-                    cache.keys[(page(p, head / group) * dim + d) * PAGE + p % PAGE]
-                };
+                let key =
+                    |p: usize, d: usize| cache.keys(page(p), head / group)[d * PAGE + p % PAGE];
                 let value = |p: usize, d: usize| {
-                    cache.values[(page(p, head / group) * PAGE + p % PAGE) * cache.padded + d]
+                    cache.values(page(p), head / group)[p % PAGE * cache.padded + d]
                 };
                 let score = |p: usize| {
                     let dot: f64 = (0..dim)
@@ -583,6 +652,7 @@ mod tests {
             long: false,
         };
         cache.store(
+            Isa::detect(),
             &pool,
             &[past],
             &pages,
@@ -609,7 +679,15 @@ mod tests {
             },
         ];
         let qkv = numbers(56 * width, 77);
-        cache.store(&pool, &spans, &pages, &qkv, width, heads * dim);
+        cache.store(
+            Isa::detect(),
+            &pool,
+            &spans,
+            &pages,
+            &qkv,
+            width,
+            heads * dim,
+        );
         Case {
             shape,
             cache,
@@ -704,24 +782,98 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_f16_cannot_hold_is_its_largest_number() {
-        assert_eq!(f32_to_f16(1e9), half::f16::MAX.to_bits());
-        assert_eq!(f32_to_f16(f32::NEG_INFINITY), half::f16::MIN.to_bits());
-    }
-
-    #[test]
-    #[should_panic(expected = "beyond the cache")]
-    fn a_page_beyond_the_cache_is_refused() {
-        let mut cache = KvLayer::new(2, 1, 16);
+    /// One sequence of 700 positions: three chunks.
+    fn long_case(window: Option<usize>) -> Case {
+        let (heads, kv_heads, dim) = (6, 2, 32);
+        let mut cache = KvLayer::new(44, kv_heads, dim);
+        let width = (heads + 2 * kv_heads) * dim;
+        let pages: Vec<u32> = (0..44).map(|i| i * 13 % 44).collect();
         let span = Span {
             first_row: 0,
-            rows: 1,
+            rows: 700,
             first_page: 0,
-            pages: 1,
+            pages: 44,
             start: 0,
             long: false,
         };
-        cache.store(&Pool::new(1), &[span], &[2], &[0.0; 48], 48, 16);
+        let qkv = numbers(700 * width, 3);
+        let pool = Pool::new(2);
+        cache.store(
+            Isa::detect(),
+            &pool,
+            &[span],
+            &pages,
+            &qkv,
+            width,
+            heads * dim,
+        );
+        Case {
+            shape: AttentionShape {
+                heads,
+                kv_heads,
+                head_dim: dim,
+                scale: 0.3,
+                softcap: None,
+                window,
+            },
+            cache,
+            spans: vec![span],
+            pages,
+            qkv,
+            width,
+        }
+    }
+
+    #[test]
+    fn chunks_give_the_definition_and_the_same_bits_shared_or_not() {
+        for window in [None, Some(300), Some(9)] {
+            let c = long_case(window);
+            let last = 690..700;
+            let width = c.shape.heads * c.shape.head_dim;
+            let rows = |spans: &[Span], isa, threads| {
+                let input = AttentionInput {
+                    spans,
+                    pages: &c.pages,
+                    q: &c.qkv[last.start * c.width..],
+                    width: c.width,
+                };
+                let mut out = vec![0.0; 10 * width];
+                let plan = &mut AttentionPlan::default();
+                attend(
+                    isa,
+                    &Pool::new(threads),
+                    plan,
+                    &c.shape,
+                    &c.cache,
+                    &input,
+                    &mut out,
+                );
+                (out, attend_naive(&c.shape, &c.cache, &input))
+            };
+            let span = Span {
+                rows: 10,
+                start: last.start,
+                ..c.spans[0]
+            };
+            let (want, definition) = rows(&[span], Isa::SCALAR, 1);
+            for (got, want) in want.iter().zip(&definition) {
+                assert!((f64::from(*got) - want).abs() < 2e-5, "{got} for {want}");
+            }
+            let alone: Vec<Span> = (0..10)
+                .map(|i| Span {
+                    first_row: i,
+                    rows: 1,
+                    start: last.start + i,
+                    ..c.spans[0]
+                })
+                .collect();
+            for isa in Isa::available() {
+                // Two threads share the chunks of a span of one row; many rows are each one unit's.
+                for threads in [1, 2, 9, 33] {
+                    assert_eq!(rows(&[span], isa, threads).0, want, "{}", isa.name());
+                    assert_eq!(rows(&alone, isa, threads).0, want, "{}", isa.name());
+                }
+            }
+        }
     }
 }

@@ -76,6 +76,17 @@ unsafe fn e8m0_half(e: __m256i) -> __m256 {
     }
 }
 
+/// Eight floats as f16, clamped.
+#[inline(always)]
+unsafe fn f16_half(a: __m256) -> __m128i {
+    unsafe {
+        // The second operand is what comes out where one is NaN.
+        let a = _mm256_min_ps(_mm256_set1_ps(65504.0), a);
+        let a = _mm256_max_ps(_mm256_set1_ps(-65504.0), a);
+        _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a)
+    }
+}
+
 macro_rules! implement {
     ($name:ident, $dot4:ident) => {
         // SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features
@@ -206,6 +217,13 @@ macro_rules! implement {
                 unsafe {
                     _mm256_storeu_ps(p, a[0]);
                     _mm256_storeu_ps(p.add(8), a[1]);
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_f16(p: *mut u16, a: Self::F) {
+                unsafe {
+                    _mm_storeu_si128(p.cast(), f16_half(a[0]));
+                    _mm_storeu_si128(p.add(8).cast(), f16_half(a[1]));
                 }
             }
         }

@@ -117,4 +117,14 @@ impl Simd for Avx512 {
     unsafe fn store(p: *mut f32, a: __m512) {
         unsafe { _mm512_storeu_ps(p, a) }
     }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, a: __m512) {
+        unsafe {
+            // The second operand is what comes out where one is NaN.
+            let a = _mm512_min_ps(_mm512_set1_ps(65504.0), a);
+            let a = _mm512_max_ps(_mm512_set1_ps(-65504.0), a);
+            let a = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a);
+            _mm256_storeu_si256(p.cast(), a);
+        }
+    }
 }

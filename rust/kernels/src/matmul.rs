@@ -51,13 +51,25 @@ unsafe fn quantize_body<S: Simd>(x: &[f32], out: &mut [ActBlock]) {
             let (a, b) = (a.abs(), b.abs());
             *m = if a > b { a } else { b };
         }
-        let max = max.iter().fold(0f32, |a, &b| if b > a { b } else { a });
-        let scale = max / 127.0;
+        for half in [8, 4, 2, 1] {
+            for j in 0..half {
+                max[j] = if max[j + half] > max[j] {
+                    max[j + half]
+                } else {
+                    max[j]
+                };
+            }
+        }
+        let scale = max[0] / 127.0;
         let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
         let mut halves = [0i32; 2];
         for h in 0..2 {
             for j in 0..LANES {
-                let q = (x[h * LANES + j] * inverse).round_ties_even() as i32;
+                let q = (x[h * LANES + j] * inverse).round_ties_even();
+                let q = if q.is_nan() { 0.0 } else { q };
+                // SAFETY: no NaN, and at most 127 or a rounding more, since `inverse` is of the largest; 0 where that is
+                // infinite.
+                let q = unsafe { q.to_int_unchecked::<i32>() };
                 out.codes[h * LANES + j] = q as i8;
                 halves[h] += q;
             }

@@ -100,4 +100,12 @@ impl Simd for Scalar {
     unsafe fn store(p: *mut f32, a: Self::F) {
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(a) }
     }
+    unsafe fn store_f16(p: *mut u16, a: Self::F) {
+        let bits = a.map(|x| {
+            let x = if x > 65504.0 { 65504.0 } else { x };
+            let x = if x < -65504.0 { -65504.0 } else { x };
+            half::f16::from_f32(x).to_bits()
+        });
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
 }

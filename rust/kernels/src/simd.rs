@@ -43,6 +43,21 @@ pub(crate) trait Simd: Copy {
     /// Half of the power of two that an e8m0 byte means (MXFP4's scale); the two denormal ones become 0.
     unsafe fn load_e8m0(p: *const u8) -> Self::F;
     unsafe fn store(p: *mut f32, a: Self::F);
+    /// To f16 bits, to nearest even; beyond f16's range its largest number. NaN stays NaN.
+    unsafe fn store_f16(p: *mut u16, a: Self::F);
+}
+
+/// Ask for what will be read soon.
+#[inline(always)]
+pub(crate) fn prefetch<T>(all: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..std::mem::size_of_val(all)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: inside the slice; a prefetch reads nothing anyway.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(all.as_ptr().cast::<i8>().add(at)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = all;
 }
 
 /// An instruction set that this CPU has: values come from [`Isa::detect`] and [`Isa::available`] alone, so that whoever
