@@ -1,9 +1,12 @@
 //! How a model family writes tool calls and thoughts: one value, a [`Style`], gives both the grammar that
 //! makes a model write a call and the parser that reads it back. It knows no tokens and compiles no grammar.
 
+mod arguments;
 mod grammar;
+mod head;
 mod literal;
 mod parser;
+mod raw;
 #[cfg(test)]
 mod tests;
 
@@ -203,6 +206,7 @@ pub enum Thinking {
 
 /// How a family writes tool calls and thoughts. A turn of calls is
 /// `open` call (`between` call)* `close`, and a call is `before` name `after` arguments `end`.
+/// [`NUMBER`] stands for a number.
 #[derive(Debug)]
 pub struct Style {
     name: &'static str,
@@ -227,6 +231,8 @@ pub struct Style {
     short_ids: bool,
     /// The turn is made of messages in channels (harmony).
     channels: bool,
+    /// Marks around the answer's text, which are dropped wherever they stand.
+    frame: &'static [&'static str],
     /// Strings that may be one special token.
     markers: &'static [&'static str],
 }
@@ -250,8 +256,13 @@ enum Arguments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Tags {
     key: (&'static str, &'static str),
+    /// What stands in place of `key.1` before a value in JSON, where that is told from a string.
+    json: Option<&'static str>,
     value: (&'static str, &'static str, &'static str),
 }
+
+/// In `before` and `after`: any number, the call's in its turn as a rule.
+const NUMBER: char = '№';
 
 /// Gemma 4's quote.
 const QUOTE: &str = "<|\"|>";
@@ -274,6 +285,7 @@ const HERMES: Style = Style {
     several: true,
     short_ids: false,
     channels: false,
+    frame: &[],
     markers: &["<tool_call>", "</tool_call>"],
 };
 
@@ -312,6 +324,7 @@ const GLM: Style = Style {
     after: "\n",
     arguments: Arguments::Tagged(Tags {
         key: ("<arg_key>", "</arg_key>\n<arg_value>"),
+        json: None,
         value: ("", "</arg_value>", "\n"),
     }),
     end: "</tool_call>",
@@ -394,6 +407,7 @@ static STYLES: &[Style] = &[
         after: ">\n",
         arguments: Arguments::Tagged(Tags {
             key: ("<parameter=", ">\n"),
+            json: None,
             value: ("\n", "</parameter>", "\n"),
         }),
         end: "</function>\n</tool_call>",
@@ -453,10 +467,104 @@ static STYLES: &[Style] = &[
         after: "",
         arguments: Arguments::Tagged(Tags {
             key: ("<arg_key>", "</arg_key><arg_value>"),
+            json: None,
             value: ("", "</arg_value>", ""),
         }),
         between: "",
         ..GLM
+    },
+    Style {
+        name: "seed",
+        thought: Some(("<seed:think>", "</seed:think>")),
+        before: "<seed:tool_call>\n<function=",
+        after: ">\n",
+        arguments: Arguments::Tagged(Tags {
+            key: ("<parameter=", ">"),
+            json: None,
+            value: ("", "</parameter>", "\n"),
+        }),
+        end: "</function>\n</seed:tool_call>",
+        trigger: "<seed:tool_call>",
+        markers: &["<seed:tool_call>", "</seed:tool_call>"],
+        ..HERMES
+    },
+    Style {
+        name: "minimax",
+        open: "<minimax:tool_call>\n",
+        before: "<invoke name=\"",
+        after: "\">\n",
+        arguments: Arguments::Tagged(Tags {
+            key: ("<parameter name=\"", "\">"),
+            json: None,
+            value: ("", "</parameter>", "\n"),
+        }),
+        end: "</invoke>\n",
+        between: "",
+        close: "</minimax:tool_call>",
+        trigger: "<minimax:tool_call>",
+        markers: &["<minimax:tool_call>", "</minimax:tool_call>"],
+        ..HERMES
+    },
+    Style {
+        name: "deepseek_v32",
+        open: "<｜DSML｜function_calls>\n",
+        before: "<｜DSML｜invoke name=\"",
+        after: "\">\n",
+        arguments: Arguments::Tagged(Tags {
+            key: ("<｜DSML｜parameter name=\"", "\" string=\"true\">"),
+            json: Some("\" string=\"false\">"),
+            value: ("", "</｜DSML｜parameter>", "\n"),
+        }),
+        end: "</｜DSML｜invoke>\n",
+        between: "",
+        close: "</｜DSML｜function_calls>",
+        trigger: "<｜DSML｜function_calls>",
+        markers: &["｜DSML｜"],
+        ..HERMES
+    },
+    Style {
+        name: "kimi",
+        open: "<|tool_calls_section_begin|>",
+        before: "<|tool_call_begin|>functions.",
+        after: ":№<|tool_call_argument_begin|>",
+        arguments: Arguments::Json,
+        end: "<|tool_call_end|>",
+        between: "",
+        close: "<|tool_calls_section_end|>",
+        trigger: "<|tool_calls_section_begin|>",
+        markers: &[
+            "<|tool_calls_section_begin|>",
+            "<|tool_calls_section_end|>",
+            "<|tool_call_begin|>",
+            "<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+        ],
+        ..HERMES
+    },
+    Style {
+        name: "cohere",
+        thought: Some(("<|START_THINKING|>", "<|END_THINKING|>")),
+        open: "<|START_ACTION|>[\n    ",
+        before: "{\"tool_call_id\": \"№\", \"tool_name\": \"",
+        after: "\", \"parameters\": ",
+        end: "}",
+        between: ",\n    ",
+        close: "\n]<|END_ACTION|>",
+        trigger: "<|START_ACTION|>",
+        frame: &["<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+        markers: &["<|START_ACTION|>", "<|END_ACTION|>"],
+        ..HERMES
+    },
+    Style {
+        name: "functionary",
+        before: "<function=",
+        after: ">",
+        arguments: Arguments::Json,
+        end: "</function>",
+        between: "",
+        trigger: "<function=",
+        markers: &[],
+        ..HERMES
     },
     Style {
         name: "gemma",
@@ -481,6 +589,7 @@ static STYLES: &[Style] = &[
         trigger: "<|channel|>commentary to=functions.",
         several: false,
         channels: true,
+        frame: &["<|end|>", "<|return|>", "<|call|>"],
         markers: &[
             "<|channel|>",
             "<|message|>",
@@ -500,6 +609,7 @@ static SIGNS: &[(&[&str], &str)] = &[
     (&["<|tool_call>"], "gemma"),
     (&["[TOOL_CALLS]", "[ARGS]"], "mistral_named"),
     (&["[TOOL_CALLS]"], "mistral"),
+    (&["｜DSML｜", "string=\"true"], "deepseek_v32"),
     (&["tool▁sep", "```"], "deepseek"),
     (&["tool▁calls▁begin"], "deepseek_v31"),
     (&["<tool_call>", "</arg_key><arg_value>"], "glm_tight"),
@@ -507,6 +617,11 @@ static SIGNS: &[(&[&str], &str)] = &[
     (&["<tool_call>", "<function="], "qwen3_coder"),
     (&["<tool_calls>[", "</tool_calls>"], "apriel"),
     (&["<tool_call>"], "hermes"),
+    (&["<seed:tool_call>", "<function="], "seed"),
+    (&["<minimax:tool_call>", "<invoke name=\""], "minimax"),
+    (&["<|tool_calls_section_begin|>"], "kimi"),
+    (&["<|START_ACTION|>", "tool_name"], "cohere"),
+    (&["<function=", "}</function>"], "functionary"),
     (&["functools["], "functools"),
     (&["<|tool_call|>", "<|/tool_call|>"], "phi4"),
     (&["<|tool|>", "<|/tool|>"], "phi4"),
@@ -556,30 +671,37 @@ impl Style {
         }
     }
 
-    /// The style of a `response_template` (or `response_schema`) in a tokenizer's configuration: its patterns hold the same
-    /// markers, with or without a regex's backslashes.
+    /// The style of a `response_template` (transformers 5.13: a table of fields with what opens and closes each) or its
+    /// forerunner `response_schema` (a JSON schema with patterns), as a tokenizer's configuration has it; none where it is
+    /// malformed, of a later version, or shows no style. Literals and patterns hold the same markers, the latter with a
+    /// regex's backslashes.
     pub fn of_response_template(value: &Value) -> Option<&'static Style> {
-        fn gather(value: &Value, depth: usize, text: &mut String) {
-            if depth > 32 || text.len() > 1 << 20 {
-                return;
-            }
-            match value {
-                Value::String(piece) => {
-                    text.push_str(piece);
-                    text.push('\n');
-                }
-                Value::Array(items) => items.iter().for_each(|v| gather(v, depth + 1, text)),
-                Value::Object(fields) => fields.iter().for_each(|(key, v)| {
-                    text.push_str(key);
-                    text.push('\n');
-                    gather(v, depth + 1, text);
-                }),
-                _ => {}
-            }
+        let spec = value.as_object()?;
+        let version_1 = spec.get("version").is_none_or(|v| v.as_f64() == Some(1.0));
+        let fields = ["fields", "properties"]
+            .iter()
+            .find_map(|key| spec.get(*key));
+        let filled = fields
+            .and_then(Value::as_object)
+            .is_some_and(|f| !f.is_empty());
+        if !version_1 || !(filled || spec.contains_key("x-regex")) {
+            return None;
         }
         let mut text = String::new();
-        gather(value, 0, &mut text);
-        sign_in(&text.replace('\\', ""))
+        gather_text(value, 0, &mut text);
+        sign_in(&text.replace("\\s*", "").replace('\\', ""))
+    }
+
+    /// This style as `other`, a style of the same family, spells it: patterns leave open what a chat template shows.
+    pub fn spelled_as(&'static self, other: &'static Style) -> &'static Style {
+        let key = |style: &Style| match style.arguments {
+            Arguments::Tagged(tags) => Some((style.trigger, tags.key.0)),
+            _ => None,
+        };
+        match key(self).is_some() && key(self) == key(other) {
+            true => other,
+            false => self,
+        }
     }
 
     /// Every string that may be a special token of the vocabulary and must be seen in the text all the same.
@@ -613,23 +735,47 @@ impl Style {
             text.push_str(&inner.to_string());
             text.push('\n');
         }
-        let call = |name: &str| {
-            format!(
-                "{}{name}{}{}{}",
-                HERMES.before, HERMES.after, "{...}", HERMES.end
-            )
-        };
         text.push_str(
             "\nTo call one, answer with its name and a JSON object of its arguments, written so:\n",
         );
-        text.push_str(&call("NAME"));
+        text.push_str(&self.call("NAME", "{...}"));
         text.push_str("\nWrite one such block per call. Answer in plain text where no tool helps.");
         text
     }
 
+    /// A turn of one call, with `arguments` a JSON object; as hermes writes it where this style writes no JSON.
+    pub fn call(&self, name: &str, arguments: &str) -> String {
+        let style = match self.arguments {
+            Arguments::Json | Arguments::Envelope => self,
+            Arguments::Tagged(_) | Arguments::Python | Arguments::Gemma => &HERMES,
+        };
+        let head = [style.open, style.before, name, style.after].concat();
+        let head = head.replace(NUMBER, "0");
+        [&head, arguments, style.end, style.close].concat()
+    }
+
     /// Whether the calls of a turn are the items of a list.
     fn is_list(&self) -> bool {
-        self.open.ends_with('[')
+        self.open.trim_end().ends_with('[')
+    }
+}
+
+/// Every string of a configuration, a line each, up to a megabyte of them.
+fn gather_text(value: &Value, depth: usize, text: &mut String) {
+    const DEEPEST: usize = 32;
+    if depth > DEEPEST || text.len() > 1 << 20 {
+        return;
+    }
+    match value {
+        Value::String(piece) => {
+            text.push_str(piece);
+            text.push('\n');
+        }
+        Value::Array(items) => items.iter().for_each(|v| gather_text(v, depth + 1, text)),
+        Value::Object(fields) => fields
+            .values()
+            .for_each(|v| gather_text(v, depth + 1, text)),
+        _ => {}
     }
 }
 
@@ -695,6 +841,11 @@ fn gather_types(schema: &Value, root: &Value, depth: usize, types: &mut Vec<Stri
             return names.iter().filter_map(Value::as_str).for_each(add);
         }
         _ => {}
+    }
+    if let Some(Value::Array(parts)) = schema.get("allOf")
+        && let [part] = &parts[..]
+    {
+        return gather_types(part, root, depth + 1, types);
     }
     match schema.get("anyOf").or_else(|| schema.get("oneOf")) {
         Some(Value::Array(choices)) if !choices.is_empty() => {
