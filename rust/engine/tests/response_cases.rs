@@ -104,3 +104,64 @@ fn a_response_template_chooses_the_style_before_the_chat_template() {
     let checkpoint = Checkpoint::new(&cases, "older", config);
     assert!(checkpoint.call(&plain, None).starts_with("functools["));
 }
+
+#[test]
+fn a_random_model_keeps_the_bounds_of_strings_without_quotes_and_ends_in_time() {
+    let Some(cases) = std::env::var_os("HFCORE_CASES") else {
+        println!("skipped: HFCORE_CASES is not set");
+        return;
+    };
+    let config =
+        json!({"chat_template": "{{ messages[0].content }}{{ tools }}", "eos_token": "<|im_end|>"});
+    let checkpoint = Checkpoint::new(&PathBuf::from(cases), "bounds", config);
+    let model = Model::open(&checkpoint.0, &ModelOptions::default(), &|_, _| true).unwrap();
+    let schema = json!({"type": "object", "required": ["code", "note", "maybe"], "properties": {
+        "code": {"type": "string", "pattern": "^[A-Z]{2}/[0-9]+$", "maxLength": 6},
+        "note": {"type": "string", "minLength": 3, "maxLength": 12},
+        "maybe": {"anyOf": [{"type": "string", "maxLength": 4}, {"type": "null"}]}}});
+    let tools = json!([{"name": "f", "parameters": schema}]);
+    let styles = [
+        "qwen3_coder",
+        "glm",
+        "glm_tight",
+        "seed",
+        "minimax",
+        "deepseek_v32",
+        "gemma",
+    ];
+    for (style, seed) in styles
+        .iter()
+        .flat_map(|style| (0..12).map(move |seed| (*style, seed)))
+    {
+        let request = json!({"tools": tools, "tool_choice": "required", "tool_style": style, "seed": seed,
+            "temperature": 1.5, "max_tokens": if seed % 2 == 0 { 240 } else { 600 }});
+        let messages = json!([{"role": "user", "content": "Hi"}]);
+        let mut text = String::new();
+        for delta in model.submit(Prompt::Messages(messages), request).unwrap() {
+            let delta = delta.unwrap();
+            text.extend(delta.tool_calls.into_iter().map(|call| call.arguments));
+        }
+        let context = format!("{style}, seed {seed}: {text}");
+        let arguments: Value = serde_json::from_str(&text).expect(&context);
+        let code = arguments["code"].as_str().expect(&context);
+        let digits = code
+            .get(3..)
+            .filter(|digits| !digits.is_empty())
+            .expect(&context);
+        assert!(code.len() <= 6 && code.as_bytes()[2] == b'/', "{context}");
+        assert!(
+            code[..2].bytes().all(|b| b.is_ascii_uppercase()),
+            "{context}"
+        );
+        assert!(digits.bytes().all(|b| b.is_ascii_digit()), "{context}");
+        let note = arguments["note"].as_str().expect(&context).chars().count();
+        assert!((3..=12).contains(&note), "{context}");
+        let maybe = arguments["maybe"]
+            .as_str()
+            .map_or(0, |text| text.chars().count());
+        assert!(
+            maybe <= 4 && (arguments["maybe"].is_string() || arguments["maybe"].is_null()),
+            "{context}"
+        );
+    }
+}

@@ -585,9 +585,10 @@ fn openers(style: &Style, tools: &[Tool]) -> Vec<String> {
     if !style.lead.is_empty() {
         openers.push(style.lead.to_string());
     }
-    // DeepSeek's calls have markers of their own inside the section's.
-    if style.name.starts_with("deepseek") {
-        openers.push("<｜tool▁call▁begin｜>".into());
+    // DeepSeek's calls have markers of their own inside the section's, and may do without that.
+    const CALL: &str = "<｜tool▁call▁begin｜>";
+    if style.before.starts_with(CALL) {
+        openers.push(CALL.into());
     }
     openers
 }
