@@ -111,8 +111,7 @@ fn a_random_model_keeps_the_bounds_of_strings_without_quotes_and_ends_in_time() 
         println!("skipped: HFCORE_CASES is not set");
         return;
     };
-    let config =
-        json!({"chat_template": "{{ messages[0].content }}{{ tools|length }}", "eos_token": "<|im_end|>"});
+    let config = json!({"chat_template": "{{ messages[0].content }}{{ tools|length }}", "eos_token": "<|im_end|>"});
     let checkpoint = Checkpoint::new(&PathBuf::from(cases), "bounds", config);
     let model = Model::open(&checkpoint.0, &ModelOptions::default(), &|_, _| true).unwrap();
     let schema = json!({"type": "object", "required": ["code", "note", "maybe"], "properties": {
