@@ -377,7 +377,7 @@ async def test_text_thoughts_and_calls_of_one_answer_stay_apart(version: str | N
         Delta(" add.", tool_calls=(ToolCall(0, "c1", "add", '{"a": 1,'),)),
         Delta(
             tool_calls=(ToolCall(0, None, None, ' "b": 2}'),),
-            finish_reason="tool_calls", usage=Usage(3, 9),
+            finish_reason="tool_calls", usage=Usage(3, 9, reasoning_tokens=4),
         ),
     ]  # fmt: skip
     chat, _ = canned(deltas, **({"output_version": version} if version else {}))
@@ -392,6 +392,7 @@ async def test_text_thoughts_and_calls_of_one_answer_stay_apart(version: str | N
         assert answer.additional_kwargs["reasoning_content"] == "Let me think."
         assert answer.usage_metadata is not None
         assert answer.usage_metadata["output_tokens"] == 9
+        assert answer.usage_metadata["output_token_details"] == {"reasoning": 4}
         assert isinstance(answer.content, list) == (version == "v1")
         chat.invoke([HumanMessage("x"), answer, ToolMessage("3", tool_call_id="c1")])
         prompt = chat.llm.backend.requests[-1][0]  # type: ignore[attr-defined]  # it is Canned
@@ -405,6 +406,13 @@ async def test_text_thoughts_and_calls_of_one_answer_stay_apart(version: str | N
             ],
         }  # fmt: skip
         assert prompt[2]["name"] == "add"
+
+
+def test_usage_has_no_details_where_thoughts_are_not_told_apart() -> None:
+    chat, _ = canned("ok")
+    for answer in (chat.invoke("x"), summed(list(chat.stream("x")))):
+        assert answer.usage_metadata is not None
+        assert "output_token_details" not in answer.usage_metadata
 
 
 @pytest.mark.parametrize("arguments", ['{"a": ', "[1]", "5", "nonsense", "null"])

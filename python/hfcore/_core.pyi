@@ -202,6 +202,10 @@ class Usage:
     @property
     def completion_tokens(self) -> int: ...
     @property
+    def reasoning_tokens(self) -> int | None:
+        """Those of the completion that are thoughts; None where these are not told apart."""
+
+    @property
     def time_to_first_token(self) -> float:
         """Seconds from submit to the first token."""
 

@@ -17,7 +17,7 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.ai import OutputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.prompt_values import PromptValue
@@ -568,11 +568,15 @@ def _logprobs(source: Delta | Completion) -> dict[str, Any]:
 def _usage(source: Delta | Completion) -> UsageMetadata | None:
     if source.usage is None:
         return None
-    return UsageMetadata(
+    counts = UsageMetadata(
         input_tokens=source.usage.prompt_tokens,
         output_tokens=source.usage.completion_tokens,
         total_tokens=source.usage.total_tokens,
     )
+    if source.usage.reasoning_tokens is not None:
+        details = OutputTokenDetails(reasoning=source.usage.reasoning_tokens)
+        counts["output_token_details"] = details
+    return counts
 
 
 def _llm(llm: Any, for_llm: dict[str, Any]) -> HuggingFacePipeline:

@@ -44,12 +44,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost: counts in tokens, times in seconds since it was submitted."""
+    """What a request cost: counts in tokens, times in seconds since it was submitted.
+
+    `reasoning_tokens`: those of the completion's tokens that are thoughts; None where the model's
+    thoughts are not told from its text.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     time_to_first_token: float = 0.0
     total_time: float = 0.0
+    reasoning_tokens: int | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -560,6 +565,7 @@ def _delta(delta: _core.Delta) -> Delta:
             usage.completion_tokens,
             usage.time_to_first_token,
             usage.total_time,
+            usage.reasoning_tokens,
         ),
         delta.reasoning,
         tuple(ToolCall(*call) for call in delta.tool_calls),

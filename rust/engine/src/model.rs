@@ -115,6 +115,8 @@ type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
 pub struct Model {
     tokenizer: Arc<Tokenizer>,
     templates: BTreeMap<String, Arc<ChatTemplate>>,
+    /// How the checkpoint's response template says that calls are written.
+    response_style: Option<&'static Style>,
     defaults: Defaults,
     eos_ids: Vec<u32>,
     original_context: Option<usize>,
@@ -153,6 +155,13 @@ impl Model {
             None => vocab::tokenizer(&weights.metadata)?,
         });
         let templates = templates(&tokenizer, options.chat_template.as_deref())?;
+        // Whoever gives another chat template leaves the checkpoint's own way of writing calls.
+        let response_style = match options.chat_template {
+            Some(_) => None,
+            None => tokenizer
+                .response_template()
+                .and_then(Style::of_response_template),
+        };
         let defaults = defaults(&weights)?;
         let eos_ids = eos_ids(&weights, &defaults, &tokenizer);
         let plan = plan_memory(&weights, &arch, options, memory::available())?;
@@ -166,6 +175,7 @@ impl Model {
         Ok(Self {
             tokenizer,
             templates,
+            response_style,
             defaults,
             eos_ids,
             original_context,
@@ -195,8 +205,7 @@ impl Model {
             .template_for(!answer.tools.is_empty())
             .ok()
             .filter(|_| chat);
-        let known = template.map(|template| (template.source(), template.takes_tools()));
-        let style = answer.style(known);
+        let style = answer.style(self.style(template));
         let (ids, thinking) = match prompt {
             Prompt::Messages(messages) => {
                 refuse(
@@ -344,6 +353,15 @@ impl Model {
         }))
     }
 
+    /// How the model writes calls: as its response template says, else as its chat template shows.
+    fn style(&self, template: Option<&Arc<ChatTemplate>>) -> &'static Style {
+        let known = template.map(|template| (template.source(), template.takes_tools()));
+        let (source, takes_tools) = known.unwrap_or_default();
+        let shown = Style::of_template(source, takes_tools);
+        self.response_style
+            .map_or(shown, |style| style.spelled_as(shown))
+    }
+
     /// The prompt that these messages make. A content list of text parts counts as their text.
     ///
     /// # Errors
@@ -354,7 +372,7 @@ impl Model {
         let request = if template.takes_tools() {
             request
         } else {
-            let style = Style::of_template(template.source(), false);
+            let style = self.style(Some(template));
             let messages = plain_content(&request.messages)?;
             let messages = messages.as_ref().unwrap_or(&request.messages);
             told = RenderRequest {

@@ -64,6 +64,8 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Generated tokens, an end token included.
     pub completion_tokens: usize,
+    /// Those of them whose text is a thought's; none where thoughts are not told from text.
+    pub reasoning_tokens: Option<usize>,
     /// From submit to the first token.
     pub time_to_first_token: Duration,
     /// From submit to the last.
@@ -137,6 +139,7 @@ pub struct Sequence {
     /// The text was led to an early end, for want of tokens.
     cut_short: bool,
     parser: Option<Parser>,
+    reasoning_tokens: usize,
     stop: StopBuffer,
     /// The prompt's log probabilities so far, from the second token on; none once they are out, or
     /// not wanted.
@@ -172,6 +175,7 @@ impl Sequence {
             constraint: parts.constraint,
             cut_short: false,
             parser: parts.parser,
+            reasoning_tokens: 0,
             stop: StopBuffer::new(&options.stop),
             judged: options.prompt_logprobs.then(Vec::new),
             submitted: Instant::now(),
@@ -357,7 +361,13 @@ impl Sequence {
             delta.text = text;
             return;
         };
+        // A token that completes no character yet, or may be the closing mark, is of the thought it stands in. An end
+        // token is of none.
+        let inside = parser.in_thought();
         let mut parts = vec![parser.push(&text)];
+        let thought = (inside && parser.in_thought() && !(last && text.is_empty()))
+            || !parts[0].reasoning.is_empty();
+        self.reasoning_tokens += usize::from(thought);
         if last {
             parts.push(parser.finish());
         }
@@ -425,6 +435,11 @@ impl Sequence {
         Usage {
             prompt_tokens: self.prompt,
             completion_tokens: self.completion_tokens(),
+            reasoning_tokens: self
+                .parser
+                .as_ref()
+                .filter(|parser| parser.splits_thoughts())
+                .map(|_| self.reasoning_tokens),
             time_to_first_token: self.first_token.unwrap_or(now) - self.submitted,
             total_time: now - self.submitted,
         }
@@ -515,6 +530,37 @@ mod tests {
             assert_eq!((usage.prompt_tokens, usage.completion_tokens), (3, 3));
             assert!(usage.time_to_first_token <= usage.total_time);
         }
+    }
+
+    #[test]
+    fn the_tokens_of_a_thought_are_counted() {
+        /// Token n is the n-th word.
+        struct Words;
+        impl Text for Words {
+            fn push(&mut self, id: u32) -> String {
+                ["", "", "<think>", "</think>", "hm", "</", "yes", "x>"][id as usize].into()
+            }
+            fn finish(&mut self) -> String {
+                String::new()
+            }
+        }
+        let run = |thinking, tokens: &[u32]| {
+            let style = crate::response::Style::named("hermes").unwrap();
+            let parts = Parts {
+                parser: Some(style.parser(&[], true, thinking)),
+                ..(Box::new(Words) as Box<dyn Text>).into()
+            };
+            let mut sequence = Sequence::new(vec![4], &Options::default(), &EOS, parts, 100);
+            let (_, last) = decode(&mut sequence, tokens);
+            last.usage.unwrap().reasoning_tokens
+        };
+        use crate::response::Thinking;
+        let thought = [2, 4, 5, 7, 4, 3, 6, 6, 0];
+        assert_eq!(run(Thinking::Possible, &thought), Some(4));
+        assert_eq!(run(Thinking::Begun, &thought[1..]), Some(4));
+        assert_eq!(run(Thinking::Begun, &[4, 4, 0]), Some(2));
+        assert_eq!(run(Thinking::Possible, &[6, 0]), Some(0));
+        assert_eq!(run(Thinking::Off, &thought), None);
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub(crate) struct Known {
     pub eos_ids: Vec<u32>,
     /// Name to Jinja source; `"default"` is the main one.
     pub chat_templates: BTreeMap<String, String>,
+    /// What `tokenizer_config.json` says of the form of answers, unchecked.
+    pub response_template: Option<Json>,
 }
 
 impl Tokenizer {
@@ -100,11 +102,15 @@ impl Tokenizer {
         let bos_id = id_of("bos_token");
         let eos_ids = id_of("eos_token").into_iter().collect();
         let chat_templates = chat_templates(dir, &config)?;
+        let form = ["response_template", "response_schema"];
+        let given = |key: &&str| config.get(*key).filter(|form| form.is_object()).cloned();
+        let response_template = form.iter().find_map(given);
         tokenizer.known = Known {
             special_tokens,
             bos_id,
             eos_ids,
             chat_templates,
+            response_template,
         };
         Ok(tokenizer)
     }
@@ -306,6 +312,11 @@ impl Tokenizer {
     /// Chat templates by name; `"default"` is the main one.
     pub fn chat_templates(&self) -> &BTreeMap<String, String> {
         &self.known.chat_templates
+    }
+
+    /// `response_template` (or the older `response_schema`) of `tokenizer_config.json`, as it stands there.
+    pub fn response_template(&self) -> Option<&Json> {
+        self.known.response_template.as_ref()
     }
 
     fn step(&self, stages: &mut [Stage], id: u32, skip_special: bool, out: &mut String) {

@@ -334,6 +334,7 @@ fn finish(
         bos_id: id("bos_token"),
         eos_ids: end_ids(source, id("bos_token"), id("eos_token"))?,
         chat_templates: chat_templates(source.metadata),
+        response_template: None,
     };
     Tokenizer::new(NAME, inner, source.tokens.len(), known)
 }

@@ -59,6 +59,7 @@ impl TokenLogprob {
 pub struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
+    reasoning_tokens: Option<usize>,
     time_to_first_token: f64,
     total_time: f64,
 }
@@ -68,6 +69,7 @@ impl From<sequence::Usage> for Usage {
         Self {
             prompt_tokens: from.prompt_tokens,
             completion_tokens: from.completion_tokens,
+            reasoning_tokens: from.reasoning_tokens,
             time_to_first_token: from.time_to_first_token.as_secs_f64(),
             total_time: from.total_time.as_secs_f64(),
         }
@@ -80,12 +82,17 @@ impl Usage {
         let Self {
             prompt_tokens,
             completion_tokens,
+            reasoning_tokens,
             time_to_first_token,
             total_time,
         } = self;
+        let reasoning = match reasoning_tokens {
+            Some(n) => format!("reasoning_tokens={n}, "),
+            None => String::new(),
+        };
         format!(
             "Usage(prompt_tokens={prompt_tokens}, completion_tokens={completion_tokens}, \
-             time_to_first_token={time_to_first_token:.4}, total_time={total_time:.4})"
+             {reasoning}time_to_first_token={time_to_first_token:.4}, total_time={total_time:.4})"
         )
     }
 }

@@ -217,6 +217,14 @@ fn collect(stream: Stream) -> Result<Delta> {
     Ok(whole)
 }
 
+/// Each request, `n` completions of it.
+fn submit_all(engine: &Engine, requests: &[(Vec<u32>, Options)], n: usize) -> Vec<Stream> {
+    let submit = |(ids, options): &(Vec<u32>, Options)| {
+        engine.submit(request(ids.clone(), several(options, n)))
+    };
+    requests.iter().map(submit).collect::<Result<_>>().unwrap()
+}
+
 fn alone(requests: &[(Vec<u32>, Options)]) -> Vec<Delta> {
     let engine = engine_of(
         EngineConfig {
@@ -273,14 +281,7 @@ fn batched_is_alone_token_for_token_whatever_the_chunks_and_the_cache() {
         };
         let engine = engine_of(config.clone(), &plan);
         let gate = lock(&plan.gate);
-        let streams: Vec<Stream> = requests
-            .iter()
-            .map(|(ids, options)| {
-                engine
-                    .submit(request(ids.clone(), options.clone()))
-                    .unwrap()
-            })
-            .collect();
+        let streams = submit_all(&engine, &requests, 1);
         drop(gate);
         for (i, (stream, alone)) in streams.into_iter().zip(&alone).enumerate() {
             assert_eq!(&collect(stream).unwrap(), alone, "request {i}, {config:?}");
@@ -720,11 +721,7 @@ fn completions_are_requests_of_their_own_with_the_seeds_that_follow() {
         };
         let engine = engine_of(config.clone(), &plan);
         let gate = lock(&plan.gate);
-        let streams: Vec<Stream> = requests
-            .iter()
-            .map(|(ids, options)| engine.submit(request(ids.clone(), several(options, 3))))
-            .collect::<Result<_>>()
-            .unwrap();
+        let streams = submit_all(&engine, &requests, 3);
         drop(gate);
         for (r, stream) in streams.into_iter().enumerate() {
             for (i, completion) in collect_all(stream, 3).into_iter().enumerate() {

@@ -9,6 +9,19 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::response::{Lark, Parser, Style, Thinking, Tool, ToolChoice, tools_of};
 
+/// The options that say what the text must be, and how each is read; none: any text will do.
+type Read = fn(Value) -> Result<Option<Source>>;
+const SOURCES: [(&str, Read); 4] = [
+    ("response_format", |value| format(&value)),
+    ("regex", |value| {
+        Ok(Some(Source::Regex(text("regex", value)?)))
+    }),
+    ("choice", |value| Ok(Some(choices(value)?))),
+    ("grammar", |value| {
+        Ok(Some(Source::Lark(text("grammar", value)?)))
+    }),
+];
+
 /// The options that say it.
 #[derive(Debug)]
 pub struct Answer {
@@ -54,31 +67,11 @@ impl Answer {
             Some(other) => return Err(wrong("tool_style", "a name", &other)),
         };
         let mut sources = Vec::new();
-        sources.extend(
-            take("response_format")
-                .map(|v| format(&v))
-                .transpose()?
-                .flatten()
-                .map(|s| ("response_format", s)),
-        );
-        sources.extend(
-            take("regex")
-                .map(|v| text("regex", v))
-                .transpose()?
-                .map(|s| ("regex", Source::Regex(s))),
-        );
-        sources.extend(
-            take("choice")
-                .map(choices)
-                .transpose()?
-                .map(|s| ("choice", s)),
-        );
-        sources.extend(
-            take("grammar")
-                .map(|v| text("grammar", v))
-                .transpose()?
-                .map(|s| ("grammar", Source::Lark(s))),
-        );
+        for (key, read) in SOURCES {
+            if let Some(source) = take(key).map(read).transpose()?.flatten() {
+                sources.push((key, source));
+            }
+        }
         if let [(one, _), (other, _), ..] = &sources[..] {
             return Err(Error::InvalidRequest(format!(
                 "{one} and {other} cannot both say what the text must be"
@@ -117,12 +110,9 @@ impl Answer {
         !self.tools.is_empty() || self.source.is_some()
     }
 
-    /// The way its calls are written.
-    pub fn style(&self, template: Option<(&str, bool)>) -> &'static Style {
-        self.style.unwrap_or_else(|| {
-            let (source, takes_tools) = template.unwrap_or_default();
-            Style::of_template(source, takes_tools)
-        })
+    /// The way its calls are written: as the request says, else as the checkpoint does.
+    pub fn style(&self, checkpoint: &'static Style) -> &'static Style {
+        self.style.unwrap_or(checkpoint)
     }
 
     /// What the text must be; `begun`: the prompt ends inside a thought.
@@ -316,7 +306,7 @@ pub fn spell_out(messages: &Value, tools: Option<&Value>, style: &Style, templat
     };
     let mut told: Vec<Value> = match template.contains("tool_calls") {
         true => list.clone(),
-        false => list.iter().map(spelled).collect(),
+        false => list.iter().map(|message| spelled(message, style)).collect(),
     };
     if let Some(tools) = tools {
         let text = style.instructions(tools);
@@ -331,7 +321,7 @@ pub fn spell_out(messages: &Value, tools: Option<&Value>, style: &Style, templat
     Value::Array(told)
 }
 
-fn spelled(message: &Value) -> Value {
+fn spelled(message: &Value, style: &Style) -> Value {
     let content = message
         .get("content")
         .and_then(Value::as_str)
@@ -349,11 +339,15 @@ fn spelled(message: &Value) -> Value {
     let mut text = content.to_string();
     for call in calls {
         let function = call.get("function").unwrap_or(call);
-        let call = json!({"name": function["name"], "arguments": function["arguments"]});
+        let name = function["name"].as_str().unwrap_or_default();
         if !text.is_empty() {
             text.push('\n');
         }
-        text.push_str(&format!("<tool_call>\n{call}\n</tool_call>"));
+        let arguments = match &function["arguments"] {
+            Value::String(json) => json.clone(),
+            other => other.to_string(),
+        };
+        text.push_str(&style.call(name, &arguments));
     }
     json!({"role": "assistant", "content": text})
 }

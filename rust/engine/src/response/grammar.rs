@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::{Map, Value};
 
-use super::{Arguments, Kind, QUOTE, Style, Tags, Tool, invalid};
+use super::raw::{self, Bounds};
+use super::{Arguments, Kind, NUMBER, QUOTE, Style, Tags, Tool, invalid};
 use crate::error::Result;
 
 /// The deepest value that is typed by its schema; below it any value will do.
@@ -93,6 +94,8 @@ struct Writer<'a> {
     count: usize,
     /// Whether the rules of any value of Gemma's are there.
     any: bool,
+    /// The markers that are special tokens of this vocabulary.
+    special: Vec<&'static str>,
 }
 
 impl<'a> Writer<'a> {
@@ -103,15 +106,44 @@ impl<'a> Writer<'a> {
             rules: String::new(),
             count: 0,
             any: false,
+            special: style
+                .markers()
+                .into_iter()
+                .filter(|marker| is_token(&lark.literal(marker)))
+                .collect(),
         }
     }
 
     /// `text` as an expression with a space behind; nothing for nothing.
     fn literal(&self, text: &str) -> String {
-        if text.is_empty() {
-            return String::new();
+        let mut expression = String::new();
+        for (at, part) in text.split(NUMBER).enumerate() {
+            if at > 0 {
+                expression.push_str("/[0-9]{1,4}/ ");
+            }
+            self.words(part, &mut expression);
         }
-        format!("{} ", self.lark.literal(text))
+        expression
+    }
+
+    /// `text` without numbers, its special tokens as such.
+    fn words(&self, mut text: &str, expression: &mut String) {
+        let mut add = |part: &str| {
+            if !part.is_empty() {
+                let _ = write!(expression, "{} ", self.lark.literal(part));
+            }
+        };
+        while let Some((at, marker)) = self
+            .special
+            .iter()
+            .filter_map(|marker| Some((text.find(marker)?, *marker)))
+            .min()
+        {
+            add(&text[..at]);
+            add(marker);
+            text = &text[at + marker.len()..];
+        }
+        add(text);
     }
 
     fn rule(&mut self, prefix: &str, attribute: &str, body: &str) -> String {
@@ -262,35 +294,116 @@ impl<'a> Writer<'a> {
 
     fn tagged(&mut self, tags: Tags, key: &str, schema: &Value, root: &Value) -> Result<String> {
         let head = self.literal(&[tags.key.0, key, tags.key.1].concat());
+        let json_head = self.literal(&[tags.key.0, key, tags.json.unwrap_or(tags.key.1)].concat());
         let (before, marker, after) = tags.value;
-        if Kind::of(schema, root) == Kind::Json {
-            let body = self.lark.schema(&with_definitions(schema, root))?;
-            let value = self.rule("value", "", &body);
-            let end = self.literal(&[before, marker, after].concat());
-            return Ok(format!("{head}{value} {end}"));
+        let after = self.literal(after);
+        let end = self.literal(&[before, marker].concat());
+        let kind = Kind::of(schema, root);
+        if kind == Kind::Json {
+            let value = self.json(schema, root)?;
+            return Ok(format!("{json_head}{value} {end}{after}"));
         }
-        if let Some(choices) = self.choices(schema, &[before, marker].concat()) {
-            return Ok(format!("{head}({choices}) {}", self.literal(after)));
+        if kind == Kind::Text {
+            let text = self.raw(schema, root, before, marker)?;
+            return Ok(format!("{head}{text} {after}"));
         }
-        let text = self.until(before, marker);
-        Ok(format!("{head}{text} {}", self.literal(after)))
+        if tags.json.is_some() {
+            let text = match raw::string_branch(schema, root) {
+                Some(schema) => self.raw(&schema, root, before, marker)?,
+                None => self.until(before, marker),
+            };
+            let value = self.json(schema, root)?;
+            return Ok(format!("({head}{text} | {json_head}{value} {end}) {after}"));
+        }
+        let Some(strings) = raw::string_branch(schema, root).filter(|s| raw::is_bound(s, root))
+        else {
+            return Ok(format!("{head}{} {after}", self.until(before, marker)));
+        };
+        // A word without quotes is read as JSON where it may be: only these cannot break a bound of their own.
+        let plain = |kind: &Kind| {
+            matches!(kind, Kind::Mixed(types) if !types.is_empty()
+            && types.iter().all(|name| ["null", "boolean"].contains(&name.as_str())))
+        };
+        if !plain(&kind) {
+            return invalid(format!(
+                "tools: the bounds of {key:?} cannot be enforced: {} writes text without quotes, and it may be more \
+                 than text; drop the bounds, or the other types but null and boolean",
+                self.style.name
+            ));
+        }
+        let text = self.raw(&strings, root, before, marker)?;
+        let Kind::Mixed(types) = kind else {
+            return Ok(format!("{head}{text} {after}"));
+        };
+        let mut words = Vec::new();
+        for name in types {
+            let all: &[&str] = if name == "null" {
+                &["null"]
+            } else {
+                &["true", "false"]
+            };
+            words.extend(
+                all.iter()
+                    .map(|word| format!("{}{end}", self.literal(word))),
+            );
+        }
+        Ok(format!("{head}({text} | {}) {after}", words.join("| ")))
     }
 
-    /// The strings of an enumeration, each with `end` behind it.
-    fn choices(&self, schema: &Value, end: &str) -> Option<String> {
-        let values = schema.get("enum")?.as_array()?;
-        let mut choices = Vec::new();
-        for value in values {
-            let text = [value.as_str()?, end].concat();
-            choices.push(self.literal(&text));
+    /// A value in JSON.
+    fn json(&mut self, schema: &Value, root: &Value) -> Result<String> {
+        let body = self.lark.schema(&with_definitions(schema, root))?;
+        Ok(self.rule("value", "", &body))
+    }
+
+    /// A string without quotes, up to and with `before` + `marker`, within the bounds that its schema sets.
+    fn raw(&mut self, schema: &Value, root: &Value, before: &str, marker: &str) -> Result<String> {
+        let schema = raw::resolved(schema, root);
+        if let Some(branches) = raw::branches(schema) {
+            let mut texts = Vec::new();
+            for branch in branches {
+                texts.push(self.raw(branch, root, before, marker)?);
+            }
+            return Ok(format!("({})", texts.join(" | ")));
         }
-        (!choices.is_empty()).then(|| choices.join("| "))
+        let bounds = Bounds::of(schema)?;
+        if bounds.is_none() {
+            return Ok(self.until(before, marker));
+        }
+        if let Some(lost) = bounds.choices.iter().find(|text| text.contains(marker)) {
+            return invalid(format!(
+                "tools: the text {lost:?} cannot be written: {} ends a text with {marker:?}",
+                self.style.name
+            ));
+        }
+        let end = [before, marker].concat();
+        if bounds.only_choices() {
+            let choices = bounds.choices.iter();
+            let choices: Vec<String> = choices
+                .map(|text| self.literal(&[text, end.as_str()].concat()))
+                .collect();
+            return Ok(format!("({})", choices.join("| ")));
+        }
+        let token = self.lark.literal(marker);
+        let token = is_token(&token).then_some(token);
+        let (close, behind) = match token {
+            Some(_) => (escape(before), "*"),
+            None => (escape(&end), "+"),
+        };
+        let mut parts: Vec<String> = bounds
+            .expressions()
+            .iter()
+            .map(|expression| format!("/({expression}){close}/"))
+            .collect();
+        parts.push(format!("~/(.|\\n)*{}(.|\\n){behind}/", escape(marker)));
+        let text = self.rule("TEXT", "", &parts.join(" & "));
+        Ok(format!("{text} {}", token.unwrap_or_default()))
     }
 
     /// Text up to and with the first `before` + `marker`.
     fn until(&mut self, before: &str, marker: &str) -> String {
         let literal = self.lark.literal(marker);
-        if literal.starts_with("<[") {
+        if is_token(&literal) {
             // A special token is no text: nothing else can be it.
             let text = self.rule("text", "", &format!("/(.|\\n)*{}/", escape(before)));
             return format!("{text} {literal}");
@@ -309,14 +422,28 @@ impl<'a> Writer<'a> {
     /// A value as Gemma 4 writes it: bare keys, strings in its own quotes.
     fn gemma(&mut self, tool: &Tool, schema: &Value, depth: usize) -> Result<String> {
         let root = &tool.parameters;
+        let schema = raw::resolved(schema, root);
         let quote = self.literal(QUOTE);
         if Kind::of(schema, root) == Kind::Text {
-            if let Some(choices) = self.choices(schema, QUOTE) {
-                return Ok(format!("{quote}({choices})"));
-            }
-            return Ok(format!("{quote}{}", self.until("", QUOTE)));
+            return Ok(format!("{quote}{}", self.raw(schema, root, "", QUOTE)?));
         }
-        let plain = schema.get("anyOf").is_none() && depth < DEEPEST;
+        let plain = depth < DEEPEST;
+        let types = schema.get("type").and_then(Value::as_array);
+        let each: Vec<Value> = match (raw::branches(schema), types) {
+            (Some(branches), _) => branches.clone(),
+            (None, Some(types)) => types
+                .iter()
+                .map(|name| raw::of_type(schema, name))
+                .collect(),
+            _ => Vec::new(),
+        };
+        if plain && !each.is_empty() {
+            let mut values = Vec::new();
+            for schema in &each {
+                values.push(self.gemma(tool, schema, depth + 1)?);
+            }
+            return Ok(format!("({})", values.join(" | ")));
+        }
         match schema.get("type").and_then(Value::as_str) {
             Some("number" | "integer" | "boolean" | "null") => {
                 let body = self.lark.schema(schema)?;
@@ -325,8 +452,7 @@ impl<'a> Writer<'a> {
             Some("array") if plain && schema.get("items").is_some_and(Value::is_object) => {
                 let item = self.gemma(tool, &schema["items"], depth + 1)?;
                 let item = self.rule("item", "", &item);
-                let one_more = format!("\",\" {item}");
-                Ok(format!("\"[\" ({item} ({one_more})*)? \"]\""))
+                Ok(format!("\"[\" {} \"]\"", items(&item, schema)))
             }
             Some("object") if plain && schema.get("properties").is_some_and(Value::is_object) => {
                 let members = self.gemma_members(tool, schema, depth)?;
@@ -352,6 +478,24 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// Items with commas between, as many as the schema of their array asks for.
+fn items(item: &str, schema: &Value) -> String {
+    let count = |key: &str| schema.get(key).and_then(Value::as_u64);
+    let (least, most) = (count("minItems").unwrap_or(0), count("maxItems"));
+    let more = match most {
+        Some(0) => return String::new(),
+        Some(most) => format!("{{{},{}}}", least.saturating_sub(1), most - 1),
+        None => format!("{{{},}}", least.saturating_sub(1)),
+    };
+    let optional = if least == 0 { "?" } else { "" };
+    format!("({item} (\",\" {item}){more}){optional}")
+}
+
+/// Whether a Lark expression is one special token.
+fn is_token(literal: &str) -> bool {
+    literal.starts_with("<[")
+}
+
 fn or_empty(body: &str) -> &str {
     if body.trim().is_empty() { "\"\"" } else { body }
 }
@@ -368,7 +512,7 @@ fn with_definitions(schema: &Value, root: &Value) -> Value {
 }
 
 /// `text` inside `/.../`.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::new();
     for c in text.chars() {
         match c {

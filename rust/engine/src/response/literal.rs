@@ -1,7 +1,6 @@
 //! Values written as JSON, Python or Gemma literals: where they end, and what they are in JSON.
 
 use super::QUOTE;
-use super::parser::quote;
 
 /// The deepest literal that is read; a deeper one is a string.
 const DEEPEST: usize = 64;
@@ -270,4 +269,15 @@ fn unicode(chars: &mut std::str::Chars<'_>) -> Option<char> {
         .checked_sub(0xDC00)
         .filter(|low| *low < 0x400)?;
     char::from_u32(0x10000 + ((high - 0xD800) << 10) + low)
+}
+
+/// A JSON string.
+pub(super) fn quote(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// A JSON string without its quotes.
+pub(super) fn inner(text: &str) -> String {
+    let quoted = quote(text);
+    quoted[1..quoted.len() - 1].to_string()
 }

@@ -149,8 +149,70 @@ fn samples() -> Vec<(&'static str, String, Option<String>)> {
             None,
         ),
     ];
+    samples.extend(xml_samples());
+    let kimi = |name: &str, at: usize, args: &str| {
+        format!(
+            "<|tool_call_begin|>functions.{name}:{at}<|tool_call_argument_begin|>{args}<|tool_call_end|>"
+        )
+    };
+    let section =
+        |calls: &str| format!("<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>");
+    let one = kimi("get_weather", 10, args);
+    samples.push((
+        "kimi",
+        section(&one),
+        Some(section(&format!("{one}{}", kimi("now", 11, "{}")))),
+    ));
+    let item = |name: &str, at: usize, args: &str| {
+        format!(r#"{{"tool_call_id": "{at}", "tool_name": "{name}", "parameters": {args}}}"#)
+    };
+    let list = |items: &str| format!("<|START_ACTION|>[\n    {items}\n]<|END_ACTION|>");
+    let one = item("get_weather", 0, args);
+    samples.push((
+        "cohere",
+        list(&one),
+        Some(list(&format!("{one},\n    {}", item("now", 1, "{}")))),
+    ));
+    let one = format!("<function=get_weather>{args}</function>");
+    samples.push((
+        "functionary",
+        one.clone(),
+        Some(format!("{one}<function=now>{{}}</function>")),
+    ));
     samples.extend(listed.map(|(name, (one, two))| (name, one, two)));
     samples
+}
+
+/// Calls whose arguments stand between tags.
+fn xml_samples() -> Vec<(&'static str, String, Option<String>)> {
+    let seed = "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Köln </b></parameter>\n\
+                <parameter=days>2</parameter>\n<parameter=unit>C</parameter>\n</function>\n</seed:tool_call>";
+    let minimax = "<invoke name=\"get_weather\">\n<parameter name=\"city\">Köln </b></parameter>\n\
+                   <parameter name=\"days\">2</parameter>\n<parameter name=\"unit\">C</parameter>\n</invoke>\n";
+    let dsml = "<｜DSML｜invoke name=\"get_weather\">\n\
+                <｜DSML｜parameter name=\"city\" string=\"true\">Köln </b></｜DSML｜parameter>\n\
+                <｜DSML｜parameter name=\"days\" string=\"false\">2</｜DSML｜parameter>\n\
+                <｜DSML｜parameter name=\"unit\" string=\"true\">C</｜DSML｜parameter>\n</｜DSML｜invoke>\n";
+    let section = |mark: &str, calls: &str| format!("<{mark}>\n{calls}</{mark}>");
+    let two = |mark: &str, one: &str, now: &str| {
+        (
+            section(mark, one),
+            Some(section(mark, &format!("{one}{now}"))),
+        )
+    };
+    let (one_m, two_m) = two(
+        "minimax:tool_call",
+        minimax,
+        "<invoke name=\"now\">\n</invoke>\n",
+    );
+    let now = "<｜DSML｜invoke name=\"now\">\n</｜DSML｜invoke>\n";
+    let (one_d, two_d) = two("｜DSML｜function_calls", dsml, now);
+    let now = "<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>";
+    vec![
+        ("seed", seed.into(), Some(format!("{seed}\n{now}"))),
+        ("minimax", one_m, two_m),
+        ("deepseek_v32", one_d, two_d),
+    ]
 }
 
 fn accepts(grammar: &str, text: &str) -> bool {
@@ -364,6 +426,13 @@ fn what_only_looks_like_a_call_comes_out_as_text() {
         ("gemma", "<|tool_call>call you"),
         ("deepseek", "<｜tool▁calls▁begin｜>none"),
         ("phi4", "<|tool_call|>{}"),
+        (
+            "kimi",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:<|",
+        ),
+        ("minimax", "an <invoke name=\"x\"> tag"),
+        ("cohere", "<|START_ACTION|>[1]"),
+        ("functionary", "<function=a b>{}"),
     ] {
         assert_eq!(
             read(style, Thinking::Possible, text),
@@ -630,17 +699,288 @@ fn a_name_nobody_knows_is_answered_with_all_of_them() {
 
 #[test]
 fn a_response_template_shows_its_style() {
-    let value = json!({"properties": {"tool_calls": {"x-regex-iterator": "<tool_call>\\s*(.*?)</tool_call>"}}});
-    assert_eq!(
-        Style::of_response_template(&value).unwrap().name(),
-        "hermes"
+    let fields = |tool_calls: Value| json!({"version": 1, "fields": {"content": {"close": "<|im_end|>"}, "tool_calls": tool_calls}});
+    for (value, wanted) in [
+        (
+            fields(json!({"open": "<tool_call>", "close": "</tool_call>", "content": "json"})),
+            "hermes",
+        ),
+        (
+            fields(json!({"open": ["[TOOL_CALLS]"], "content": "json"})),
+            "mistral",
+        ),
+        (
+            fields(
+                json!({"open_pattern": r"<\|tool_call_begin\|>(?P<name>.*?)<\|tool_calls_section_begin\|>"}),
+            ),
+            "kimi",
+        ),
+        (
+            fields(json!({"open_pattern": r"<tool_call>\s*<function=(?P<name>\w+)>\s*"})),
+            "qwen3_coder",
+        ),
+        (
+            json!({"properties": {"tool_calls": {"x-regex-iterator": "<tool_call>\\s*(.*?)</tool_call>"}}}),
+            "hermes",
+        ),
+        (
+            json!({"x-regex": "<\\|channel\\|>final<\\|message\\|>(.*)"}),
+            "harmony",
+        ),
+    ] {
+        assert_eq!(
+            Style::of_response_template(&value).map(Style::name),
+            Some(wanted),
+            "{value}"
+        );
+    }
+}
+
+#[test]
+fn a_response_template_of_unknown_shape_shows_nothing() {
+    let mut deep = json!("<tool_call>");
+    for _ in 0..1000 {
+        deep = json!([deep]);
+    }
+    let call = json!({"tool_calls": {"open": "<tool_call>"}});
+    for value in [
+        json!(null),
+        json!("<tool_call>"),
+        json!(["<tool_call>"]),
+        json!({}),
+        json!({"a": "<tool_call>"}),
+        json!({"version": 2, "fields": call}),
+        json!({"version": "1", "fields": call}),
+        json!({"fields": "<tool_call>"}),
+        json!({"fields": {}}),
+        json!({"fields": {"content": {"close": "<|im_end|>"}}}),
+        json!({"fields": {"tool_calls": deep}}),
+    ] {
+        assert!(Style::of_response_template(&value).is_none(), "{value:.80}");
+    }
+}
+
+#[test]
+fn what_a_response_template_leaves_open_its_chat_template_shows() {
+    let named = |name| Style::named(name).unwrap();
+    assert_eq!(named("glm_tight").spelled_as(named("glm")).name(), "glm");
+    for (from, shown) in [
+        ("hermes", "qwen3_coder"),
+        ("glm", "hermes"),
+        ("kimi", "deepseek"),
+    ] {
+        assert_eq!(named(from).spelled_as(named(shown)).name(), from);
+    }
+}
+
+#[test]
+fn a_string_without_quotes_keeps_its_bounds() {
+    let schema = json!({"type": "object", "required": ["s"], "$defs": {"E": {"enum": ["a/b", "c"]}}, "properties": {"s": null}});
+    let accepted = |style: &str, of_s: Value, text: &str| {
+        let mut parameters = schema.clone();
+        parameters["properties"]["s"] = of_s;
+        let tool = Tool {
+            name: "f".into(),
+            parameters,
+        };
+        let style = Style::named(style).unwrap();
+        let grammar = style.calls_grammar(&[&tool], false, &Plain).unwrap();
+        let text = match style.name() {
+            "qwen3_coder" => format!(
+                "<tool_call>\n<function=f>\n<parameter=s>\n{text}\n</parameter>\n</function>\n</tool_call>"
+            ),
+            "seed" => format!(
+                "<seed:tool_call>\n<function=f>\n<parameter=s>{text}</parameter>\n</function>\n</seed:tool_call>"
+            ),
+            "glm_tight" => {
+                format!("<tool_call>f<arg_key>s</arg_key><arg_value>{text}</arg_value></tool_call>")
+            }
+            _ => format!("<|tool_call>call:f{{s:<|\"|>{text}<|\"|>}}<tool_call|>"),
+        };
+        accepts(&grammar, &text)
+    };
+    let string = |mut bounds: Value| {
+        bounds["type"] = "string".into();
+        bounds
+    };
+    for style in ["qwen3_coder", "seed", "glm_tight", "gemma"] {
+        for (schema, good, bad) in [
+            (
+                string(json!({"maxLength": 3})),
+                &["", "äöü", "a\nb"][..],
+                &["abcd", "äöüß"][..],
+            ),
+            (
+                string(json!({"minLength": 2})),
+                &["ab", "</par>"],
+                &["", "ä"],
+            ),
+            (
+                string(json!({"pattern": "^[0-9]{2}/x$"})),
+                &["12/x"],
+                &["1/x", "12/xy", "a12/x"],
+            ),
+            (
+                string(json!({"pattern": "[0-9]"})),
+                &["a1b", "1"],
+                &["ab", ""],
+            ),
+            (
+                string(json!({"pattern": "^a", "minLength": 2, "maxLength": 3})),
+                &["ab", "abc"],
+                &["a", "abcd", "bab"],
+            ),
+            (
+                string(json!({"enum": ["abc", "d"], "maxLength": 2})),
+                &["d"],
+                &["abc"],
+            ),
+            (string(json!({"const": "x"})), &["x"], &["y", ""]),
+            (json!({"$ref": "#/$defs/E"}), &["a/b", "c"], &["d"]),
+            (
+                json!({"allOf": [{"$ref": "#/$defs/E"}], "default": "c"}),
+                &["a/b"],
+                &["d"],
+            ),
+            (
+                json!({"anyOf": [string(json!({"maxLength": 1})), string(json!({"pattern": "^xy+$"}))]}),
+                &["a", "xyy"],
+                &["ab"],
+            ),
+        ] {
+            for text in good {
+                assert!(
+                    accepted(style, schema.clone(), text),
+                    "{style} {schema} {text:?}"
+                );
+            }
+            for text in bad {
+                assert!(
+                    !accepted(style, schema.clone(), text),
+                    "{style} {schema} {text:?}"
+                );
+            }
+        }
+        let short_or_null = json!({"anyOf": [string(json!({"maxLength": 2})), {"type": "null"}]});
+        assert!(accepted(style, short_or_null.clone(), "ab"), "{style}");
+        assert!(!accepted(style, short_or_null.clone(), "abc"), "{style}");
+        if style != "gemma" {
+            assert!(accepted(style, short_or_null.clone(), "null"), "{style}");
+        }
+    }
+}
+
+#[test]
+fn bounds_that_cannot_be_kept_without_quotes_are_refused_with_the_reason() {
+    for (schema, wanted) in [
+        (
+            json!({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "integer"}]}),
+            "the bounds of \"s\"",
+        ),
+        (json!({"maxLength": 2}), "the bounds of \"s\""),
+        (
+            json!({"type": "string", "not": {"const": "x"}}),
+            "\"not\" of a string",
+        ),
+        (
+            json!({"type": "string", "pattern": "(?=a)"}),
+            "looks around",
+        ),
+        (
+            json!({"type": "string", "minLength": 3, "maxLength": 2}),
+            "no text has minLength 3 and maxLength 2",
+        ),
+        (
+            json!({"type": "string", "maxLength": -1}),
+            "a whole number up to 1048576, -1 came",
+        ),
+        (json!({"enum": ["a</parameter>"]}), "cannot be written"),
+    ] {
+        let tool = Tool {
+            name: "f".into(),
+            parameters: json!({"type": "object", "properties": {"s": schema}}),
+        };
+        let style = Style::named("qwen3_coder").unwrap();
+        let error = style
+            .calls_grammar(&[&tool], false, &Plain)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(wanted), "{schema}: {error}");
+    }
+}
+
+#[test]
+fn tags_that_tell_strings_from_json_type_what_a_schema_leaves_open() {
+    let tools = vec![Tool {
+        name: "f".into(),
+        parameters: json!({"type": "object", "properties": {
+            "a": {"type": ["string", "integer"], "maxLength": 2}, "b": {"type": ["string", "integer"]}, "c": {}}}),
+    }];
+    let text = |a: &str| {
+        format!(
+            "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"f\">\n\
+             <｜DSML｜parameter name=\"a\" string=\"true\">{a}</｜DSML｜parameter>\n\
+             <｜DSML｜parameter name=\"b\" string=\"false\">5</｜DSML｜parameter>\n\
+             <｜DSML｜parameter name=\"c\" string=\"false\">[1, \"x\"]</｜DSML｜parameter>\n\
+             </｜DSML｜invoke>\n</｜DSML｜function_calls>"
+        )
+    };
+    let style = Style::named("deepseek_v32").unwrap();
+    let grammar = style.calls_grammar(&[&tools[0]], false, &Plain).unwrap();
+    assert!(accepts(&grammar, &text("12")), "{grammar}");
+    assert!(!accepts(&grammar, &text("123")), "{grammar}");
+    let text = text("12");
+    for pieces in [
+        vec![text.as_str()],
+        text.split_inclusive(|_: char| true).collect(),
+    ] {
+        let (_, _, calls) = total(style.parser(&tools, true, Thinking::Off), pieces);
+        let arguments: Value = serde_json::from_str(&calls[0].1).unwrap();
+        assert_eq!(arguments, json!({"a": "12", "b": 5, "c": [1, "x"]}));
+    }
+}
+
+#[test]
+fn a_frame_around_the_answer_is_dropped_and_a_thought_before_it_told_apart() {
+    let text =
+        "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>a <b> <|START<|END_RESPONSE|>";
+    let wanted = ("a <b> <|START".into(), "hm".into(), vec![]);
+    assert_eq!(read("cohere", Thinking::Possible, text), wanted);
+    let parser = Style::named("cohere")
+        .unwrap()
+        .parser(&[], false, Thinking::Possible);
+    assert_eq!(total(parser, [text]), wanted);
+}
+
+/// A vocabulary where marks of two letters are special tokens.
+struct Special;
+
+impl Lark for Special {
+    fn literal(&self, text: &str) -> String {
+        match text.starts_with("<|tool_call")
+            && text.ends_with("|>")
+            && text.matches('<').count() == 1
+        {
+            true => "<[300]>".into(),
+            false => json!(text).to_string(),
+        }
+    }
+    fn schema(&self, schema: &Value) -> Result<String> {
+        Ok(format!("%json {schema}"))
+    }
+}
+
+#[test]
+fn a_special_token_amid_a_marker_is_written_as_one() {
+    let tools = tools();
+    let style = Style::named("kimi").unwrap();
+    let grammar = style.calls_grammar(&[&tools[1]], false, &Special).unwrap();
+    let wanted = "start: <[300]> <[300]> \"functions.\" call <[300]>\n";
+    assert!(grammar.starts_with(wanted), "{grammar}");
+    assert!(
+        grammar.contains("call: \"now:\" /[0-9]{1,4}/ <[300]> rest0"),
+        "{grammar}"
     );
-    let value = json!({"x-regex": "<\\|channel\\|>final<\\|message\\|>(.*)"});
-    assert_eq!(
-        Style::of_response_template(&value).unwrap().name(),
-        "harmony"
-    );
-    assert!(Style::of_response_template(&json!({"a": 1})).is_none());
 }
 
 #[test]
@@ -692,11 +1032,28 @@ fn a_template_shows_its_style() {
         ("vllm__tool_chat_template_toolace", "pythonic"),
         ("trl__lfm2", "lfm2"),
         ("llamacpp__unsloth-Apriel-1.5", "apriel"),
+        ("llamacpp__Kimi-K2-Instruct", "kimi"),
+        ("llamacpp__Kimi-K2-Thinking", "kimi"),
+        ("llamacpp__moonshotai-Kimi-K2", "kimi"),
+        ("llamacpp__deepseek-ai-DeepSeek-V3.2", "deepseek_v32"),
+        ("llamacpp__MiniMax-M2", "minimax"),
+        ("llamacpp__ByteDance-Seed-OSS", "seed"),
+        (
+            "llamacpp__CohereForAI-c4ai-command-r7b-12-2024-tool_use",
+            "cohere",
+        ),
+        ("hfjs__CohereLabs-c4ai-command-a-03-2025", "cohere"),
+        ("hfjs__CohereLabs-command-a-reasoning-08-2025", "cohere"),
+        ("llamacpp__meetkai-functionary-medium-v3.1", "functionary"),
         // Calls of their own that are not known here.
-        ("llamacpp__Kimi-K2-Instruct", "hermes"),
-        ("llamacpp__deepseek-ai-DeepSeek-V3.2", "hermes"),
-        ("llamacpp__MiniMax-M2", "hermes"),
+        ("llamacpp__Kimi-K3", "hermes"),
+        ("llamacpp__GigaChat3-10B-A1.8B", "hermes"),
+        (
+            "llamacpp__CohereForAI-c4ai-command-r-plus-tool_use",
+            "hermes",
+        ),
         // No tools at all.
+        ("trl__gemma3_training", "hermes"),
         ("automap__llama2-7b", "hermes"),
     ];
     for entry in std::fs::read_dir(&folder).unwrap() {
