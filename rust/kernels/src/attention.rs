@@ -12,7 +12,7 @@
 use crate::elementwise::exp;
 use crate::pool::{Pool, SendPtr};
 use crate::quant::f16_to_f32;
-use crate::simd::{Isa, LANES, Simd, dispatch, prefetch};
+use crate::simd::{Isa, LANES, Simd, dispatch, largest, prefetch, sum};
 
 pub use crate::kv::{KvLayer, PAGE, Span};
 
@@ -386,7 +386,8 @@ unsafe fn queries<S: Simd, const Q: usize>(task: &Task, unit: Unit, sums: *mut f
         let mut of = [Running::default(); Q];
         for i in 0..Q {
             let seen = &mut weights[i][(from % PAGES) * PAGE..][..(to - from) * PAGE];
-            of[i] = soften(shape, seen, from * PAGE, shape.visible(position[i]));
+            // SAFETY: slices.
+            of[i] = unsafe { soften::<S>(shape, seen, from * PAGE, shape.visible(position[i])) };
         }
         acc.fill(0.0);
         for page in from..to {
@@ -481,7 +482,7 @@ unsafe fn scores<S: Simd, const Q: usize>(
 
 /// Turn the scores of whole pages from position `first` on into weights relative to their maximum; invisible ones become 0.
 #[inline(always)]
-fn soften(
+unsafe fn soften<S: Simd>(
     shape: &AttentionShape,
     scores: &mut [f32],
     first: usize,
@@ -497,40 +498,26 @@ fn soften(
     let (from, to) = (seen(visible.start), seen(visible.end));
     scores[..from].fill(f32::NEG_INFINITY);
     scores[to..].fill(f32::NEG_INFINITY);
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for page in scores.chunks_exact(LANES) {
-        for (m, &s) in lanes.iter_mut().zip(page) {
-            *m = if s > *m { s } else { *m };
+    // SAFETY: whole pages, a vector each.
+    unsafe {
+        let mut lanes = S::splat(f32::NEG_INFINITY);
+        for page in scores.chunks_exact(LANES) {
+            lanes = S::max(lanes, S::load_f32(page.as_ptr()));
+        }
+        let max = largest::<S>(lanes);
+        let mut sums = S::splat(0.0);
+        for page in scores.chunks_exact_mut(LANES) {
+            let s = S::load_f32(page.as_ptr());
+            let weight = S::exp(S::add(s, S::splat(-max)));
+            let weight = S::keep_unequal(weight, s, S::splat(f32::NEG_INFINITY));
+            sums = S::add(sums, weight);
+            S::store(page.as_mut_ptr(), weight);
+        }
+        Running {
+            sum: sum::<S>(sums),
+            max,
         }
     }
-    for half in [8, 4, 2, 1] {
-        for j in 0..half {
-            lanes[j] = if lanes[j + half] > lanes[j] {
-                lanes[j + half]
-            } else {
-                lanes[j]
-            };
-        }
-    }
-    let max = lanes[0];
-    let mut sums = [0f32; LANES];
-    for page in scores.chunks_exact_mut(LANES) {
-        for (s, sum) in page.iter_mut().zip(&mut sums) {
-            let weight = if *s == f32::NEG_INFINITY {
-                0.0
-            } else {
-                exp(*s - max)
-            };
-            *sum += weight;
-            *s = weight;
-        }
-    }
-    for half in [8, 4, 2, 1] {
-        for j in 0..half {
-            sums[j] += sums[j + half];
-        }
-    }
-    Running { sum: sums[0], max }
 }
 
 /// `acc += weights[..][at..] * values`, sixteen dimensions at a time.

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::elementwise::{EXP_HIGH, EXP_LOW, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW, LOG2_E};
 use crate::simd::Simd;
 
 /// AVX2 + FMA + F16C; integer dots by `vpmaddubsw` or, where 8-bit codes would overflow it, by widening.
@@ -87,6 +88,36 @@ unsafe fn f16_half(a: __m256) -> __m128i {
     }
 }
 
+/// See `elementwise::exp`.
+#[inline(always)]
+unsafe fn exp_half(a: __m256) -> __m256 {
+    unsafe {
+        let set = |x| _mm256_set1_ps(x);
+        let x = _mm256_max_ps(set(EXP_LOW), a);
+        let x = _mm256_min_ps(set(EXP_HIGH), x);
+        let n = _mm256_mul_ps(x, set(LOG2_E));
+        let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(n);
+        let r = _mm256_fmadd_ps(n, set(-LN2_HIGH), x);
+        let r = _mm256_fmadd_ps(n, set(-LN2_LOW), r);
+        let mut p = set(EXP_POLYNOMIAL[0]);
+        p = _mm256_fmadd_ps(p, r, set(EXP_POLYNOMIAL[1]));
+        p = _mm256_fmadd_ps(p, r, set(EXP_POLYNOMIAL[2]));
+        p = _mm256_fmadd_ps(p, r, set(EXP_POLYNOMIAL[3]));
+        p = _mm256_fmadd_ps(p, r, set(EXP_POLYNOMIAL[4]));
+        p = _mm256_fmadd_ps(p, r, set(EXP_POLYNOMIAL[5]));
+        let p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r);
+        let p = _mm256_add_ps(p, set(1.0));
+        let n = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
+        _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n)))
+    }
+}
+
+/// Eight floats to integers, to nearest even, NaN to 0.
+#[inline(always)]
+unsafe fn round_half(a: __m256) -> __m256i {
+    unsafe { _mm256_cvtps_epi32(_mm256_and_ps(a, _mm256_cmp_ps::<_CMP_ORD_Q>(a, a))) }
+}
+
 macro_rules! implement {
     ($name:ident, $dot4:ident) => {
         // SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features
@@ -95,6 +126,7 @@ macro_rules! implement {
             type I = [__m256i; 2];
             type S = [__m256i; 2];
             type F = [__m256; 2];
+            const ROWS: usize = 4;
 
             #[inline(always)]
             unsafe fn load(p: *const u8) -> Self::I {
@@ -169,6 +201,55 @@ macro_rules! implement {
             #[inline(always)]
             unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
                 unsafe { both!(_mm256_fmadd_ps, a, b, c) }
+            }
+            #[inline(always)]
+            unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+                unsafe { both!(_mm256_div_ps, a, b) }
+            }
+            #[inline(always)]
+            unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+                // The second operand is what comes out where one is NaN.
+                unsafe { both!(_mm256_max_ps, b, a) }
+            }
+            #[inline(always)]
+            unsafe fn abs(a: Self::F) -> Self::F {
+                unsafe {
+                    let sign = [_mm256_set1_ps(-0.0); 2];
+                    both!(_mm256_andnot_ps, sign, a)
+                }
+            }
+            #[inline(always)]
+            unsafe fn exp(a: Self::F) -> Self::F {
+                unsafe { both!(exp_half, a) }
+            }
+            #[inline(always)]
+            unsafe fn keep_unequal(value: Self::F, a: Self::F, b: Self::F) -> Self::F {
+                unsafe {
+                    let differ = both!(_mm256_cmp_ps::<_CMP_NEQ_UQ>, a, b);
+                    both!(_mm256_and_ps, value, differ)
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_i8(p: *mut i8, a: Self::F) -> i32 {
+                unsafe {
+                    let codes = both!(round_half, a);
+                    let words = _mm256_packs_epi32(codes[0], codes[1]);
+                    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                    let bytes = _mm_packs_epi16(
+                        _mm256_castsi256_si128(words),
+                        _mm256_extracti128_si256::<1>(words),
+                    );
+                    _mm_storeu_si128(p.cast(), bytes);
+                    // Sixteen words to eight sums, then to one.
+                    let sums = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+                    let sums = _mm_add_epi32(
+                        _mm256_castsi256_si128(sums),
+                        _mm256_extracti128_si256::<1>(sums),
+                    );
+                    let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b01_00_11_10>(sums));
+                    let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b00_00_00_01>(sums));
+                    _mm_cvtsi128_si32(sums)
+                }
             }
             #[inline(always)]
             unsafe fn load_f32(p: *const f32) -> Self::F {

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::elementwise::{EXP_HIGH, EXP_LOW, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW, LOG2_E};
 use crate::simd::Simd;
 
 /// AVX-512 F/BW/VL/DQ with VNNI.
@@ -13,6 +14,7 @@ impl Simd for Avx512 {
     type I = __m512i;
     type S = __m512i;
     type F = __m512;
+    const ROWS: usize = 16;
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> __m512i {
@@ -74,6 +76,54 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        // The second operand is what comes out where one is NaN.
+        unsafe { _mm512_max_ps(b, a) }
+    }
+    #[inline(always)]
+    unsafe fn abs(a: __m512) -> __m512 {
+        unsafe { _mm512_abs_ps(a) }
+    }
+    #[inline(always)]
+    unsafe fn exp(a: __m512) -> __m512 {
+        unsafe {
+            let set = |x| _mm512_set1_ps(x);
+            let x = _mm512_max_ps(set(EXP_LOW), a);
+            let x = _mm512_min_ps(set(EXP_HIGH), x);
+            let n = _mm512_mul_ps(x, set(LOG2_E));
+            let n = _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(n);
+            let r = _mm512_fmadd_ps(n, set(-LN2_HIGH), x);
+            let r = _mm512_fmadd_ps(n, set(-LN2_LOW), r);
+            let mut p = set(EXP_POLYNOMIAL[0]);
+            p = _mm512_fmadd_ps(p, r, set(EXP_POLYNOMIAL[1]));
+            p = _mm512_fmadd_ps(p, r, set(EXP_POLYNOMIAL[2]));
+            p = _mm512_fmadd_ps(p, r, set(EXP_POLYNOMIAL[3]));
+            p = _mm512_fmadd_ps(p, r, set(EXP_POLYNOMIAL[4]));
+            p = _mm512_fmadd_ps(p, r, set(EXP_POLYNOMIAL[5]));
+            let p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
+            let p = _mm512_add_ps(p, set(1.0));
+            let n = _mm512_add_epi32(_mm512_cvttps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(n)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn keep_unequal(value: __m512, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(a, b), value) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, a: __m512) -> i32 {
+        unsafe {
+            let ordered = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a);
+            let codes = _mm512_maskz_cvtps_epi32(ordered, a);
+            _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(codes));
+            _mm512_reduce_add_epi32(codes)
+        }
     }
     #[inline(always)]
     unsafe fn load_f32(p: *const f32) -> __m512 {

@@ -1,10 +1,9 @@
 //! What a decoder does to rows of floats between multiplications: norms, rotary positions, gated activations.
 //!
-//! Plain loops over sixteen lanes, which the compiler turns into vectors of whatever instruction set the caller was
-//! compiled for. Multiplications and additions fuse by name only (`mul_add`), so every set gives the same bits.
+//! Sixteen lanes at a time. Multiplications and additions fuse by name only, so every instruction set gives the same bits.
 
 use crate::pool::Pool;
-use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::simd::{Isa, LANES, Simd, dispatch, load_part, store_part, sum};
 
 /// Rows times width below which threads cost more than they bring.
 const SERIAL: usize = 8192;
@@ -22,24 +21,29 @@ fn over_rows(pool: &Pool, out: &mut [f32], width: usize, f: impl Fn(usize, &mut 
 
 /// Sum of squares, sixteen lanes at a time, then the lanes in a fixed order.
 #[inline(always)]
-fn sum_of_squares(x: &[f32]) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (sum, &x) in lanes.iter_mut().zip(chunk) {
-            *sum = x.mul_add(x, *sum);
+unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: `load_part` stays inside `x`.
+    unsafe {
+        let mut lanes = S::splat(0.0);
+        for at in (0..x.len()).step_by(LANES) {
+            let x = load_part::<S>(x, at);
+            lanes = S::fma(x, x, lanes);
+        }
+        sum::<S>(lanes)
+    }
+}
+
+/// `x * scale * weight`, to `out`.
+#[inline(always)]
+unsafe fn scale_by<S: Simd>(x: *const f32, len: usize, scale: f32, weight: &[f32], out: *mut f32) {
+    // SAFETY: `x` and `out` have `len` floats, says the caller; they may be the same.
+    unsafe {
+        for at in (0..len).step_by(LANES) {
+            let x = load_part::<S>(std::slice::from_raw_parts(x, len), at);
+            let y = S::mul(S::mul(x, S::splat(scale)), load_part::<S>(weight, at));
+            store_part::<S>(std::slice::from_raw_parts_mut(out, len), at, y);
         }
     }
-    for (sum, &x) in lanes.iter_mut().zip(rest) {
-        *sum = x.mul_add(x, *sum);
-    }
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-    }
-    lanes[0]
 }
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467).
@@ -61,9 +65,10 @@ dispatch! {
 
 #[inline(always)]
 unsafe fn rms_norm_body<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
-    for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * w;
+    // SAFETY: `x`, `weight` and `out` have the same length.
+    unsafe {
+        let scale = 1.0 / (sum_of_squares::<S>(x) / x.len() as f32 + eps).sqrt();
+        scale_by::<S>(x.as_ptr(), x.len(), scale, weight, out.as_mut_ptr());
     }
 }
 
@@ -91,8 +96,12 @@ dispatch! {
 
 #[inline(always)]
 unsafe fn add_body<S: Simd>(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
+    // SAFETY: `load_part` and `store_part` stay inside their slices, which are equally long.
+    unsafe {
+        for at in (0..x.len()).step_by(LANES) {
+            let sum = S::add(load_part::<S>(x, at), load_part::<S>(y, at));
+            store_part::<S>(x, at, sum);
+        }
     }
 }
 
@@ -128,47 +137,54 @@ dispatch! {
 
 #[inline(always)]
 unsafe fn gated_body<S: Simd>(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    match activation {
-        Activation::Silu => {
-            for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                *out = g / (1.0 + exp(-g)) * u;
-            }
-        }
-        Activation::GeluTanh => {
-            for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                // 0.5 (1 + tanh(t)) is sigmoid(2 t).
-                let t = 0.797_884_6 * (0.044_715 * g * g).mul_add(g, g);
-                *out = g / (1.0 + exp(-2.0 * t)) * u;
-            }
+    // SAFETY: `load_part` and `store_part` stay inside their slices, which are equally long.
+    unsafe {
+        for at in (0..out.len()).step_by(LANES) {
+            let (g, u) = (load_part::<S>(gate, at), load_part::<S>(up, at));
+            let exponent = match activation {
+                Activation::Silu => S::mul(g, S::splat(-1.0)),
+                Activation::GeluTanh => {
+                    // 0.5 (1 + tanh(t)) is sigmoid(2 t).
+                    let cubic = S::mul(S::mul(S::splat(0.044_715), g), g);
+                    let t = S::mul(S::splat(0.797_884_6), S::fma(cubic, g, g));
+                    S::mul(S::splat(-2.0), t)
+                }
+            };
+            let sigmoid = S::add(S::splat(1.0), S::exp(exponent));
+            store_part::<S>(out, at, S::mul(S::div(g, sigmoid), u));
         }
     }
 }
 
-/// e to the x: 2^n times a polynomial on [-ln2/2, ln2/2], relative error below 2e-7; saturates instead of overflowing.
+pub(crate) const EXP_LOW: f32 = -87.0;
+pub(crate) const EXP_HIGH: f32 = 88.0;
+pub(crate) const LOG2_E: f32 = std::f32::consts::LOG2_E;
+pub(crate) const LN2_HIGH: f32 = 0.693_359_4;
+pub(crate) const LN2_LOW: f32 = -2.121_944_4e-4;
+/// Of the sixth to the second power.
+pub(crate) const EXP_POLYNOMIAL: [f32; 6] = [
+    1.987_569_1e-4,
+    1.398_199_9e-3,
+    8.333_452e-3,
+    4.166_579_6e-2,
+    1.666_666_5e-1,
+    0.5,
+];
+
+/// e to the x: 2^n times a polynomial on [-ln2/2, ln2/2], relative error below 2e-7; saturates instead of overflowing. The
+/// definition of `Simd::exp`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = if x < -87.0 { -87.0 } else { x };
-    let x = if x > 88.0 { 88.0 } else { x };
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let x = if x < EXP_LOW { EXP_LOW } else { x };
+    let x = if x > EXP_HIGH { EXP_HIGH } else { x };
+    let n = (x * LOG2_E).round_ties_even();
     let r = n.mul_add(-LN2_HIGH, x);
     let r = n.mul_add(-LN2_LOW, r);
-    let p = 1.987_569_1e-4_f32;
-    let p = p.mul_add(r, 1.398_199_9e-3);
-    let p = p.mul_add(r, 8.333_452e-3);
-    let p = p.mul_add(r, 4.166_579_6e-2);
-    let p = p.mul_add(r, 1.666_666_5e-1);
-    let p = p.mul_add(r, 0.5);
+    let [first, rest @ ..] = EXP_POLYNOMIAL;
+    let p = rest.iter().fold(first, |p, c| p.mul_add(r, *c));
     let p = p.mul_add(r * r, r) + 1.0;
-    // SAFETY: n is within -126..=127, or NaN, which x86 and Arm turn into some integer without harm; the NaN itself
-    // comes out through p.
-    let n = if n.is_nan() {
-        0
-    } else {
-        unsafe { n.to_int_unchecked::<i32>() }
-    };
-    p * f32::from_bits(((n + 127) as u32) << 23)
+    // NaN becomes 0 here and comes out through p.
+    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
 /// How rotary embeddings pair the numbers of a head.
@@ -238,9 +254,10 @@ unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
     for (h, head) in heads.enumerate() {
         if let Some((q, k, eps)) = prep.norms {
             let weight = if h < prep.heads { q } else { k };
-            let scale = 1.0 / (sum_of_squares(head) / head.len() as f32 + eps).sqrt();
-            for (x, w) in head.iter_mut().zip(weight) {
-                *x = *x * scale * w;
+            // SAFETY: a head is as long as its weight; it is scaled in place.
+            unsafe {
+                let scale = 1.0 / (sum_of_squares::<S>(head) / head.len() as f32 + eps).sqrt();
+                scale_by::<S>(head.as_ptr(), head.len(), scale, weight, head.as_mut_ptr());
             }
         }
         if let Some(r) = prep.rotation {

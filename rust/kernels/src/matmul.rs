@@ -2,7 +2,7 @@
 
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
-use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::simd::{Isa, LANES, Simd, dispatch, largest};
 use crate::tile::{self, BLOCK, Format, Tiles};
 
 /// 32 activations of a row, quantised to 8 bits with a scale of their own.
@@ -46,37 +46,24 @@ dispatch! {
 #[inline(always)]
 unsafe fn quantize_body<S: Simd>(x: &[f32], out: &mut [ActBlock]) {
     for (x, out) in x.chunks_exact(BLOCK).zip(out) {
-        let mut max = [0f32; LANES];
-        for (m, (a, b)) in max.iter_mut().zip(x[..LANES].iter().zip(&x[LANES..])) {
-            let (a, b) = (a.abs(), b.abs());
-            *m = if a > b { a } else { b };
+        // SAFETY: a block is two vectors of floats, and of codes.
+        unsafe {
+            let halves = [S::load_f32(x.as_ptr()), S::load_f32(x.as_ptr().add(LANES))];
+            let max = S::max(S::abs(halves[0]), S::abs(halves[1]));
+            // From zero up: a NaN in the first half counts for nothing either.
+            let max = largest::<S>(S::max(S::splat(0.0), max));
+            let scale = max / 127.0;
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            let code = |h: usize| S::mul(halves[h], S::splat(inverse));
+            let codes = out.codes.as_mut_ptr();
+            let sums = [
+                S::store_i8(codes, code(0)),
+                S::store_i8(codes.add(LANES), code(1)),
+            ];
+            out.scale = scale;
+            out.half_sums = [scale * sums[0] as f32, scale * sums[1] as f32];
+            out.sum = scale * (sums[0] + sums[1]) as f32;
         }
-        for half in [8, 4, 2, 1] {
-            for j in 0..half {
-                max[j] = if max[j + half] > max[j] {
-                    max[j + half]
-                } else {
-                    max[j]
-                };
-            }
-        }
-        let scale = max[0] / 127.0;
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        let mut halves = [0i32; 2];
-        for h in 0..2 {
-            for j in 0..LANES {
-                let q = (x[h * LANES + j] * inverse).round_ties_even();
-                let q = if q.is_nan() { 0.0 } else { q };
-                // SAFETY: no NaN, and at most 127 or a rounding more, since `inverse` is of the largest; 0 where that is
-                // infinite.
-                let q = unsafe { q.to_int_unchecked::<i32>() };
-                out.codes[h * LANES + j] = q as i8;
-                halves[h] += q;
-            }
-        }
-        out.scale = scale;
-        out.half_sums = [scale * halves[0] as f32, scale * halves[1] as f32];
-        out.sum = scale * (halves[0] + halves[1]) as f32;
     }
 }
 
@@ -258,29 +245,38 @@ macro_rules! each_row {
     };
 }
 
-/// All rows in groups of 16, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
+/// All rows in groups of at most `S::ROWS`, 16, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
 #[inline(always)]
 unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
     let mut row = 0;
     unsafe {
-        while task.x.rows - row >= 16 {
-            quant_rows::<S, F, 16>(task, row);
-            row += 16;
+        if const { S::ROWS >= 16 } {
+            while task.x.rows - row >= 16 {
+                quant_rows::<S, F, 16>(task, row);
+                row += 16;
+            }
         }
-        if task.x.rows - row >= 8 {
-            quant_rows::<S, F, 8>(task, row);
-            row += 8;
+        if const { S::ROWS >= 8 } {
+            while task.x.rows - row >= 8 {
+                quant_rows::<S, F, 8>(task, row);
+                row += 8;
+            }
         }
-        if task.x.rows - row >= 4 {
-            quant_rows::<S, F, 4>(task, row);
-            row += 4;
+        if const { S::ROWS >= 4 } {
+            while task.x.rows - row >= 4 {
+                quant_rows::<S, F, 4>(task, row);
+                row += 4;
+            }
         }
-        if task.x.rows - row >= 2 {
-            quant_rows::<S, F, 2>(task, row);
-            row += 2;
+        if const { S::ROWS >= 2 } {
+            while task.x.rows - row >= 2 {
+                quant_rows::<S, F, 2>(task, row);
+                row += 2;
+            }
         }
-        if task.x.rows - row >= 1 {
+        while task.x.rows - row >= 1 {
             quant_rows::<S, F, 1>(task, row);
+            row += 1;
         }
     }
 }
@@ -403,13 +399,17 @@ impl FloatType for Bf16 {
 unsafe fn float_body<S: Simd, W: FloatType>(task: &Task) {
     let mut row = 0;
     unsafe {
-        while task.x.rows - row >= 16 {
-            float_rows::<S, W, 16>(task, row);
-            row += 16;
+        if const { S::ROWS >= 16 } {
+            while task.x.rows - row >= 16 {
+                float_rows::<S, W, 16>(task, row);
+                row += 16;
+            }
         }
-        while task.x.rows - row >= 4 {
-            float_rows::<S, W, 4>(task, row);
-            row += 4;
+        if const { S::ROWS >= 4 } {
+            while task.x.rows - row >= 4 {
+                float_rows::<S, W, 4>(task, row);
+                row += 4;
+            }
         }
         while task.x.rows - row >= 1 {
             float_rows::<S, W, 1>(task, row);

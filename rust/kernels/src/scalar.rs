@@ -1,5 +1,6 @@
 //! Sixteen lanes without SIMD: the definition of every vector operation, and the path for CPUs that have no fast twin.
 
+use crate::elementwise::exp;
 use crate::quant::f16_to_f32;
 use crate::simd::{LANES, Simd};
 
@@ -28,6 +29,7 @@ impl Simd for Scalar {
     type I = [u8; 64];
     type S = [i32; LANES];
     type F = [f32; LANES];
+    const ROWS: usize = 1;
 
     unsafe fn load(p: *const u8) -> Self::I {
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }
@@ -73,6 +75,26 @@ impl Simd for Scalar {
     }
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         lanes(|i| a[i].mul_add(b[i], c[i]))
+    }
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] / b[i])
+    }
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if b[i] > a[i] { b[i] } else { a[i] })
+    }
+    unsafe fn abs(a: Self::F) -> Self::F {
+        a.map(f32::abs)
+    }
+    unsafe fn exp(a: Self::F) -> Self::F {
+        a.map(exp)
+    }
+    unsafe fn keep_unequal(value: Self::F, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if a[i] == b[i] { 0.0 } else { value[i] })
+    }
+    unsafe fn store_i8(p: *mut i8, a: Self::F) -> i32 {
+        let codes = a.map(|x| x.round_ties_even() as i8);
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(codes) };
+        codes.iter().map(|x| i32::from(*x)).sum()
     }
     unsafe fn load_f32(p: *const f32) -> Self::F {
         unsafe { p.cast::<[f32; LANES]>().read_unaligned() }

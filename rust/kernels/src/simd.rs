@@ -17,6 +17,9 @@ pub(crate) trait Simd: Copy {
     type S: Copy;
     type F: Copy;
 
+    /// Rows of activations that a multiplication takes at once, at most: as many as its registers hold sums for.
+    const ROWS: usize;
+
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn and(a: Self::I, mask: u8) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
@@ -34,6 +37,16 @@ pub(crate) trait Simd: Copy {
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `b` where it is the larger, else `a`, also where one is NaN.
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn abs(a: Self::F) -> Self::F;
+    /// e to the `a`: see `elementwise::exp`, whose bits it gives.
+    unsafe fn exp(a: Self::F) -> Self::F;
+    /// `value` where `a` differs from `b`, or is NaN; else 0.
+    unsafe fn keep_unequal(value: Self::F, a: Self::F, b: Self::F) -> Self::F;
+    /// Store `a` as signed bytes, to nearest even, NaN as 0; their sum. `a` is within -127.5..127.5.
+    unsafe fn store_i8(p: *mut i8, a: Self::F) -> i32;
     unsafe fn load_f32(p: *const f32) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn load_bf16(p: *const u16) -> Self::F;
@@ -45,6 +58,68 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(p: *mut f32, a: Self::F);
     /// To f16 bits, to nearest even; beyond f16's range its largest number. NaN stays NaN.
     unsafe fn store_f16(p: *mut u16, a: Self::F);
+}
+
+/// Sixteen floats of `x` from `at` on; beyond its end 0.
+#[inline(always)]
+pub(crate) unsafe fn load_part<S: Simd>(x: &[f32], at: usize) -> S::F {
+    // SAFETY: sixteen floats of `x`, or of a copy.
+    unsafe {
+        if let Some(whole) = x.get(at..at + LANES) {
+            return S::load_f32(whole.as_ptr());
+        }
+        let mut part = [0f32; LANES];
+        let rest = &x[at..];
+        part[..rest.len()].copy_from_slice(rest);
+        S::load_f32(part.as_ptr())
+    }
+}
+
+/// Store to `out` from `at` on, as far as it goes.
+#[inline(always)]
+pub(crate) unsafe fn store_part<S: Simd>(out: &mut [f32], at: usize, a: S::F) {
+    // SAFETY: sixteen floats of `out`, or of a copy.
+    unsafe {
+        if let Some(whole) = out.get_mut(at..at + LANES) {
+            return S::store(whole.as_mut_ptr(), a);
+        }
+        let mut part = [0f32; LANES];
+        S::store(part.as_mut_ptr(), a);
+        let rest = &mut out[at..];
+        rest.copy_from_slice(&part[..rest.len()]);
+    }
+}
+
+/// The largest of the sixteen.
+#[inline(always)]
+pub(crate) unsafe fn largest<S: Simd>(a: S::F) -> f32 {
+    let mut lanes = [0f32; LANES];
+    // SAFETY: sixteen floats.
+    unsafe { S::store(lanes.as_mut_ptr(), a) };
+    for half in [8, 4, 2, 1] {
+        for j in 0..half {
+            lanes[j] = if lanes[j + half] > lanes[j] {
+                lanes[j + half]
+            } else {
+                lanes[j]
+            };
+        }
+    }
+    lanes[0]
+}
+
+/// The sum of the sixteen, halves first.
+#[inline(always)]
+pub(crate) unsafe fn sum<S: Simd>(a: S::F) -> f32 {
+    let mut lanes = [0f32; LANES];
+    // SAFETY: sixteen floats.
+    unsafe { S::store(lanes.as_mut_ptr(), a) };
+    for half in [8, 4, 2, 1] {
+        for j in 0..half {
+            lanes[j] += lanes[j + half];
+        }
+    }
+    lanes[0]
 }
 
 /// Ask for what will be read soon.
