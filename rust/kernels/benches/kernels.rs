@@ -43,7 +43,13 @@ fn best(mut f: impl FnMut()) -> f64 {
 
 /// Matrices enough of one type that they do not fit the caches together.
 fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) {
-    let (outputs, inputs) = (2048, 2048);
+    let width = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(2048)
+    };
+    let (outputs, inputs) = (width("HFCORE_OUTPUTS"), width("HFCORE_INPUTS"));
     let bytes: Vec<u8> = (0..outputs * tensor_type.row_bytes(inputs).unwrap_or(0))
         .map(|_| random.next() as u8 & 0x3B)
         .collect();

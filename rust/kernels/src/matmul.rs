@@ -281,6 +281,10 @@ unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
     }
 }
 
+/// How far ahead, in bytes, weights are fetched where several rows share them: the CPU's own prefetching, which suffices
+/// for one row, does not go far enough.
+const AHEAD: usize = 2048;
+
 #[inline(always)]
 unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize) {
     unsafe {
@@ -293,6 +297,11 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
             let head = F::head::<S>(p);
             p = p.add(F::HEAD);
             for _ in 0..F::SUPER {
+                if M > 1 {
+                    for line in 0..(F::CODES + F::SCALES).div_ceil(64) {
+                        crate::simd::prefetch_line(p.wrapping_add(AHEAD + 64 * line));
+                    }
+                }
                 let w = F::steps::<S>(p);
                 let scales = p.add(F::CODES);
                 if F::HALVES {

@@ -125,14 +125,22 @@ pub(crate) unsafe fn sum<S: Simd>(a: S::F) -> f32 {
 /// Ask for what will be read soon.
 #[inline(always)]
 pub(crate) fn prefetch<T>(all: &[T]) {
-    #[cfg(target_arch = "x86_64")]
     for at in (0..std::mem::size_of_val(all)).step_by(64) {
+        prefetch_line(all.as_ptr().cast::<u8>().wrapping_add(at));
+    }
+}
+
+/// Ask for 64 bytes, which need not exist: nothing is read.
+#[inline(always)]
+pub(crate) fn prefetch_line(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: inside the slice; a prefetch reads nothing anyway.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(all.as_ptr().cast::<i8>().add(at)) }
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = all;
+    let _ = at;
 }
 
 /// An instruction set that this CPU has: values come from [`Isa::detect`] and [`Isa::available`] alone, so that whoever
