@@ -9,6 +9,7 @@ mod avx2;
 mod avx512;
 pub mod attention;
 pub mod elementwise;
+pub mod limits;
 pub mod matmul;
 pub mod mmap;
 pub mod pool;
