@@ -22,7 +22,7 @@ const CODES: usize = 16;
 /// Independent sums that keep the multipliers busy: their latency times their number per cycle, and at most what the
 /// registers hold (32 of 64 bytes, or 16 of 32).
 const SUMS_AVX512: usize = 12;
-const SUMS: usize = 5;
+const SUMS: usize = 4;
 
 /// What all threads reach together.
 #[derive(Debug, Clone, Copy)]
@@ -139,14 +139,14 @@ unsafe fn read_body<S: Simd>(bytes: &[u8], out: &mut [f32; LANES]) {
 }
 
 dispatch! {
-    /// `STEPS` times `N` products of sixteen lanes; `x` has at least `N` rows.
-    unsafe fn multiply<; const N: usize>(codes: &[[u8; LANES * 4]; CODES], x: &[[i8; 4]], out: &mut [f32; LANES]) = multiply_body
+    /// `STEPS` times `N` products of sixteen lanes. All lengths are constants, so that the sums stay in registers.
+    unsafe fn multiply<; const N: usize>(codes: &[[u8; LANES * 4]; CODES], x: &[[i8; 4]; SUMS_AVX512], out: &mut [f32; LANES]) = multiply_body
 }
 
 #[inline(always)]
 unsafe fn multiply_body<S: Simd, const N: usize>(
     codes: &[[u8; LANES * 4]; CODES],
-    x: &[[i8; 4]],
+    x: &[[i8; 4]; SUMS_AVX512],
     out: &mut [f32; LANES],
 ) {
     // SAFETY: the trait's contract holds by the caller's `isa`; slices bound every pointer.
@@ -154,8 +154,8 @@ unsafe fn multiply_body<S: Simd, const N: usize>(
         let mut sums = [S::sums_zero(); N];
         for step in 0..STEPS {
             let code = S::load(codes[step % CODES].as_ptr());
-            for (sum, x) in sums.iter_mut().zip(x) {
-                *sum = S::dot4(*sum, code, x.as_ptr());
+            for k in 0..N {
+                sums[k] = S::dot4(sums[k], code, x[k].as_ptr());
             }
         }
         let mut all = S::to_f32(sums[0]);
@@ -176,7 +176,7 @@ mod tests {
         for isa in Isa::available() {
             let mut out = [0.0; LANES];
             // SAFETY: `isa` is available.
-            unsafe { multiply::<SUMS>(isa, &codes, &[[1; 4]; SUMS], &mut out) };
+            unsafe { multiply::<SUMS>(isa, &codes, &[[1; 4]; SUMS_AVX512], &mut out) };
             let operations = out.iter().sum::<f32>() * 2.0;
             assert_eq!(operations, (STEPS * SUMS * OPERATIONS) as f32, "{isa:?}");
 
