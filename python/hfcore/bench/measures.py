@@ -24,6 +24,7 @@ OURS = "hfcore"
 SHORT_PROMPT = 32  # tokens: of first-token and batch measurements
 SHORT_CONTEXT = 512
 COLD_ROUNDS = 3
+SLOW_START = 10.0  # seconds: who needs more starts for one round only
 GROWS = {"tokens/s"}  # units of which more is better
 
 
@@ -94,7 +95,10 @@ class Bench:
     def _cold(self) -> None:
         """Process start to first token, in a fresh process, and the memory that took."""
         rounds = min(self._plan.rounds, COLD_ROUNDS)
-        found = self._in_turn("first token, cold", self._keys, self._start, rounds)
+        found = self._in_turn(
+            "first token, cold", self._keys, self._start, rounds,
+            enough=lambda reply: bool(reply["seconds"] > SLOW_START),
+        )  # fmt: skip
         # Who could not even start once is not asked again: the reason is said already.
         self._keys = [key for key in self._keys if key in found]
         self._write("first token, cold", None, "s", pick(found, "seconds"))
@@ -177,12 +181,15 @@ class Bench:
         rounds: int,
         *,
         warm_up: bool = True,
+        enough: Callable[[Reply], bool] = lambda _: False,
     ) -> dict[Key, list[Reply]]:
         """Replies of each round after the warm-up; no entry of an engine that failed in one.
 
-        Who goes first alternates: a machine that warms up or slows down favours nobody.
+        Who goes first alternates: a machine that warms up or slows down favours nobody. After a
+        reply that is `enough`, an engine takes no more turns.
         """
         replies: dict[Key, list[Reply]] = {key: [] for key in keys}
+        done: set[Key] = set()
         for round_ in range(-1 if warm_up else 0, rounds):
             for key in sorted(replies, key=self._keys.index, reverse=bool(round_ % 2)):
                 self._tell(
@@ -198,6 +205,8 @@ class Bench:
                     continue
                 if round_ >= 0:
                     replies[key].append(reply)
+                    if enough(reply):
+                        done.add(key)
         return replies
 
     def _ask(self, key: Key, request: Reply) -> Reply:
@@ -347,12 +356,12 @@ def best(candidates: Iterable[Sequence[float]], unit: str) -> Sequence[float] | 
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Ours over theirs, round by round: the median of that, and its spread.
+    """Ours over theirs, round by round as far as both have them: the median, and its spread.
 
     >>> ratio([2.0, 3.0, 4.0], [1.0, 1.0, 4.0])
     {'median': 2.0, 'least': 1.0, 'most': 3.0}
     """
-    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    each = [a / b for a, b in zip(ours, theirs, strict=False)]
     figures = {"median": statistics.median(each), "least": min(each), "most": max(each)}
     return {name: round(figure, 4) for name, figure in figures.items()}
 

@@ -64,7 +64,7 @@ RIVALS = {
         Rival("openvino-genai", ("openvino_genai",), memory=(2.5, 0.0)),
         Rival(
             "transformers",
-            ("transformers", "torch", "gguf"),
+            ("transformers", "torch", "gguf", "accelerate"),
             {"bfloat16": {"dtype": "bfloat16"}, "float32": {"dtype": "float32"}},
             memory=(1.0, 5.0),
         ),

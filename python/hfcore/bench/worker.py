@@ -80,6 +80,7 @@ class _LlamaCpp(Adapter):
         import llama_cpp
 
         self._api, self._threads, self._mode = llama_cpp, threads, mode
+        self._contexts: dict[tuple[int, int], Any] = {}
         self._llama = llama_cpp.Llama(
             model, n_ctx=context, n_batch=self.BATCH, n_threads=threads,
             n_threads_batch=threads, verbose=False, **mode,
@@ -98,11 +99,15 @@ class _LlamaCpp(Adapter):
         return {"prompt": len(ids), "first": first - start, "rest": rest, "later": new - 1}
 
     def batch(self, prompts: list[Ids], new: int) -> Reply:
-        """One sequence each in a context of its own, through the library's C interface."""
+        """One sequence each, through the library's C interface; the context is kept, as ours is."""
         api = self._api
-        positions = sum(len(ids) + new for ids in prompts)
-        context = api.llama_init_from_model(self._llama.model, self._parameters(prompts, new))
-        batch = api.llama_batch_init(positions, 0, 1)
+        key = len(prompts), max(map(len, prompts)) + new
+        if key not in self._contexts:
+            wanted = self._parameters(*key, sum(map(len, prompts)))
+            self._contexts[key] = api.llama_init_from_model(self._llama.model, wanted)
+        context = self._contexts[key]
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        batch = api.llama_batch_init(sum(len(ids) + new for ids in prompts), 0, 1)
         try:
             start = time.perf_counter()
             texts = [list(ids) for ids in prompts]
@@ -115,17 +120,16 @@ class _LlamaCpp(Adapter):
             seconds = time.perf_counter() - start
         finally:
             api.llama_batch_free(batch)
-            api.llama_free(context)
         return {"seconds": seconds, "tokens": new * len(prompts)}
 
-    def _parameters(self, prompts: list[Ids], new: int) -> Any:
+    def _parameters(self, sequences: int, longest: int, tokens: int) -> Any:
+        """Of a context for so many texts of that length; their prompts' tokens are one batch."""
         api = self._api
-        longest = max(map(len, prompts)) + new
         wanted = api.llama_context_default_params()
-        wanted.n_seq_max = len(prompts)
+        wanted.n_seq_max = sequences
         # Rounded up, because a context of several sequences is cut into equal, padded parts.
-        wanted.n_ctx = len(prompts) * -(-longest // 256) * 256
-        wanted.n_batch = sum(len(ids) for ids in prompts)
+        wanted.n_ctx = sequences * -(-longest // 256) * 256
+        wanted.n_batch = tokens
         wanted.n_ubatch = self.BATCH
         wanted.n_threads = wanted.n_threads_batch = self._threads
         on = self._mode.get("flash_attn", False)
