@@ -25,6 +25,7 @@ __all__ = [
     "Usage",
     "__version__",
     "dequantize",
+    "limits",
 ]
 
 __version__: Final[str]
@@ -378,7 +379,7 @@ class Engine:
     def close(self) -> None:
         """End all requests and free the model. A second call does nothing."""
 
-def limits(threads: int, read_bytes: int = 1073741824) -> dict[str, Any]:
+def limits(threads: int, read_bytes: int) -> dict[str, Any]:
     """What this machine can do at most, measured now with so many threads together.
 
     `read_bytes` are read eight times over; they should be many times the last cache. Keys: threads,

@@ -30,7 +30,6 @@ fn dequantize<'py>(
 
 /// What this machine can do at most, measured now with so many threads; `read_bytes` are read.
 #[pyfunction]
-#[pyo3(signature = (threads, read_bytes = 1 << 30))]
 fn limits(py: Python<'_>, threads: usize, read_bytes: usize) -> PyResult<Bound<'_, PyDict>> {
     if threads == 0 {
         return Err(error::invalid(py, "threads must be at least 1, got 0"));
