@@ -6,8 +6,11 @@ VENV   ?= .venv
 PROMPT ?= Name three rivers of Europe.
 # As it was typed, whatever make or the shell would make of it.
 export QUESTION := $(value PROMPT)
-# The Python that has llama-cpp-python, for `make bench`; without it only hfcore is timed.
+# For `make bench`: Pythons that have rivals (what none of them has is said in the results); model
+# files, else the demo models; and further options of `hfcore bench`.
 RIVAL_PYTHON ?=
+MODELS       ?=
+BENCH        ?=
 
 BIN := $(VENV)/bin
 export CARGO_TARGET_DIR ?= target
@@ -71,8 +74,9 @@ fmt: setup ## write the formats that lint asks for
 
 check: lint test ## what CI runs
 
-bench: fetch ## hfcore and llama.cpp in turn, if RIVAL_PYTHON names a Python that has llama_cpp
-	$(BIN)/python benches/bench_rivals.py $(if $(RIVAL_PYTHON),--rival-python $(RIVAL_PYTHON))
+bench: fetch ## hfcore and its rivals in turn: make bench RIVAL_PYTHON=/path/to/python MODELS="a.gguf b.gguf"
+	$(BIN)/hfcore bench $(MODELS) $(RIVAL_PYTHON:%=--rival-python %) $(BENCH) \
+	  --out benches/results/rivals.jsonl --table docs/bench.md --picture docs/bench.png
 
 clean: ## remove what was built here (not the fetched models)
 	rm -rf $(VENV) target dist

@@ -21,6 +21,11 @@ PYTHON_LADDER = (
     "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
+# `hfcore bench` is a package with a ladder of its own. Its worker stands alone: any Python runs it.
+BENCH_LADDER = (
+    "worker", "processes", "machine", "model", "measures", "report", "session", "__init__",
+)  # fmt: skip
+
 # Each outside library has one home, so that a change of it has one place too.
 RUST_HOMES = {
     "minijinja": {"template"},
@@ -33,6 +38,9 @@ PYTHON_HOMES = {
     "langchain_core": {"messages", "tools", "structured", "chat_models", "llms", "embeddings"},
     "huggingface_hub": {"hub", "backends"},
     "numpy": {"_core", "engine", "testing", "bench", "embeddings"},
+    "matplotlib": {"bench"},
+    "torch": {"bench"},
+    "transformers": {"bench"},
 }
 
 
@@ -123,17 +131,17 @@ def test_comments_strings_and_tests_of_a_rust_file_may_say_anything() -> None:
 # --- Python -------------------------------------------------------------------------------------
 
 
-def python_uses(source: str) -> set[str]:
+def python_uses(source: str, package: str = "hfcore") -> set[str]:
     """Dotted names of every module that this file imports, wherever the import stands."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["hfcore" if node.level else "", node.module or ""]))
-            found |= (
-                {f"hfcore.{alias.name}" for alias in node.names} if base == "hfcore" else {base}
-            )
+            home = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level])
+            base = ".".join(filter(None, [home if node.level else "", node.module or ""]))
+            names = base in {"hfcore", "hfcore.bench"}
+            found |= {f"{base}.{alias.name}" for alias in node.names} if names else {base}
     return found
 
 
@@ -148,6 +156,49 @@ def python_violations(name: str, source: str) -> list[str]:
         if name not in PYTHON_HOMES.get(top, {name}):
             found.append(f"{name}.py uses {used}, which lives in {sorted(PYTHON_HOMES[top])}")
     return sorted(found)
+
+
+def bench_violations(name: str, source: str) -> list[str]:
+    """The same for a file of the package `hfcore.bench`."""
+    above = {f"hfcore.bench.{other}" for other in BENCH_LADDER[: BENCH_LADDER.index(name)]}
+    outer = {f"hfcore.{other}" for other in PYTHON_LADDER[: PYTHON_LADDER.index("bench")]}
+    found = []
+    for used in python_uses(source, "hfcore.bench"):
+        top = used.partition(".")[0]
+        if top == "hfcore" and (name == "worker") != (used == "hfcore"):
+            found.append(f"bench/{name}.py uses {used}; the worker alone goes by the public API")
+        elif top == "hfcore" and name != "worker" and not is_in(used, above | outer):
+            found.append(f"bench/{name}.py uses {used}, which is not above it")
+        if "bench" not in PYTHON_HOMES.get(top, {"bench"}):
+            found.append(f"bench/{name}.py uses {used}, which lives in {sorted(PYTHON_HOMES[top])}")
+    return sorted(found)
+
+
+def is_in(used: str, modules: set[str]) -> bool:
+    return any(used == module or used.startswith(f"{module}.") for module in modules)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "bench").glob("*.py")), ids=lambda p: str(p.name)
+)
+def test_a_file_of_the_harness_uses_only_files_above_it(path: Path) -> None:
+    assert path.stem in BENCH_LADDER, f"give {path.name} its place on the ladder"
+    assert bench_violations(path.stem, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("worker", "from .processes import Worker"),
+        ("worker", "from hfcore import errors"),
+        ("model", "from .measures import Plan"),
+        ("model", "from ..cli import main"),
+        ("report", "import hfcore"),
+        ("report", "from langchain_core.messages import AIMessage"),
+    ],
+)
+def test_a_file_of_the_harness_that_looks_down_is_caught(name: str, source: str) -> None:
+    assert bench_violations(name, source) != []
 
 
 MODULES = sorted(path for path in PACKAGE.glob("*.py*") if path.suffix in {".py", ".pyi"})

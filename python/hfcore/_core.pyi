@@ -25,6 +25,7 @@ __all__ = [
     "Usage",
     "__version__",
     "dequantize",
+    "limits",
 ]
 
 __version__: Final[str]
@@ -381,6 +382,21 @@ class Engine:
 
     def close(self) -> None:
         """End all requests and free the model. A second call does nothing."""
+
+def limits(threads: int, read_bytes: int) -> dict[str, Any]:
+    """What this machine can do at most, measured now with so many threads together.
+
+    `read_bytes` are read eight times over; they should be many times the last cache. Keys: threads,
+    instruction_set, read_bytes_per_second, int8_operations_per_second (a multiplication and an
+    addition are two; exact, in registers).
+
+    Raises:
+        ModelTooLargeError: `read_bytes` cannot be allocated.
+
+    >>> from hfcore._core import limits
+    >>> limits(1, read_bytes=1 << 22)["threads"]
+    1
+    """
 
 def dequantize(type_name: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].

@@ -1,4 +1,4 @@
-"""The command `hfcore`: chat, demo, tokenize, render, info. Over Engine; LangChain is not loaded.
+"""The command `hfcore`: chat, demo, tokenize, render, info, bench. LangChain is not loaded.
 
 Exit status: 0, 1 for a model that does not work, 2 for a wrong command line, 130 after Ctrl-C.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from . import bench
 from .errors import HfcoreError, InvalidRequestError, NoChatTemplateError
 
 if TYPE_CHECKING:
@@ -78,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a model is")
     _takes_model(info)
     info.set_defaults(run=_info)
+
+    measure = commands.add_parser(
+        "bench", help="hfcore and its rivals on the same files, beside the machine's limits"
+    )
+    bench.takes_options(measure)
+    measure.set_defaults(run=bench.run)
     return parser
 
 

@@ -22,11 +22,13 @@ pub struct Cpu {
     plan: AttentionPlan,
 }
 
-/// Rows of f32.
+/// Rows of f32, and the same quantised where an operation has already done so while it had them at hand.
 #[derive(Default)]
 pub struct Buffer {
     values: Vec<f32>,
     width: usize,
+    /// `[rows][width / 32]`, or none.
+    blocks: Vec<ActBlock>,
 }
 
 impl Buffer {
@@ -36,7 +38,17 @@ impl Buffer {
     fn shape(&mut self, rows: usize, width: usize) -> &mut [f32] {
         self.width = width;
         self.values.resize(rows * width, 0.0);
+        self.blocks.clear();
         &mut self.values
+    }
+    /// The same, with its quantised twin: empty where the width is not whole blocks.
+    fn shape_both(&mut self, rows: usize, width: usize) -> (&mut [f32], &mut [ActBlock]) {
+        self.shape(rows, width);
+        if width.is_multiple_of(BLOCK) {
+            self.blocks
+                .resize(rows * width / BLOCK, ActBlock::default());
+        }
+        (&mut self.values, &mut self.blocks)
     }
 }
 
@@ -106,22 +118,23 @@ impl Device for Cpu {
     }
 
     fn norm(&mut self, x: &Buffer, weight: &Vec<f32>, eps: f32, out: &mut Buffer) -> Result<()> {
-        let out = out.shape(x.rows(), x.width);
-        elementwise::rms_norm(self.isa, &self.pool, &x.values, weight, eps, out);
+        let (out, blocks) = out.shape_both(x.rows(), x.width);
+        elementwise::rms_norm(self.isa, &self.pool, &x.values, weight, eps, out, blocks);
         Ok(())
     }
 
     fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
-        self.blocks.clear();
-        if matrix.quantised() {
+        let mut blocks = &x.blocks;
+        if matrix.quantised() && blocks.is_empty() {
             self.blocks
                 .resize(x.values.len() / BLOCK, ActBlock::default());
             quantize_rows(self.isa, &self.pool, &x.values, x.width, &mut self.blocks);
+            blocks = &self.blocks;
         }
         let x = Activations {
             rows: x.rows(),
             floats: &x.values,
-            blocks: &self.blocks,
+            blocks,
         };
         matmul(
             self.isa,
@@ -194,18 +207,15 @@ impl Device for Cpu {
 
     fn gated(&mut self, activation: Activation, x: &Buffer, out: &mut Buffer) -> Result<()> {
         let width = x.width / 2;
+        let (out, blocks) = out.shape_both(x.rows(), width);
         elementwise::gated(
-            self.isa,
-            &self.pool,
-            activation,
-            &x.values,
-            width,
-            out.shape(x.rows(), width),
+            self.isa, &self.pool, activation, &x.values, width, out, blocks,
         );
         Ok(())
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
+        x.blocks.clear();
         elementwise::add(self.isa, &self.pool, &mut x.values, &y.values);
         Ok(())
     }

@@ -28,3 +28,6 @@ pub mod scheduler;
 pub mod stream;
 pub mod engine;
 pub mod model;
+
+/// What the machine can do at most, for benchmarks.
+pub use hfcore_kernels::limits;

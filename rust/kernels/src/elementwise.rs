@@ -2,11 +2,32 @@
 //!
 //! Sixteen lanes at a time. Multiplications and additions fuse by name only, so every instruction set gives the same bits.
 
-use crate::pool::Pool;
+use crate::matmul::{ActBlock, quantize_blocks};
+use crate::pool::{Pool, SendPtr};
 use crate::simd::{Isa, LANES, Simd, dispatch, load_part, store_part, sum};
+use crate::tile::BLOCK;
 
 /// Rows times width below which threads cost more than they bring.
 const SERIAL: usize = 8192;
+
+/// Run `f(i, row, blocks)` over the rows of `out` and their quantised twins, which may be none, in parallel when there is
+/// enough to do.
+fn over_both(
+    pool: &Pool,
+    out: &mut [f32],
+    width: usize,
+    blocks: &mut [ActBlock],
+    f: impl Fn(usize, &mut [f32], &mut [ActBlock]) + Sync,
+) {
+    let each = blocks.len() * width / out.len().max(1);
+    assert!(each == 0 || each * BLOCK == width, "blocks of all rows, or none");
+    let blocks = SendPtr(blocks.as_mut_ptr());
+    over_rows(pool, out, width, |i, out| {
+        // SAFETY: a row's blocks are its own, and inside the slice.
+        let blocks = unsafe { std::slice::from_raw_parts_mut(blocks.get().add(i * each), each) };
+        f(i, out, blocks);
+    });
+}
 
 /// Run `f(i, row)` over the rows of `out`, in parallel when there is enough to do.
 fn over_rows(pool: &Pool, out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
@@ -46,16 +67,28 @@ unsafe fn scale_by<S: Simd>(x: *const f32, len: usize, scale: f32, weight: &[f32
     }
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467).
+/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467); and `out` quantised,
+/// unless `blocks` is empty.
 ///
 /// # Panics
 /// When the lengths do not agree.
-pub fn rms_norm(isa: Isa, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub fn rms_norm(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+    blocks: &mut [ActBlock],
+) {
     assert_eq!(x.len(), out.len());
     let width = weight.len();
-    over_rows(pool, out, width, |i, out| {
+    over_both(pool, out, width, blocks, |i, out, blocks| {
         // SAFETY: slices; `isa` was detected.
-        unsafe { rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out) }
+        unsafe {
+            rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out);
+            quantize_blocks(isa, out, blocks);
+        }
     });
 }
 
@@ -114,7 +147,10 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide.
+/// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide; and `out` quantised, unless `blocks` is empty.
+///
+/// # Panics
+/// When the lengths do not agree.
 pub fn gated(
     isa: Isa,
     pool: &Pool,
@@ -122,12 +158,16 @@ pub fn gated(
     x: &[f32],
     width: usize,
     out: &mut [f32],
+    blocks: &mut [ActBlock],
 ) {
     assert_eq!(x.len(), 2 * out.len());
-    over_rows(pool, out, width, |i, out| {
+    over_both(pool, out, width, blocks, |i, out, blocks| {
         let (gate, up) = x[2 * i * width..2 * (i + 1) * width].split_at(width);
         // SAFETY: slices; `isa` was detected.
-        unsafe { gated_row(isa, activation, gate, up, out) }
+        unsafe {
+            gated_row(isa, activation, gate, up, out);
+            quantize_blocks(isa, out, blocks);
+        }
     });
 }
 
@@ -270,6 +310,7 @@ unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matmul::quantize_rows;
 
     fn numbers(n: usize) -> Vec<f32> {
         (0..n)
@@ -309,7 +350,7 @@ mod tests {
         let (x, w) = (numbers(300 * 40), numbers(40));
         let got = same_on_all(|isa| {
             let mut out = vec![0.0; x.len()];
-            rms_norm(isa, &pool, &x, &w, 1e-5, &mut out);
+            rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, &mut []);
             out
         });
         for (x, got) in x.chunks(40).zip(got.chunks(40)) {
@@ -322,13 +363,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_quantised_on_the_way_is_what_quantize_rows_makes() {
+        let pool = Pool::new(2);
+        for rows in [1, 300] {
+            let (x, w) = (numbers(rows * 64), numbers(64));
+            for isa in Isa::available() {
+                let mut out = vec![0.0; rows * 64];
+                let mut blocks = vec![ActBlock::default(); rows * 2];
+                let mut want = blocks.clone();
+                rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, &mut blocks);
+                quantize_rows(isa, &pool, &out, 64, &mut want);
+                assert_eq!(blocks, want);
+                let (out, blocks) = (&mut out[..rows * 32], &mut blocks[..rows]);
+                gated(isa, &pool, Activation::Silu, &x, 32, out, blocks);
+                quantize_rows(isa, &pool, out, 32, &mut want[..rows]);
+                assert_eq!(blocks, &want[..rows]);
+            }
+        }
+    }
+
+    #[test]
     fn gates_are_silu_and_gelu() {
         let pool = Pool::new(2);
         let x = numbers(2 * 3 * 50);
         for activation in [Activation::Silu, Activation::GeluTanh] {
             let got = same_on_all(|isa| {
                 let mut out = vec![0.0; 150];
-                gated(isa, &pool, activation, &x, 50, &mut out);
+                gated(isa, &pool, activation, &x, 50, &mut out, &mut []);
                 out
             });
             for row in 0..3 {

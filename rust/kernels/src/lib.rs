@@ -10,6 +10,7 @@ mod avx512;
 pub mod attention;
 pub mod elementwise;
 pub mod kv;
+pub mod limits;
 pub mod matmul;
 pub mod mmap;
 pub mod pool;

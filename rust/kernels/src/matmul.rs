@@ -40,7 +40,7 @@ pub fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [
 }
 
 dispatch! {
-    unsafe fn quantize_blocks<>(x: &[f32], out: &mut [ActBlock]) = quantize_body
+    pub(crate) unsafe fn quantize_blocks<>(x: &[f32], out: &mut [ActBlock]) = quantize_body
 }
 
 #[inline(always)]

@@ -8,11 +8,13 @@ mod error;
 mod stream;
 mod text;
 
+use hfcore_engine::error::Error;
+use hfcore_engine::memory;
 use hfcore_engine::options::OPTION_NAMES;
 use hfcore_engine::weights;
 use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyDict, PyTuple};
 
 /// Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].
 #[pyfunction]
@@ -24,6 +26,29 @@ fn dequantize<'py>(
     let (rows, bytes) = convert::to_bytes(blocks, "blocks")?;
     let (numbers, width) = error::run(py, || weights::dequantize_blocks(type_name, rows, &bytes))?;
     PyArray1::from_vec(py, numbers).reshape([rows, width])
+}
+
+/// What this machine can do at most, measured now with so many threads; `read_bytes` are read.
+#[pyfunction]
+fn limits(py: Python<'_>, threads: usize, read_bytes: usize) -> PyResult<Bound<'_, PyDict>> {
+    if threads == 0 {
+        return Err(error::invalid(py, "threads must be at least 1, got 0"));
+    }
+    let found = error::run(py, || {
+        hfcore_engine::limits::measure(threads, read_bytes).map_err(|_| Error::OutOfMemory {
+            needed: read_bytes as u64,
+            available: memory::available().unwrap_or(0),
+        })
+    })?;
+    let limits = PyDict::new(py);
+    limits.set_item("threads", found.threads)?;
+    limits.set_item("instruction_set", found.instruction_set)?;
+    limits.set_item("read_bytes_per_second", found.read_bytes_per_second)?;
+    limits.set_item(
+        "int8_operations_per_second",
+        found.int8_operations_per_second,
+    )?;
+    Ok(limits)
 }
 
 /// What the compiled half of hfcore offers; see hfcore for the whole.
@@ -39,5 +64,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<delta::TokenLogprob>()?;
     module.add_class::<delta::Usage>()?;
     module.add_class::<stream::Notifier>()?;
+    module.add_function(wrap_pyfunction!(limits, module)?)?;
     module.add_function(wrap_pyfunction!(dequantize, module)?)
 }

@@ -1,0 +1,235 @@
+"""What a result file says: a table in Markdown and a picture, made from its lines alone.
+
+matplotlib has its home here, and is needed for the picture only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import HfcoreError, InvalidRequestError
+from .measures import GROWS, OURS
+
+Line = dict[str, Any]
+_ORDER = (
+    "prefill", "decode", "batch", "first token, cold", "first token, warm",
+    "peak memory, first token", "peak memory, longest prompt",
+)  # fmt: skip
+_SIZED = {
+    "prefill": "prefill, {} tokens", "decode": "decode at depth {}", "batch": "{} at once",
+}  # fmt: skip
+NOTES = """\
+Every engine runs the same file in a process of its own and is stopped while another works; they
+take turns within each round, after a warm-up round. A cell has the median of its rounds; "x" is
+hfcore's figure over the rival's, round by round: median (least-most). Of an engine's modes the best
+counts. Greedy; nothing ends early. "first token, cold" is from process start, with Python and the
+file in the page cache. "N at once" is all new tokens of N short prompts by all of the time.
+
+Shares of the limit, which is measured in the same run: decode reads every tensor once a token (the
+embedding only where it is also the head; the KV cache is left out), against reading memory in
+order; prefill does two operations for each parameter of the layers (embedding, head and attention
+are left out), against int8 products in registers."""
+
+
+def read(paths: Iterable[Path]) -> list[Line]:
+    """The lines of result files, in order. Raises InvalidRequestError for something else."""
+    lines = []
+    for path in paths:
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                kind = line["kind"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise InvalidRequestError(
+                    f"{path.name}, line {number}: wanted a line of results, got {text:.60}"
+                ) from error
+            if kind in {"measure", "absent"}:
+                lines.append(line)
+    if not lines:
+        raise InvalidRequestError("wanted at least one measurement, got none")
+    return lines
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table(lines: Sequence[Line]) -> str:
+    """All models' tables in Markdown, with what was left out and the circumstances."""
+    parts = ["# Side by side", NOTES]
+    parts += [_model_table(name, _of(lines, name)) for name in _models(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _model_table(name: str, lines: Sequence[Line]) -> str:
+    measured = [line for line in lines if line["kind"] == "measure"]
+    engines = _engines(measured)
+    header = ["", *engines[:1], "of the limit", *engines[1:]]
+    rows = [header, ["---"] * len(header)]
+    for measure, size in _rows(measured):
+        found = {engine: _best(measured, measure, size, engine) for engine in engines}
+        ours = found.pop(OURS, None)
+        rows.append(
+            [_label(measure, size), _figure(ours), _share(ours), *map(_rival, found.values())]
+        )
+    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    head = f"## {name} ({lines[0]['model_bytes'] / 1e6:,.0f} MB)"
+    return "\n\n".join(filter(None, [head, body, _left_out(lines), _circumstances(measured)]))
+
+
+def _figure(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    value, unit = line["median"], line["unit"]
+    if unit == "bytes":
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:,.2f} s" if unit == "s" else f"{value:,.0f} tok/s"
+
+
+def _share(line: Line | None) -> str:
+    return f"{line['share']:.0%}" if line is not None and "share" in line else ""
+
+
+def _rival(line: Line | None) -> str:
+    if line is None or "ratio" not in line:
+        return _figure(line)
+    ratio = line["ratio"]
+    return f"{_figure(line)}, {ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['most']:.2f})"
+
+
+def _left_out(lines: Sequence[Line]) -> str:
+    said: dict[str, None] = {}
+    for line in lines:
+        if line["kind"] == "absent":
+            who = " ".join(filter(None, [line.get("engine"), line.get("mode")]))
+            said[f"- {', '.join(filter(None, [who, line.get('measure')]))}: {line['reason']}"] = (
+                None
+            )
+    return "\n".join(["Not measured:", "", *said]) if said else ""
+
+
+def _circumstances(lines: Sequence[Line]) -> str:
+    if not lines:
+        return ""
+    last = lines[-1]
+    limits = last["limits"]
+    versions = dict.fromkeys(f"{line['engine']} {line['version']}" for line in lines)
+    return (
+        f"{last['threads']} threads of {last['cpu']} ({', '.join(last['cpu_flags'])}), which read "
+        f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s and do "
+        f"{limits['int8_operations_per_second'] / 1e12:.2f} int8 TOPS; {', '.join(versions)}; "
+        f"commit {last['commit'] or 'unknown'}; {last['date'][:10]}; {len(last['rounds'])} rounds; "
+        f"{last['new_tokens']} tokens decoded; sha256 {last['model_sha256']}."
+    )
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def check_picture() -> None:
+    """Raise HfcoreError if no picture can be made here."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise HfcoreError("the picture needs matplotlib: pip install 'hfcore[bench]'")
+
+
+def picture(lines: Sequence[Line], path: Path) -> None:
+    """Bars of tokens/s, a row for each model; the machine's limit as a line.
+
+    Raises HfcoreError without matplotlib.
+    """
+    check_picture()
+    from matplotlib.figure import Figure
+
+    models = _models(line for line in lines if line["kind"] == "measure")
+    panels = ("prefill", "decode", "batch")
+    figure = Figure(figsize=(15, 4 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), len(panels), squeeze=False)
+    for row, model in zip(axes, models, strict=True):
+        measured = [line for line in _of(lines, model) if line["kind"] == "measure"]
+        for panel, measure in zip(row, panels, strict=True):
+            _bars(panel, measured, measure)
+        row[0].set_ylabel(f"{model}\ntokens/s")
+        row[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(panel: Any, lines: Sequence[Line], measure: str) -> None:
+    """A group of bars for each size, a bar for each engine."""
+    sizes = [size for name, size in _rows(lines) if name == measure]
+    engines = _engines(lines)
+    width = 0.8 / max(1, len(engines))
+    for place, engine in enumerate(engines):
+        found = [_best(lines, measure, size, engine) for size in sizes]
+        middles = [group + (place - (len(engines) - 1) / 2) * width for group in range(len(sizes))]
+        heights = [line["median"] if line else 0 for line in found]
+        panel.bar(middles, heights, width, label=engine, color=f"C{place}")
+    limits = [line["limit"] for line in lines if line["measure"] == measure and "limit" in line]
+    if limits:
+        panel.axhline(max(limits), color="black", linestyle="--", linewidth=1)
+        panel.annotate("limit of the machine", (0, max(limits)), fontsize="small", va="bottom")
+    panel.set_title(
+        {"decode": "decode, by depth", "batch": "several at once"}.get(measure, measure)
+    )
+    panel.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+
+
+# --- looking lines up -----------------------------------------------------------------------------
+
+
+def _models(lines: Iterable[Line]) -> list[str]:
+    return list(dict.fromkeys(line["model"] for line in lines))
+
+
+def _of(lines: Iterable[Line], model: str) -> list[Line]:
+    return [line for line in lines if line["model"] == model]
+
+
+def _engines(lines: Iterable[Line]) -> list[str]:
+    """In order of their first line, ours first."""
+    found = dict.fromkeys([OURS, *(line["engine"] for line in lines)])
+    return list(found)
+
+
+def _rows(lines: Iterable[Line]) -> list[tuple[str, int | None]]:
+    """Measures and sizes that somebody has, in the table's order."""
+    found = {(line["measure"], line["size"]) for line in lines}
+    return sorted(found, key=lambda row: (_ORDER.index(row[0]), row[1] or 0))
+
+
+def _label(measure: str, size: int | None) -> str:
+    return _SIZED.get(measure, measure).format(size)
+
+
+def _best(lines: Iterable[Line], measure: str, size: int | None, engine: str) -> Line | None:
+    """The line of the engine's best mode."""
+    wanted = (measure, size, engine)
+    found = [line for line in lines if (line["measure"], line["size"], line["engine"]) == wanted]
+    if not found:
+        return None
+    choose: Callable[..., Line] = max if found[0]["unit"] in GROWS else min
+    return choose(found, key=lambda line: statistics.median(line["rounds"]))
+
+
+def _what(line: Line) -> str:
+    """Which engine, mode and measure a line is about, as far as it says."""
+    who = " ".join(filter(None, [line.get("engine"), line.get("mode")]))
+    return ", ".join(filter(None, [who, line.get("measure")]))
+
+
+def said(line: Line) -> str:
+    """A line as the terminal shows it."""
+    if line["kind"] == "absent":
+        return f"  not measured: {_what(line)}: {line['reason']}"
+    who = " ".join(filter(None, [line["engine"], line["mode"]]))
+    share = f", {_share(line)} of the limit" if "share" in line else ""
+    ratio = line.get("ratio")
+    against = ""
+    if ratio:
+        spread = f"{ratio['least']:.2f}-{ratio['most']:.2f}"
+        against = f", hfcore has {ratio['median']:.2f}x ({spread})"
+    return f"  {_label(line['measure'], line['size']):28} {who:34} {_figure(line)}{share}{against}"

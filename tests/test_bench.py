@@ -1,0 +1,378 @@
+"""`hfcore bench`: the shape of its lines, what it says of who is not there, and its reports.
+
+No time is asserted. Rivals are stand-ins: modules of a rival's name that do what the test is about.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfcore import cli
+from hfcore.bench import measures, model, processes, report, worker
+from hfcore.errors import HfcoreError, InvalidRequestError, ModelFileError
+from hfcore.testing import tiny_model
+
+QUICK = ["--threads", "1", "--rounds", "2", "--new", "4", "--read-bytes", "4194304"]
+SMALL = ["--prefill", "8,24", "--depth", "0,8", "--batch", "1,3"]
+CIRCUMSTANCES = {
+    "commit", "changed_files", "cpu", "cpu_flags", "platform", "python", "command", "versions",
+    "threads", "date", "load_average", "model", "model_sha256", "model_bytes", "limits",
+}  # fmt: skip
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def bench(*arguments: str | Path) -> int:
+    return cli.main(["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def results(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lines of a run without rivals."""
+    out = tmp_path_factory.mktemp("bench") / "new" / "lines.jsonl"
+    table = out.with_suffix(".md")
+    assert bench(tiny, *QUICK, *SMALL, "--rivals", "none", "--out", out, "--table", table) == 0
+    return out
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a module in a rival's place, for this process's workers."""
+
+    def install(module: str, source: str) -> None:
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        path = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), path])))
+
+    return install
+
+
+# A llama_cpp that "decodes" at once. `EVAL` is what happens before.
+LLAMA = """
+import ctypes, os, sys, time
+LLAMA_FLASH_ATTN_TYPE_ENABLED = 1
+class Llama:
+    def __init__(self, model, **options):
+        self.ctx, self.model = None, None
+        if not options["flash_attn"]:
+            raise ValueError("no plain attention in " + model)
+    def reset(self): pass
+    def n_vocab(self): return 4
+    def eval(self, ids):
+        EVAL
+        time.sleep(0.001)
+def llama_get_logits_ith(context, row):
+    return (ctypes.c_float * 4)(0, 1, 0, 0)
+"""
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_every_line_carries_what_one_must_know_to_judge_it(results: Path, tiny: Path) -> None:
+    lines = lines_of(results)
+    for line in lines:
+        assert line.keys() >= CIRCUMSTANCES
+        assert (line["model"], line["model_bytes"]) == (tiny.name, tiny.stat().st_size)
+        assert len(line["model_sha256"]) == 16
+        assert line["limits"]["read_bytes_per_second"] > 0
+        assert str(Path.home()) not in json.dumps(line)
+        assert str(tiny.parent) not in json.dumps(line)
+    assert lines[0]["kind"] == "limits"
+
+
+def test_every_measure_is_there_with_each_rounds_value(results: Path) -> None:
+    found = {(x["measure"], x["size"]): x for x in lines_of(results) if x["kind"] == "measure"}
+    assert set(found) == {
+        ("prefill", 8), ("prefill", 24), ("decode", 0), ("decode", 8), ("batch", 1), ("batch", 3),
+        ("first token, cold", None), ("first token, warm", None),
+        ("peak memory, first token", None), ("peak memory, longest prompt", None),
+    }  # fmt: skip
+    for (measure, _), line in found.items():
+        assert len(line["rounds"]) == (1 if measure == "peak memory, longest prompt" else 2)
+        assert min(line["rounds"]) > 0
+        assert line["engine"] == "hfcore"
+        assert "ratio" not in line
+        assert ("share" in line) == (measure in {"prefill", "decode"})
+
+
+def test_the_share_is_the_rate_by_what_the_limits_allow(results: Path, tiny: Path) -> None:
+    facts = model.read(tiny)
+    line = next(x for x in lines_of(results) if x.get("measure") == "decode")
+    most = line["limits"]["read_bytes_per_second"] / facts.token_bytes
+    assert line["share"] == pytest.approx(line["median"] / most, rel=1e-3, abs=1e-4)
+    line = next(x for x in lines_of(results) if x.get("measure") == "prefill")
+    most = line["limits"]["int8_operations_per_second"] / 2 / facts.layer_parameters
+    assert line["share"] == pytest.approx(line["median"] / most, rel=1e-3, abs=1e-4)
+
+
+def test_what_the_context_does_not_hold_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tiny_model(tmp_path, context_size=64)
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--prefill", "8,64", "--depth", "none", "--batch", "none"]
+    assert bench(short, *QUICK, *sizes, "--rivals", "none", "--out", out) == 0
+    reasons = [line["reason"] for line in lines_of(out) if line["kind"] == "absent"]
+    assert reasons == ["it needs 69 tokens of context, the model was made for 64"]
+    assert reasons[0] in capsys.readouterr().out
+
+
+# --- rivals ---------------------------------------------------------------------------------------
+
+
+def test_rivals_that_are_not_installed_are_said(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        processes, "RIVALS", {n: processes.Rival(n, ("no_such_module",)) for n in processes.RIVALS}
+    )
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--prefill", "8", "--depth", "none", "--batch", "none"]
+    assert bench(tiny, *QUICK, *sizes, "--out", out) == 0
+    absent = {x["engine"]: x["reason"] for x in lines_of(out) if x["kind"] == "absent"}
+    assert set(absent) == {"llama-cpp-python", "mistralrs", "openvino-genai", "transformers"}
+    assert set(absent.values()) == {"not installed (no module no_such_module)"}
+    assert "not measured: mistralrs: not installed" in capsys.readouterr().out
+
+
+def test_a_rival_gives_ratios_and_a_mode_that_fails_is_said(
+    tiny: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    stand_in("llama_cpp", LLAMA.replace("EVAL", "print('chatter')"))
+    out = tmp_path / "lines.jsonl"
+    assert bench(tiny, *QUICK, *SMALL, "--rivals", "llama-cpp-python", "--out", out) == 0
+    lines = lines_of(out)
+    rival = [x for x in lines if x.get("engine") == "llama-cpp-python"]
+    prefill = next(x for x in rival if x.get("measure") == "prefill" and x["size"] == 8)
+    ours = next(x for x in lines if x.get("measure") == "prefill" and x["engine"] == "hfcore")
+    assert prefill["mode"] == "flash attention"
+    each = sorted(a / b for a, b in zip(ours["rounds"], prefill["rounds"], strict=True))
+    assert prefill["ratio"]["least"] == pytest.approx(each[0], rel=1e-3)
+    assert prefill["ratio"]["most"] == pytest.approx(each[-1], rel=1e-3)
+    absent = [(x["mode"], x["measure"], x["reason"]) for x in rival if x["kind"] == "absent"]
+    cold = next(reason for mode, what, reason in absent if what == "first token, cold")
+    assert cold == "ended with status 1: ValueError: no plain attention in tiny.gguf"
+    # Its batch needs what the stand-in has not; hfcore's is there all the same.
+    assert {what for _, what, _ in absent} == {"first token, cold", "batch of 1", "batch of 3"}
+    assert any(x.get("measure") == "batch" and x["engine"] == "hfcore" for x in lines)
+
+
+def test_a_worker_that_dies_is_said_with_its_last_word_and_the_run_goes_on(
+    tiny: Path, tmp_path: Path, stand_in: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dies = "if len(ids) == 24: sys.stderr.write('first\\nout of luck\\n'); os._exit(3)"
+    stand_in("llama_cpp", LLAMA.replace("EVAL", dies))
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--prefill", "8,24,40", "--depth", "none", "--batch", "none"]
+    assert bench(tiny, *QUICK, *sizes, "--rivals", "llama-cpp-python", "--out", out) == 0
+    rival = [x for x in lines_of(out) if x.get("mode") == "flash attention"]
+    assert [(x["measure"], x["reason"]) for x in rival if x["kind"] == "absent"] == [
+        ("prompt of 24", "ended with status 3: out of luck")
+    ]
+    sizes_done = {x["size"] for x in rival if x.get("measure") == "prefill"}
+    assert sizes_done == {8, 40}
+    assert "prompt of 24: ended with status 3: out of luck" in capsys.readouterr().out
+
+
+def test_what_would_take_longer_than_the_patience_is_not_begun(
+    tiny: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    slow = "assert len(ids) < 1024; time.sleep(0.4)"
+    stand_in("llama_cpp", LLAMA.replace("EVAL", slow))
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--prefill", "8,1024", "--depth", "none", "--batch", "none", "--patience", "20"]
+    assert bench(tiny, *QUICK, *sizes, "--rivals", "llama-cpp-python", "--out", out) == 0
+    absent = [x for x in lines_of(out) if x.get("mode") == "flash attention" and "reason" in x]
+    assert [x["measure"] for x in absent] == ["prompt of 1024"]
+    assert "the limit is 20 s" in absent[0]["reason"]
+
+
+def test_a_worker_that_does_not_answer_in_time_is_ended(tiny: Path, stand_in: Any) -> None:
+    stand_in("llama_cpp", LLAMA.replace("EVAL", "time.sleep(60)"))
+    with processes.Worker(
+        "llama-cpp-python", {"flash_attn": True},
+        python=sys.executable, model=tiny, threads=1, context=64,
+    ) as slow:  # fmt: skip
+        assert slow.loaded(30) >= 0
+        with pytest.raises(processes.WorkerError, match="no answer within 0 s"):
+            slow.ask({"do": "generate", "ids": [1], "new": 1}, 0.2)
+        assert slow._process.poll() is not None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs stopped processes")
+def test_ctrl_c_ends_the_run_and_all_workers_at_once(
+    tiny: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    pids = tmp_path / "pids"
+    note = f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(50)"
+    stand_in("llama_cpp", LLAMA.replace("EVAL", note))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hfcore", "bench", str(tiny), *QUICK, "--rivals=llama-cpp-python"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not pids.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    for pid in {int(word) for word in pids.read_text().split()}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_worker_finds_no_module_of_ours_by_a_rivals_name() -> None:
+    program = (
+        f"import runpy, sys; sys.argv = ['worker', 'no', 'm', '1', '1', '{{}}']\n"
+        f"sys.path.insert(0, {str(processes.WORKER.parent)!r})\n"
+        f"try: runpy.run_path({str(processes.WORKER)!r}, run_name='__main__')\n"
+        f"except KeyError: print({str(processes.WORKER.parent)!r} in sys.path, file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stderr.strip() == "False"
+
+
+def test_an_adapter_for_every_rival_and_no_other() -> None:
+    assert list(worker.ADAPTERS) == list(processes.RIVALS)
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_of_neighbouring_rounds_and_not_of_medians() -> None:
+    assert measures.ratio([10, 1, 10], [5, 1, 1]) == {"median": 2.0, "least": 1.0, "most": 10.0}
+
+
+def test_the_best_mode_has_most_tokens_or_least_seconds() -> None:
+    slow, fast = [1.0, 9.0, 1.0], [2.0, 2.0, 2.0]
+    assert measures.best([slow, fast], "tokens/s") == fast
+    assert measures.best([slow, fast], "s") == slow
+    assert measures.best([], "s") is None
+
+
+def test_a_token_reads_the_embedding_only_where_it_is_the_head(tmp_path: Path) -> None:
+    facts = model.read(tiny_model(tmp_path))
+    embedding = 272 * 64
+    matrices = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    assert facts.layer_parameters == matrices
+    assert facts.parameters == matrices + 2 * embedding + 5 * 64
+    q8 = 34 / 32
+    assert facts.token_bytes == pytest.approx((matrices + embedding) * q8 + 5 * 64 * 4, rel=0.001)
+    assert (facts.context_size, facts.vocab_size, facts.architecture) == (2048, 272, "llama")
+
+
+@pytest.mark.parametrize("cut", [0, 3, 20, 200, 5000])
+def test_a_file_that_is_no_whole_model_is_an_error(tiny: Path, tmp_path: Path, cut: int) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tiny.read_bytes()[:cut])
+    with pytest.raises(ModelFileError, match=r"broken\.gguf: wanted a GGUF file"):
+        model.read(broken)
+
+
+def test_a_files_counts_are_not_believed(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 64)
+    with pytest.raises(ModelFileError, match="a count of"):
+        model.read(broken)
+
+
+# --- reports --------------------------------------------------------------------------------------
+
+
+def line(engine: str, value: float, **others: Any) -> dict[str, Any]:
+    return {
+        "kind": "measure", "measure": "decode", "size": 512, "engine": engine, "mode": "",
+        "version": "1", "unit": "tokens/s", "rounds": [value] * 3, "median": value,
+        "model": "m.gguf", "model_bytes": 5_000_000, "model_sha256": "0" * 16, "threads": 2,
+        "cpu": "a CPU", "cpu_flags": ["avx2"], "commit": "abc", "date": "2026-01-01T00:00:00",
+        "new_tokens": 48,
+        "limits": {"read_bytes_per_second": 4e10, "int8_operations_per_second": 2e12},
+    } | others  # fmt: skip
+
+
+LINES = [
+    line("hfcore", 1234.0, share=0.5, limit=2468.0),
+    line("llama-cpp-python", 300.0, mode="plain", ratio={"median": 4.1, "least": 4, "most": 4.2}),
+    line("llama-cpp-python", 600.0, mode="flash", ratio={"median": 2.1, "least": 2, "most": 2.2}),
+    line("mistralrs", 0, kind="absent", mode=None, measure=None, reason="not here"),
+]
+
+
+def test_the_table_takes_a_rivals_best_mode_and_names_who_is_missing() -> None:
+    text = report.table(LINES)
+    assert "## m.gguf (5 MB)" in text
+    assert "|  | hfcore | of the limit | llama-cpp-python |" in text
+    assert "| decode at depth 512 | 1,234 tok/s | 50% | 600 tok/s, 2.10x (2.00-2.20) |" in text
+    assert "- mistralrs: not here" in text
+    assert "40.0 GB/s" in text
+    assert "commit abc" in text
+
+
+def test_a_report_is_made_from_files_alone(results: Path, tmp_path: Path) -> None:
+    table = tmp_path / "docs" / "bench.md"
+    assert bench("--report", results, "--table", table) == 0
+    assert table.read_text(encoding="utf-8") == results.with_suffix(".md").read_text("utf-8")
+    assert "| prefill, 24 tokens |" in table.read_text(encoding="utf-8")
+
+
+def test_a_file_that_is_no_result_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"kind": "limits"}\n[1]\n', encoding="utf-8")
+    assert bench("--report", other) == 2
+    assert "other.jsonl, line 2: wanted a line of results, got [1]" in capsys.readouterr().err
+
+
+def test_a_picture_is_made_from_the_lines(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    path = tmp_path / "docs" / "bench.png"
+    more = [line("hfcore", 5.0, measure="prefill", size=128, limit=9.0), line("x", 3.0, size=0)]
+    report.picture([*LINES, *more], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_picture_is_refused_before_anything_is_measured(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(HfcoreError, match=r"pip install 'hfcore\[bench\]'"):
+        report.picture(LINES, Path("never.png"))
+    assert bench(tiny, "--picture", "never.png") == 1
+    assert "needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rivals", "llama-cpp"], "did you mean 'llama-cpp-python'?"),
+        (["--rival-python", "/no/such/python"], "--rival-python: python does not run as a Python"),
+        (["--report", "x.jsonl"], "--report takes no models"),
+    ],
+)
+def test_a_wrong_command_line_is_said(
+    tiny: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(tiny, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--rounds=0", "--prefill=0", "--batch=1,x", "--depth=-1"])
+def test_a_number_out_of_range_is_refused(argument: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench(argument)
+    assert caught.value.code == 2
+    with pytest.raises(InvalidRequestError):
+        report.read([])
