@@ -12,7 +12,7 @@
 use crate::elementwise::exp;
 use crate::pool::{Pool, SendPtr};
 use crate::quant::f16_to_f32;
-use crate::simd::{Isa, LANES, Simd, dispatch, largest, prefetch, sum};
+use crate::simd::{Isa, LANES, Simd, dispatch, prefetch, store_part};
 
 pub use crate::kv::{KvLayer, PAGE, Span};
 
@@ -252,7 +252,7 @@ unsafe fn add_chunks_body<S: Simd>(task: &Task, unit: Unit, sums: *const f32, ou
             }
         }
         // SAFETY: a query's outputs are its own.
-        unsafe { finish(task, &unit, i, &running, &total, out) };
+        unsafe { finish::<S>(task, &unit, i, &running, &total, out) };
     }
 }
 
@@ -310,7 +310,8 @@ unsafe fn add_chunk<S: Simd>(
     }
 }
 
-unsafe fn finish(
+#[inline(always)]
+unsafe fn finish<S: Simd>(
     task: &Task,
     unit: &Unit,
     i: usize,
@@ -320,9 +321,14 @@ unsafe fn finish(
 ) {
     let (row, head, _) = task.query(unit, i);
     let dim = task.shape.head_dim;
-    for (d, x) in total[..dim].iter().enumerate() {
-        // SAFETY: `out` has `dim` floats for every row and head.
-        unsafe { *out.add((row * task.shape.heads + head) * dim + d) = x / running.sum };
+    // SAFETY: `out` has `dim` floats for every row and head; `total` has whole vectors.
+    unsafe {
+        let out = out.add((row * task.shape.heads + head) * dim);
+        let out = std::slice::from_raw_parts_mut(out, dim);
+        for at in (0..dim).step_by(LANES) {
+            let x = S::div(S::load_f32(total.as_ptr().add(at)), S::splat(running.sum));
+            store_part::<S>(out, at, x);
+        }
     }
 }
 
@@ -428,7 +434,7 @@ unsafe fn queries<S: Simd, const Q: usize>(task: &Task, unit: Unit, sums: *mut f
         for i in 0..Q {
             // SAFETY: a query's outputs are its own.
             unsafe {
-                finish(
+                finish::<S>(
                     task,
                     &unit,
                     i,
@@ -504,7 +510,7 @@ unsafe fn soften<S: Simd>(
         for page in scores.chunks_exact(LANES) {
             lanes = S::max(lanes, S::load_f32(page.as_ptr()));
         }
-        let max = largest::<S>(lanes);
+        let max = S::largest(lanes);
         let mut sums = S::splat(0.0);
         for page in scores.chunks_exact_mut(LANES) {
             let s = S::load_f32(page.as_ptr());
@@ -514,7 +520,7 @@ unsafe fn soften<S: Simd>(
             S::store(page.as_mut_ptr(), weight);
         }
         Running {
-            sum: sum::<S>(sums),
+            sum: S::sum(sums),
             max,
         }
     }

@@ -1,4 +1,6 @@
 //! Sixteen lanes in two AVX2 registers, with and without 256-bit VNNI.
+//!
+//! Loads are `lddqu`: for the portable baseline the compiler would split an ordinary unaligned load of 256 bits in two.
 
 use std::arch::x86_64::*;
 
@@ -132,8 +134,8 @@ macro_rules! implement {
             unsafe fn load(p: *const u8) -> Self::I {
                 unsafe {
                     [
-                        _mm256_loadu_si256(p.cast()),
-                        _mm256_loadu_si256(p.add(32).cast()),
+                        _mm256_lddqu_si256(p.cast()),
+                        _mm256_lddqu_si256(p.add(32).cast()),
                     ]
                 }
             }
@@ -219,6 +221,24 @@ macro_rules! implement {
                 }
             }
             #[inline(always)]
+            unsafe fn largest(a: Self::F) -> f32 {
+                unsafe {
+                    let a = _mm256_max_ps(a[0], a[1]);
+                    let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+                    let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+                    _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+                }
+            }
+            #[inline(always)]
+            unsafe fn sum(a: Self::F) -> f32 {
+                unsafe {
+                    let a = _mm256_add_ps(a[0], a[1]);
+                    let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+                    let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+                    _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+                }
+            }
+            #[inline(always)]
             unsafe fn exp(a: Self::F) -> Self::F {
                 unsafe { both!(exp_half, a) }
             }
@@ -253,7 +273,12 @@ macro_rules! implement {
             }
             #[inline(always)]
             unsafe fn load_f32(p: *const f32) -> Self::F {
-                unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+                unsafe {
+                    [
+                        _mm256_castsi256_ps(_mm256_lddqu_si256(p.cast())),
+                        _mm256_castsi256_ps(_mm256_lddqu_si256(p.add(8).cast())),
+                    ]
+                }
             }
             #[inline(always)]
             unsafe fn load_f16(p: *const u16) -> Self::F {

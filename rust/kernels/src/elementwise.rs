@@ -4,7 +4,7 @@
 
 use crate::matmul::{ActBlock, quantize_blocks};
 use crate::pool::{Pool, SendPtr};
-use crate::simd::{Isa, LANES, Simd, dispatch, load_part, store_part, sum};
+use crate::simd::{Isa, LANES, Simd, dispatch, load_part, store_part};
 use crate::tile::BLOCK;
 
 /// Rows times width below which threads cost more than they bring.
@@ -20,7 +20,10 @@ fn over_both(
     f: impl Fn(usize, &mut [f32], &mut [ActBlock]) + Sync,
 ) {
     let each = blocks.len() * width / out.len().max(1);
-    assert!(each == 0 || each * BLOCK == width, "blocks of all rows, or none");
+    assert!(
+        each == 0 || each * BLOCK == width,
+        "blocks of all rows, or none"
+    );
     let blocks = SendPtr(blocks.as_mut_ptr());
     over_rows(pool, out, width, |i, out| {
         // SAFETY: a row's blocks are its own, and inside the slice.
@@ -50,7 +53,7 @@ unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
             let x = load_part::<S>(x, at);
             lanes = S::fma(x, x, lanes);
         }
-        sum::<S>(lanes)
+        S::sum(lanes)
     }
 }
 
@@ -239,17 +242,22 @@ pub enum Pairing {
 /// Rotate the first `2 * cos.len()` numbers of a head by the angles of its position (Su et al. 2021, arXiv:2104.09864).
 #[inline(always)]
 fn rotate(head: &mut [f32], pairing: Pairing, cos: &[f32], sin: &[f32]) {
+    let n = cos.len();
+    let (head, sin) = (&mut head[..2 * n], &sin[..n]);
     match pairing {
         Pairing::Halves => {
-            let (a, b) = head[..2 * cos.len()].split_at_mut(cos.len());
-            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            let (first, second) = head.split_at_mut(n);
+            for i in 0..n {
+                let (a, b) = (first[i], second[i]);
+                first[i] = a * cos[i] - b * sin[i];
+                second[i] = b * cos[i] + a * sin[i];
             }
         }
         Pairing::Neighbours => {
-            for ((pair, c), s) in head[..2 * cos.len()].chunks_exact_mut(2).zip(cos).zip(sin) {
-                let (a, b) = (pair[0], pair[1]);
-                (pair[0], pair[1]) = (a * c - b * s, b * c + a * s);
+            for i in 0..n {
+                let (a, b) = (head[2 * i], head[2 * i + 1]);
+                head[2 * i] = a * cos[i] - b * sin[i];
+                head[2 * i + 1] = b * cos[i] + a * sin[i];
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
-use crate::simd::{Isa, LANES, Simd, dispatch, largest};
+use crate::simd::{Isa, LANES, Simd, dispatch};
 use crate::tile::{self, BLOCK, Format, Tiles};
 
 /// 32 activations of a row, quantised to 8 bits with a scale of their own.
@@ -45,13 +45,14 @@ dispatch! {
 
 #[inline(always)]
 unsafe fn quantize_body<S: Simd>(x: &[f32], out: &mut [ActBlock]) {
-    for (x, out) in x.chunks_exact(BLOCK).zip(out) {
+    for (i, out) in out.iter_mut().enumerate() {
+        let x = &x[i * BLOCK..][..BLOCK];
         // SAFETY: a block is two vectors of floats, and of codes.
         unsafe {
             let halves = [S::load_f32(x.as_ptr()), S::load_f32(x.as_ptr().add(LANES))];
             let max = S::max(S::abs(halves[0]), S::abs(halves[1]));
             // From zero up: a NaN in the first half counts for nothing either.
-            let max = largest::<S>(S::max(S::splat(0.0), max));
+            let max = S::largest(S::max(S::splat(0.0), max));
             let scale = max / 127.0;
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
             let code = |h: usize| S::mul(halves[h], S::splat(inverse));
@@ -361,7 +362,8 @@ unsafe fn start<S: Simd>(bias: Option<&[f32]>) -> S::F {
 #[inline(always)]
 unsafe fn finish<S: Simd, const M: usize>(task: &Task, row: usize, total: [S::F; M]) {
     unsafe {
-        for (i, &total) in total.iter().enumerate() {
+        for i in 0..M {
+            let total = total[i];
             let out = task.out.add((row + i) * task.stride);
             if task.width == LANES {
                 S::store(out, total);

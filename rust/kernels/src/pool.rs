@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 /// How long an idle worker spins before it sleeps. Longer than the gap between two operations of a step (microseconds)
 /// and than the gap between two steps (a sampler's tens of microseconds); an idle engine uses no CPU.
 const SPIN: Duration = Duration::from_micros(200);
+
+/// How long the caller spins for the last workers before it sleeps: one of them may have lost its CPU to another process,
+/// or to the caller itself.
+const PATIENCE: Duration = Duration::from_micros(50);
 
 /// One operation: `call(context, unit)` for every unit below `units`.
 #[derive(Clone, Copy)]
@@ -23,18 +27,24 @@ struct Job {
 }
 
 struct Shared {
-    /// Written by the caller while no worker is at work, read by workers after they saw `epoch` move.
+    /// Written by the caller while no worker is inside, read by workers that are.
     job: std::cell::UnsafeCell<Job>,
-    epoch: AtomicU32,
+    /// Which operation (upper half), whether it takes workers (`OPEN`), and how many are inside (the rest). A worker that
+    /// comes late finds it closed: nobody waits for a thread that has not begun.
+    state: AtomicU64,
     next: AtomicUsize,
-    working: AtomicUsize,
     stop: AtomicBool,
     asleep: Vec<AtomicBool>,
+    /// The caller, where it sleeps until all are out.
+    caller: Mutex<Option<Thread>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `job` is written only by the pool's one caller (`run` takes `&self` under `busy`) while `working` is 0, and
-// read by workers only between the release store of `epoch` and their release decrement of `working`.
+const OPEN: u64 = 1 << 31;
+const INSIDE: u64 = OPEN - 1;
+
+// SAFETY: `job` is written only by the pool's one caller (`run` takes `&self` under `busy`) while the operation is closed
+// and nobody inside, and read by workers only between entering an open one and leaving it.
 unsafe impl Sync for Shared {}
 // SAFETY: the raw context pointer in `job` is used only while the closure it points to is borrowed by `run`.
 unsafe impl Send for Shared {}
@@ -58,11 +68,11 @@ impl Pool {
                 context: std::ptr::null(),
                 units: 0,
             }),
-            epoch: AtomicU32::new(0),
+            state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
-            working: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             asleep: (0..workers).map(|_| AtomicBool::new(false)).collect(),
+            caller: Mutex::new(None),
             panic: Mutex::new(None),
         });
         let workers: Vec<_> = (0..workers)
@@ -100,9 +110,9 @@ impl Pool {
             (0..units).for_each(f);
             return;
         }
-        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let _busy = lock(&self.busy);
         let shared = &*self.shared;
-        // SAFETY: no worker is at work (`working` is 0 since the last run), so none reads the job.
+        // SAFETY: the last operation is closed and nobody inside, so none reads the job.
         unsafe {
             *shared.job.get() = Job {
                 call: call::<F>,
@@ -111,29 +121,18 @@ impl Pool {
             }
         };
         shared.next.store(0, Relaxed);
-        shared.working.store(self.workers.len(), Relaxed);
-        shared.epoch.fetch_add(1, SeqCst);
+        let number = shared.state.load(Relaxed) >> 32;
+        shared.state.store((number + 1) << 32 | OPEN, SeqCst);
         for (asleep, thread) in shared.asleep.iter().zip(&self.sleepers) {
             if asleep.load(SeqCst) {
                 thread.unpark();
             }
         }
         take_units(shared);
-        let mut spins = 0u32;
-        while shared.working.load(Acquire) != 0 {
-            spins += 1;
-            // A worker may have lost its CPU to another process: give ours up after a while.
-            if spins.is_multiple_of(4096) {
-                thread::yield_now()
-            } else {
-                std::hint::spin_loop()
-            }
+        if shared.state.fetch_and(!OPEN, SeqCst) & INSIDE != 0 {
+            wait_for_workers(shared);
         }
-        let panicked = shared
-            .panic
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let panicked = lock(&shared.panic).take();
         if let Some(panic) = panicked {
             resume_unwind(panic);
         }
@@ -169,7 +168,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        self.shared.epoch.fetch_add(1, SeqCst);
+        self.shared.state.fetch_add(1 << 32, SeqCst);
         for (worker, thread) in self.workers.drain(..).zip(&self.sleepers) {
             thread.unpark();
             // A worker catches its panics; nothing is lost here.
@@ -212,44 +211,91 @@ fn take_units(shared: &Shared) {
         }));
         if let Err(panic) = done {
             shared.next.store(job.units, Relaxed);
-            *shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+            *lock(&shared.panic) = Some(panic);
             return;
         }
     }
+}
+
+/// Wait until no worker is inside a closed operation.
+fn wait_for_workers(shared: &Shared) {
+    let inside = || shared.state.load(Acquire) & INSIDE != 0;
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        for _ in 0..256 {
+            if !inside() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+    *lock(&shared.caller) = Some(thread::current());
+    while inside() {
+        thread::park();
+    }
+    *lock(&shared.caller) = None;
 }
 
 fn work(shared: &Shared, me: usize) {
     let mut seen = 0;
-    loop {
-        seen = wait(shared, me, seen);
-        if shared.stop.load(SeqCst) {
-            return;
-        }
+    while let Some(number) = enter(shared, me, seen) {
+        seen = number;
         take_units(shared);
-        shared.working.fetch_sub(1, Release);
+        let left = shared.state.fetch_sub(1, SeqCst) - 1;
+        // The last one out of a closed operation.
+        if left & (OPEN | INSIDE) == 0
+            && let Some(caller) = &*lock(&shared.caller)
+        {
+            caller.unpark();
+        }
     }
 }
 
-/// Wait until the epoch is no longer `seen`; returns the new one.
-fn wait(shared: &Shared, me: usize, seen: u32) -> u32 {
+/// Wait for an operation other than `seen` that is open, and enter it; its number. None: stop.
+fn enter(shared: &Shared, me: usize, seen: u64) -> Option<u64> {
+    let enter = |state: u64| {
+        let open = state >> 32 != seen && state & OPEN != 0;
+        open && shared
+            .state
+            .compare_exchange(state, state + 1, SeqCst, Relaxed)
+            .is_ok()
+    };
     let start = Instant::now();
     loop {
         for _ in 0..256 {
-            let epoch = shared.epoch.load(Acquire);
-            if epoch != seen {
-                return epoch;
+            let state = shared.state.load(Acquire);
+            if enter(state) {
+                return Some(state >> 32);
+            }
+            if shared.stop.load(Relaxed) {
+                return None;
             }
             std::hint::spin_loop();
         }
-        if start.elapsed() > SPIN {
-            shared.asleep[me].store(true, SeqCst);
-            // Looked at after the flag is up: either we see the new epoch, or the caller sees the flag and unparks.
-            while shared.epoch.load(SeqCst) == seen {
+        if start.elapsed() < SPIN {
+            continue;
+        }
+        shared.asleep[me].store(true, SeqCst);
+        // Looked at after the flag is up: either we see the operation, or the caller sees the flag and unparks.
+        let entered = loop {
+            let state = shared.state.load(SeqCst);
+            if enter(state) {
+                break Some(state >> 32);
+            }
+            if shared.stop.load(SeqCst) {
+                break None;
+            }
+            if state & OPEN == 0 || state >> 32 == seen {
                 thread::park();
             }
-            shared.asleep[me].store(false, SeqCst);
-        }
+        };
+        shared.asleep[me].store(false, SeqCst);
+        return entered;
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -283,6 +329,35 @@ mod tests {
                 sum.fetch_add(i, Relaxed);
             });
             assert_eq!(sum.load(Relaxed), 4950);
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_worker_that_has_not_begun() {
+        // Many more threads than CPUs: most come too late for most operations.
+        let pool = Pool::new(40);
+        let sum = AtomicUsize::new(0);
+        for _ in 0..2000 {
+            pool.run(3, |i| {
+                sum.fetch_add(i, Relaxed);
+            });
+        }
+        assert_eq!(sum.load(Relaxed), 6000);
+    }
+
+    #[test]
+    fn a_slow_worker_is_waited_for_asleep() {
+        let pool = Pool::new(2);
+        for _ in 0..3 {
+            let done = AtomicUsize::new(0);
+            let caller = thread::current().id();
+            pool.run(2, |_| {
+                if thread::current().id() != caller {
+                    thread::sleep(PATIENCE * 40);
+                }
+                done.fetch_add(1, Relaxed);
+            });
+            assert_eq!(done.load(Relaxed), 2);
         }
     }
 

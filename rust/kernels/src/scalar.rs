@@ -85,6 +85,18 @@ impl Simd for Scalar {
     unsafe fn abs(a: Self::F) -> Self::F {
         a.map(f32::abs)
     }
+    unsafe fn largest(a: Self::F) -> f32 {
+        a.iter()
+            .fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+    }
+    unsafe fn sum(mut a: Self::F) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for j in 0..half {
+                a[j] += a[j + half];
+            }
+        }
+        a[0]
+    }
     unsafe fn exp(a: Self::F) -> Self::F {
         a.map(exp)
     }

@@ -41,6 +41,10 @@ pub(crate) trait Simd: Copy {
     /// `b` where it is the larger, else `a`, also where one is NaN.
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn abs(a: Self::F) -> Self::F;
+    /// The largest of the sixteen, none of which is NaN.
+    unsafe fn largest(a: Self::F) -> f32;
+    /// The sum of the sixteen: eight of lanes `i` and `i + 8`, then four, two, one.
+    unsafe fn sum(a: Self::F) -> f32;
     /// e to the `a`: see `elementwise::exp`, whose bits it gives.
     unsafe fn exp(a: Self::F) -> Self::F;
     /// `value` where `a` differs from `b`, or is NaN; else 0.
@@ -88,38 +92,6 @@ pub(crate) unsafe fn store_part<S: Simd>(out: &mut [f32], at: usize, a: S::F) {
         let rest = &mut out[at..];
         rest.copy_from_slice(&part[..rest.len()]);
     }
-}
-
-/// The largest of the sixteen.
-#[inline(always)]
-pub(crate) unsafe fn largest<S: Simd>(a: S::F) -> f32 {
-    let mut lanes = [0f32; LANES];
-    // SAFETY: sixteen floats.
-    unsafe { S::store(lanes.as_mut_ptr(), a) };
-    for half in [8, 4, 2, 1] {
-        for j in 0..half {
-            lanes[j] = if lanes[j + half] > lanes[j] {
-                lanes[j + half]
-            } else {
-                lanes[j]
-            };
-        }
-    }
-    lanes[0]
-}
-
-/// The sum of the sixteen, halves first.
-#[inline(always)]
-pub(crate) unsafe fn sum<S: Simd>(a: S::F) -> f32 {
-    let mut lanes = [0f32; LANES];
-    // SAFETY: sixteen floats.
-    unsafe { S::store(lanes.as_mut_ptr(), a) };
-    for half in [8, 4, 2, 1] {
-        for j in 0..half {
-            lanes[j] += lanes[j + half];
-        }
-    }
-    lanes[0]
 }
 
 /// Ask for what will be read soon.
