@@ -128,7 +128,14 @@ impl Device for Candle {
         out.set("upload", Tensor::from_slice(values, shape, &self.device))
     }
 
-    fn norm(&mut self, x: &Buffer, weight: &Tensor, eps: f32, out: &mut Buffer) -> Result<()> {
+    fn norm(
+        &mut self,
+        x: &Buffer,
+        weight: &Tensor,
+        eps: f32,
+        _next: Option<&Self::Matrix>,
+        out: &mut Buffer,
+    ) -> Result<()> {
         out.set("norm", x.get().and_then(|x| rms_norm(x, weight, eps)))
     }
 
@@ -164,7 +171,13 @@ impl Device for Candle {
         out.set("attention", attended)
     }
 
-    fn gated(&mut self, activation: Activation, x: &Buffer, out: &mut Buffer) -> Result<()> {
+    fn gated(
+        &mut self,
+        activation: Activation,
+        x: &Buffer,
+        _next: &Self::Matrix,
+        out: &mut Buffer,
+    ) -> Result<()> {
         let product = |x: &Tensor| {
             let width = x.dim(1)? / 2;
             let gate = x.narrow(1, 0, width)?;

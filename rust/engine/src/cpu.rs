@@ -1,8 +1,8 @@
 //! [`Device`] over the kernels crate: f32 activations, weights in tiles, a cache of f16 pages, threads of its own.
 
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, attend};
-use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation};
-use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, matmul, quantize_rows};
+use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
+use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, Scales, matmul, quantize_rows};
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::simd::Isa;
 use hfcore_kernels::tile::{BLOCK, Tiles};
@@ -18,7 +18,8 @@ pub struct Cpu {
     isa: Isa,
     pool: Pool,
     angles: Vec<Angles>,
-    blocks: Vec<ActBlock>,
+    /// Activations quantised in blocks, and in super-blocks.
+    blocks: [Vec<ActBlock>; 2],
     plan: AttentionPlan,
 }
 
@@ -27,8 +28,9 @@ pub struct Cpu {
 pub struct Buffer {
     values: Vec<f32>,
     width: usize,
-    /// `[rows][width / 32]`, or none.
+    /// `[rows][width / 32]`, if `scales` says how.
     blocks: Vec<ActBlock>,
+    scales: Option<Scales>,
 }
 
 impl Buffer {
@@ -38,17 +40,25 @@ impl Buffer {
     fn shape(&mut self, rows: usize, width: usize) -> &mut [f32] {
         self.width = width;
         self.values.resize(rows * width, 0.0);
-        self.blocks.clear();
+        self.scales = None;
         &mut self.values
     }
-    /// The same, with its quantised twin: empty where the width is not whole blocks.
-    fn shape_both(&mut self, rows: usize, width: usize) -> (&mut [f32], &mut [ActBlock]) {
+    /// The same, with a twin as the matrix wants it that will read them.
+    fn shape_for(
+        &mut self,
+        next: Option<&Matrix>,
+        rows: usize,
+        width: usize,
+    ) -> (&mut [f32], Option<Twin<'_>>) {
         self.shape(rows, width);
-        if width.is_multiple_of(BLOCK) {
-            self.blocks
-                .resize(rows * width / BLOCK, ActBlock::default());
-        }
-        (&mut self.values, &mut self.blocks)
+        self.scales = next.and_then(Matrix::scales);
+        let Some(scales) = self.scales else {
+            return (&mut self.values, None);
+        };
+        self.blocks
+            .resize(rows * width / BLOCK, ActBlock::default());
+        let blocks = &mut self.blocks;
+        (&mut self.values, Some(Twin { scales, blocks }))
     }
 }
 
@@ -59,7 +69,7 @@ impl Cpu {
             isa: Isa::detect(),
             pool: Pool::new(threads.unwrap_or_else(Pool::available)),
             angles: Vec::new(),
-            blocks: Vec::new(),
+            blocks: Default::default(),
             plan: AttentionPlan::default(),
         }
     }
@@ -117,24 +127,35 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn norm(&mut self, x: &Buffer, weight: &Vec<f32>, eps: f32, out: &mut Buffer) -> Result<()> {
-        let (out, blocks) = out.shape_both(x.rows(), x.width);
-        elementwise::rms_norm(self.isa, &self.pool, &x.values, weight, eps, out, blocks);
+    fn norm(
+        &mut self,
+        x: &Buffer,
+        weight: &Vec<f32>,
+        eps: f32,
+        next: Option<&Matrix>,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let (out, twin) = out.shape_for(next, x.rows(), x.width);
+        elementwise::rms_norm(self.isa, &self.pool, &x.values, weight, eps, out, twin);
         Ok(())
     }
 
     fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
-        let mut blocks = &x.blocks;
-        if matrix.quantised() && blocks.is_empty() {
-            self.blocks
-                .resize(x.values.len() / BLOCK, ActBlock::default());
-            quantize_rows(self.isa, &self.pool, &x.values, x.width, &mut self.blocks);
-            blocks = &self.blocks;
+        for (scales, memory) in [Scales::Block, Scales::Super].iter().zip(&mut self.blocks) {
+            if matrix.needs(*scales) && x.scales != Some(*scales) {
+                memory.resize(x.values.len() / BLOCK, ActBlock::default());
+                quantize_rows(self.isa, &self.pool, &x.values, x.width, *scales, memory);
+            }
         }
+        let of = |scales: Scales, memory| match x.scales == Some(scales) {
+            true => &x.blocks,
+            false => memory,
+        };
         let x = Activations {
             rows: x.rows(),
             floats: &x.values,
-            blocks,
+            blocks: of(Scales::Block, &self.blocks[0]),
+            supers: of(Scales::Super, &self.blocks[1]),
         };
         matmul(
             self.isa,
@@ -205,17 +226,23 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn gated(&mut self, activation: Activation, x: &Buffer, out: &mut Buffer) -> Result<()> {
+    fn gated(
+        &mut self,
+        activation: Activation,
+        x: &Buffer,
+        next: &Matrix,
+        out: &mut Buffer,
+    ) -> Result<()> {
         let width = x.width / 2;
-        let (out, blocks) = out.shape_both(x.rows(), width);
+        let (out, twin) = out.shape_for(Some(next), x.rows(), width);
         elementwise::gated(
-            self.isa, &self.pool, activation, &x.values, width, out, blocks,
+            self.isa, &self.pool, activation, &x.values, width, out, twin,
         );
         Ok(())
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
-        x.blocks.clear();
+        x.scales = None;
         elementwise::add(self.isa, &self.pool, &mut x.values, &y.values);
         Ok(())
     }

@@ -314,7 +314,13 @@ impl<D: Device> Forward for Decoder<D> {
         embed(model, batch, &mut w.embedded)?;
         device.upload(&w.embedded, arch.hidden_size, &mut w.x)?;
         for (i, layer) in model.layers.iter().enumerate() {
-            device.norm(&w.x, &layer.attn_norm, arch.norm_eps, &mut w.normed)?;
+            device.norm(
+                &w.x,
+                &layer.attn_norm,
+                arch.norm_eps,
+                Some(&layer.qkv),
+                &mut w.normed,
+            )?;
             device.linear(&layer.qkv, &w.normed, &mut w.qkv)?;
             device.attention(
                 i,
@@ -336,9 +342,15 @@ impl<D: Device> Forward for Decoder<D> {
                 arch.norm_eps,
                 residual,
             )?;
-            device.norm(&w.x, &layer.ffn_norm, arch.norm_eps, &mut w.normed)?;
+            device.norm(
+                &w.x,
+                &layer.ffn_norm,
+                arch.norm_eps,
+                Some(&layer.gate_up),
+                &mut w.normed,
+            )?;
             device.linear(&layer.gate_up, &w.normed, &mut w.gate_up)?;
-            device.gated(arch.activation, &w.gate_up, &mut w.gated)?;
+            device.gated(arch.activation, &w.gate_up, &layer.ffn_down, &mut w.gated)?;
             device.linear(&layer.ffn_down, &w.gated, &mut w.y)?;
             let residual = Residual {
                 x: &mut w.x,
@@ -355,7 +367,13 @@ impl<D: Device> Forward for Decoder<D> {
         w.logits.clear();
         if !batch.outputs.is_empty() {
             device.rows(&w.x, &batch.outputs, &mut w.last)?;
-            device.norm(&w.last, &model.output_norm, arch.norm_eps, &mut w.normed)?;
+            device.norm(
+                &w.last,
+                &model.output_norm,
+                arch.norm_eps,
+                Some(&model.output),
+                &mut w.normed,
+            )?;
             device.linear(&model.output, &w.normed, &mut w.y)?;
             device.download(&w.y, &mut w.logits)?;
             if let Some(cap) = arch.logit_softcap {
@@ -385,7 +403,7 @@ fn add_normed<D: Device>(
     let Some(weight) = norm else {
         return device.add(r.x, r.y);
     };
-    device.norm(r.y, weight, eps, r.normed)?;
+    device.norm(r.y, weight, eps, None, r.normed)?;
     device.add(r.x, r.normed)
 }
 

@@ -39,12 +39,13 @@ pub trait Device: Send + Sized {
     /// A step begins: compute what its positions need for each rope.
     fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()>;
     fn upload(&mut self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;
-    /// `out = x / rms(x) * weight`
+    /// `out = x / rms(x) * weight`; `next` is the matrix that will read it, if one will.
     fn norm(
         &mut self,
         x: &Self::Buffer,
         weight: &Self::Vector,
         eps: f32,
+        next: Option<&Self::Matrix>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `out = x matrix^T + bias`
@@ -64,11 +65,12 @@ pub trait Device: Send + Sized {
         cache: &mut Self::Cache,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `out = activation(gate) * up` of rows `[gate | up]`
+    /// `out = activation(gate) * up` of rows `[gate | up]`; `next` is the matrix that will read it.
     fn gated(
         &mut self,
         activation: Activation,
         x: &Self::Buffer,
+        next: &Self::Matrix,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `x += y`

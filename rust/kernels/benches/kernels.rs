@@ -6,7 +6,7 @@ use std::time::Instant;
 use hfcore_kernels::attention::{
     AttentionInput, AttentionPlan, AttentionShape, KvLayer, PAGE, Span, attend,
 };
-use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, matmul, quantize_rows};
+use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, Scales, matmul, quantize_rows};
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::quant::TensorType;
 use hfcore_kernels::simd::Isa;
@@ -66,7 +66,7 @@ fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) 
     for rows in [1, 2, 4, 8, 16, 64, 512] {
         let x: Vec<f32> = (0..rows * inputs).map(|_| random.float()).collect();
         let mut blocks = vec![ActBlock::default(); x.len() / 32];
-        quantize_rows(isa, pool, &x, inputs, &mut blocks);
+        quantize_rows(isa, pool, &x, inputs, Scales::Super, &mut blocks);
         let mut out = vec![0.0; rows * outputs];
         let used = if rows > 16 { 2 } else { count };
         let time = best(|| {
@@ -75,6 +75,7 @@ fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) 
                     rows,
                     floats: &x,
                     blocks: &blocks,
+                    supers: &blocks,
                 };
                 matmul(isa, pool, matrix, x, &mut out);
             }
@@ -166,7 +167,7 @@ fn quantising(isa: Isa, pool: &Pool) {
     let mut random = Random(5);
     let x: Vec<f32> = (0..512 * 1536).map(|_| random.float()).collect();
     let mut blocks = vec![ActBlock::default(); x.len() / 32];
-    let time = best(|| quantize_rows(isa, pool, &x, 1536, &mut blocks));
+    let time = best(|| quantize_rows(isa, pool, &x, 1536, Scales::Block, &mut blocks));
     println!(
         "quantize_rows: {:.3} ns a number",
         1e9 * time / x.len() as f64

@@ -2,7 +2,7 @@
 //!
 //! Sixteen lanes at a time. Multiplications and additions fuse by name only, so every instruction set gives the same bits.
 
-use crate::matmul::{ActBlock, quantize_blocks};
+use crate::matmul::{ActBlock, Scales, quantize_blocks};
 use crate::pool::{Pool, SendPtr};
 use crate::simd::{Isa, LANES, Simd, dispatch, load_part, store_part};
 use crate::tile::BLOCK;
@@ -10,25 +10,35 @@ use crate::tile::BLOCK;
 /// Rows times width below which threads cost more than they bring.
 const SERIAL: usize = 8192;
 
-/// Run `f(i, row, blocks)` over the rows of `out` and their quantised twins, which may be none, in parallel when there is
-/// enough to do.
+/// Where rows go quantised as well.
+pub struct Twin<'a> {
+    pub scales: Scales,
+    /// `[rows][width / 32]`
+    pub blocks: &'a mut [ActBlock],
+}
+
+/// Run `f(i, row)` over the rows of `out`, in parallel when there is enough to do, and quantise each row that was made.
 fn over_both(
+    isa: Isa,
     pool: &Pool,
     out: &mut [f32],
     width: usize,
-    blocks: &mut [ActBlock],
-    f: impl Fn(usize, &mut [f32], &mut [ActBlock]) + Sync,
+    twin: Option<Twin>,
+    f: impl Fn(usize, &mut [f32]) + Sync,
 ) {
+    let Some(Twin { scales, blocks }) = twin else {
+        return over_rows(pool, out, width, f);
+    };
     let each = blocks.len() * width / out.len().max(1);
-    assert!(
-        each == 0 || each * BLOCK == width,
-        "blocks of all rows, or none"
-    );
+    assert!(each * BLOCK == width, "blocks of all rows");
     let blocks = SendPtr(blocks.as_mut_ptr());
     over_rows(pool, out, width, |i, out| {
-        // SAFETY: a row's blocks are its own, and inside the slice.
-        let blocks = unsafe { std::slice::from_raw_parts_mut(blocks.get().add(i * each), each) };
-        f(i, out, blocks);
+        f(i, out);
+        // SAFETY: a row's blocks are its own, and inside the slice; `isa` was detected.
+        unsafe {
+            let blocks = std::slice::from_raw_parts_mut(blocks.get().add(i * each), each);
+            quantize_blocks(isa, out, scales, blocks);
+        }
     });
 }
 
@@ -70,8 +80,8 @@ unsafe fn scale_by<S: Simd>(x: *const f32, len: usize, scale: f32, weight: &[f32
     }
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467); and `out` quantised,
-/// unless `blocks` is empty.
+/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467); and `out` quantised
+/// to its twin if there is one.
 ///
 /// # Panics
 /// When the lengths do not agree.
@@ -82,16 +92,13 @@ pub fn rms_norm(
     weight: &[f32],
     eps: f32,
     out: &mut [f32],
-    blocks: &mut [ActBlock],
+    twin: Option<Twin>,
 ) {
     assert_eq!(x.len(), out.len());
     let width = weight.len();
-    over_both(pool, out, width, blocks, |i, out, blocks| {
+    over_both(isa, pool, out, width, twin, |i, out| {
         // SAFETY: slices; `isa` was detected.
-        unsafe {
-            rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out);
-            quantize_blocks(isa, out, blocks);
-        }
+        unsafe { rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out) }
     });
 }
 
@@ -150,7 +157,7 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide; and `out` quantised, unless `blocks` is empty.
+/// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide; and `out` quantised to its twin if there is one.
 ///
 /// # Panics
 /// When the lengths do not agree.
@@ -161,16 +168,13 @@ pub fn gated(
     x: &[f32],
     width: usize,
     out: &mut [f32],
-    blocks: &mut [ActBlock],
+    twin: Option<Twin>,
 ) {
     assert_eq!(x.len(), 2 * out.len());
-    over_both(pool, out, width, blocks, |i, out, blocks| {
+    over_both(isa, pool, out, width, twin, |i, out| {
         let (gate, up) = x[2 * i * width..2 * (i + 1) * width].split_at(width);
         // SAFETY: slices; `isa` was detected.
-        unsafe {
-            gated_row(isa, activation, gate, up, out);
-            quantize_blocks(isa, out, blocks);
-        }
+        unsafe { gated_row(isa, activation, gate, up, out) }
     });
 }
 
@@ -358,7 +362,7 @@ mod tests {
         let (x, w) = (numbers(300 * 40), numbers(40));
         let got = same_on_all(|isa| {
             let mut out = vec![0.0; x.len()];
-            rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, &mut []);
+            rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, None);
             out
         });
         for (x, got) in x.chunks(40).zip(got.chunks(40)) {
@@ -373,19 +377,33 @@ mod tests {
     #[test]
     fn what_is_quantised_on_the_way_is_what_quantize_rows_makes() {
         let pool = Pool::new(2);
-        for rows in [1, 300] {
-            let (x, w) = (numbers(rows * 64), numbers(64));
+        for (rows, scales) in [
+            (1, Scales::Block),
+            (40, Scales::Block),
+            (1, Scales::Super),
+            (40, Scales::Super),
+        ] {
+            let (x, w) = (numbers(rows * 512), numbers(512));
             for isa in Isa::available() {
-                let mut out = vec![0.0; rows * 64];
-                let mut blocks = vec![ActBlock::default(); rows * 2];
+                let mut out = vec![0.0; rows * 512];
+                let mut blocks = vec![ActBlock::default(); rows * 16];
                 let mut want = blocks.clone();
-                rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, &mut blocks);
-                quantize_rows(isa, &pool, &out, 64, &mut want);
+                let blocks_all = &mut blocks;
+                let twin = Some(Twin {
+                    scales,
+                    blocks: blocks_all,
+                });
+                rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, twin);
+                quantize_rows(isa, &pool, &out, 512, scales, &mut want);
                 assert_eq!(blocks, want);
-                let (out, blocks) = (&mut out[..rows * 32], &mut blocks[..rows]);
-                gated(isa, &pool, Activation::Silu, &x, 32, out, blocks);
-                quantize_rows(isa, &pool, out, 32, &mut want[..rows]);
-                assert_eq!(blocks, &want[..rows]);
+                let (out, blocks) = (&mut out[..rows * 256], &mut blocks[..rows * 8]);
+                let twin = Some(Twin {
+                    scales,
+                    blocks: &mut *blocks,
+                });
+                gated(isa, &pool, Activation::Silu, &x, 256, out, twin);
+                quantize_rows(isa, &pool, out, 256, scales, &mut want[..rows * 8]);
+                assert_eq!(blocks, &want[..rows * 8]);
             }
         }
     }
@@ -397,7 +415,7 @@ mod tests {
         for activation in [Activation::Silu, Activation::GeluTanh] {
             let got = same_on_all(|isa| {
                 let mut out = vec![0.0; 150];
-                gated(isa, &pool, activation, &x, 50, &mut out, &mut []);
+                gated(isa, &pool, activation, &x, 50, &mut out, None);
                 out
             });
             for row in 0..3 {

@@ -2,33 +2,68 @@
 
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
-use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::simd::{Isa, LANES, Simd, dispatch, prefetch_line};
 use crate::tile::{self, BLOCK, Format, Tiles};
 
-/// 32 activations of a row, quantised to 8 bits with a scale of their own.
+/// 32 activations of a row, quantised to 8 bits.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ActBlock {
     pub codes: [i8; BLOCK],
     pub scale: f32,
-    /// `scale` times the sum of the codes: of all, of the first half, of the second.
+    /// The sum of the codes: of all, of the first half, of the second. That of all is times the scale where it is the
+    /// block's own (`Scales::Block`).
     pub sum: f32,
     pub half_sums: [f32; 2],
+}
+
+/// How many activations share a scale: as many as the weights they meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scales {
+    /// 32, one block.
+    Block,
+    /// 256, for the K-quants: eight blocks with the same scale.
+    Super,
+}
+
+impl Scales {
+    fn blocks(self) -> usize {
+        match self {
+            Self::Block => 1,
+            Self::Super => 8,
+        }
+    }
+
+    /// What a type of weights wants; floats want no quantised activations.
+    fn of(tensor_type: TensorType) -> Option<Self> {
+        match tensor_type.block_len() {
+            1 => None,
+            256 => Some(Self::Super),
+            _ => Some(Self::Block),
+        }
+    }
 }
 
 /// Quantise rows of `width` activations; `out` is `[rows][width / 32]`.
 ///
 /// # Panics
-/// When `width` is not a multiple of 32, or the lengths do not agree.
-pub fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [ActBlock]) {
+/// When `width` is not a multiple of what shares a scale, or the lengths do not agree.
+pub fn quantize_rows(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    width: usize,
+    scales: Scales,
+    out: &mut [ActBlock],
+) {
     assert!(
-        width.is_multiple_of(BLOCK) && x.len() == out.len() * BLOCK,
+        width.is_multiple_of(BLOCK * scales.blocks()) && x.len() == out.len() * BLOCK,
         "activations in rows of {width}"
     );
     let blocks = width / BLOCK;
     let quantize = |row: usize, out: &mut [ActBlock]| {
         // SAFETY: slices; `isa` was detected.
-        unsafe { quantize_blocks(isa, &x[row * width..(row + 1) * width], out) }
+        unsafe { quantize_blocks(isa, &x[row * width..(row + 1) * width], scales, out) }
     };
     if out.len() < 512 {
         out.chunks_exact_mut(blocks)
@@ -40,30 +75,37 @@ pub fn quantize_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [
 }
 
 dispatch! {
-    pub(crate) unsafe fn quantize_blocks<>(x: &[f32], out: &mut [ActBlock]) = quantize_body
+    pub(crate) unsafe fn quantize_blocks<>(x: &[f32], scales: Scales, out: &mut [ActBlock]) = quantize_body
 }
 
 #[inline(always)]
-unsafe fn quantize_body<S: Simd>(x: &[f32], out: &mut [ActBlock]) {
-    for (i, out) in out.iter_mut().enumerate() {
-        let x = &x[i * BLOCK..][..BLOCK];
+unsafe fn quantize_body<S: Simd>(x: &[f32], scales: Scales, out: &mut [ActBlock]) {
+    let together = scales.blocks();
+    for (i, out) in out.chunks_exact_mut(together).enumerate() {
+        let x = &x[i * together * BLOCK..][..together * BLOCK];
         // SAFETY: a block is two vectors of floats, and of codes.
         unsafe {
-            let halves = [S::load_f32(x.as_ptr()), S::load_f32(x.as_ptr().add(LANES))];
-            let max = S::max(S::abs(halves[0]), S::abs(halves[1]));
-            // From zero up: a NaN in the first half counts for nothing either.
-            let max = S::largest(S::max(S::splat(0.0), max));
+            // From zero up, and `x` second: a NaN counts for nothing.
+            let mut max = S::splat(0.0);
+            for at in (0..x.len()).step_by(LANES) {
+                max = S::max(max, S::abs(S::load_f32(x.as_ptr().add(at))));
+            }
+            let max = S::largest(max);
             let scale = max / 127.0;
-            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            let code = |h: usize| S::mul(halves[h], S::splat(inverse));
-            let codes = out.codes.as_mut_ptr();
-            let sums = [
-                S::store_i8(codes, code(0)),
-                S::store_i8(codes.add(LANES), code(1)),
-            ];
-            out.scale = scale;
-            out.half_sums = [scale * sums[0] as f32, scale * sums[1] as f32];
-            out.sum = scale * (sums[0] + sums[1]) as f32;
+            let inverse = S::splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
+            for j in 0..together {
+                let (x, out) = (x.as_ptr().add(j * BLOCK), &mut out[j]);
+                let codes = out.codes.as_mut_ptr();
+                let first = S::store_i8(codes, S::mul(S::load_f32(x), inverse));
+                let x = S::load_f32(x.add(LANES));
+                let second = S::store_i8(codes.add(LANES), S::mul(x, inverse));
+                out.scale = scale;
+                out.half_sums = [first as f32, second as f32];
+                out.sum = (first + second) as f32;
+                if together == 1 {
+                    out.sum *= scale;
+                }
+            }
         }
     }
 }
@@ -74,8 +116,9 @@ pub struct Activations<'a> {
     pub rows: usize,
     /// `[rows][inputs]`, for float weights.
     pub floats: &'a [f32],
-    /// `[rows][inputs / 32]`, for quantised weights; may be empty when no part needs it.
+    /// `[rows][inputs / 32]`, for weights quantised in blocks and in super-blocks; empty where no part needs them.
     pub blocks: &'a [ActBlock],
+    pub supers: &'a [ActBlock],
 }
 
 /// A weight matrix made of parts that share their inputs; their outputs lie side by side.
@@ -123,9 +166,18 @@ impl Matrix {
     pub fn outputs(&self) -> usize {
         self.outputs
     }
-    /// Whether a part needs quantised activations.
-    pub fn quantised(&self) -> bool {
-        self.parts.iter().any(|p| p.tensor_type().block_len() > 1)
+    /// Whether a part needs activations quantised so.
+    pub fn needs(&self, scales: Scales) -> bool {
+        let mut parts = self.parts.iter();
+        parts.any(|p| Scales::of(p.tensor_type()) == Some(scales))
+    }
+    /// How activations must be quantised, if in one way.
+    pub fn scales(&self) -> Option<Scales> {
+        match (self.needs(Scales::Block), self.needs(Scales::Super)) {
+            (true, false) => Some(Scales::Block),
+            (false, true) => Some(Scales::Super),
+            _ => None,
+        }
     }
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(Tiles::bytes).sum()
@@ -144,12 +196,14 @@ pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut 
         x.rows,
         matrix.outputs
     );
-    if matrix.quantised() {
-        assert_eq!(
-            x.blocks.len() * BLOCK,
-            x.rows * matrix.inputs,
-            "quantised activations"
-        );
+    for (scales, blocks) in [(Scales::Block, x.blocks), (Scales::Super, x.supers)] {
+        if matrix.needs(scales) {
+            assert_eq!(
+                blocks.len() * BLOCK,
+                x.rows * matrix.inputs,
+                "quantised activations"
+            );
+        }
     }
     if matrix
         .parts
@@ -251,7 +305,8 @@ macro_rules! each_row {
 unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
     let mut row = 0;
     unsafe {
-        if const { S::ROWS >= 16 } {
+        // Formats with two scales a block need registers for them.
+        if const { S::ROWS >= 16 && !F::HALVES } {
             while task.x.rows - row >= 16 {
                 quant_rows::<S, F, 16>(task, row);
                 row += 16;
@@ -290,48 +345,74 @@ const AHEAD: usize = 2048;
 unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize) {
     unsafe {
         let blocks = task.inputs / BLOCK;
-        let acts = task.x.blocks.as_ptr().add(row * blocks);
+        let acts = match F::SUPER {
+            1 => task.x.blocks,
+            _ => task.x.supers,
+        };
+        let acts = acts.as_ptr().add(row * blocks);
         let mut total = [start::<S>(task.bias); M];
         let mut p = task.tile.as_ptr();
         let mut block = 0;
         while block < blocks {
             let head = F::head::<S>(p);
             p = p.add(F::HEAD);
+            if F::SUPER == 1 {
+                let (w, s, o) = unpack::<S, F>(p, head);
+                each_row!(M, i, {
+                    let x = &*acts.add(i * blocks + block);
+                    let scale = S::mul(s[0], S::splat(x.scale));
+                    total[i] = S::fma(S::to_f32(dots::<S, 0, 8>(&w, x)), scale, total[i]);
+                    total[i] = S::fma(o[0], S::splat(x.sum), total[i]);
+                });
+                p = p.add(F::CODES + F::SCALES);
+                block += 1;
+                continue;
+            }
+            // The blocks of a super-block have one scale of activations: it multiplies their sum.
+            let mut sum = [S::splat(0.0); M];
             for _ in 0..F::SUPER {
-                if M > 1 {
-                    for line in 0..(F::CODES + F::SCALES).div_ceil(64) {
-                        crate::simd::prefetch_line(p.wrapping_add(AHEAD + 64 * line));
+                let (w, s, o) = unpack::<S, F>(p, head);
+                each_row!(M, i, {
+                    let x = &*acts.add(i * blocks + block);
+                    if F::HALVES {
+                        sum[i] = S::fma(S::to_f32(dots::<S, 0, 4>(&w, x)), s[0], sum[i]);
+                        sum[i] = S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), s[1], sum[i]);
+                        sum[i] = S::fma(o[0], S::splat(x.half_sums[0]), sum[i]);
+                        sum[i] = S::fma(o[1], S::splat(x.half_sums[1]), sum[i]);
+                    } else {
+                        sum[i] = S::fma(S::to_f32(dots::<S, 0, 8>(&w, x)), s[0], sum[i]);
+                        sum[i] = S::fma(o[0], S::splat(x.sum), sum[i]);
                     }
-                }
-                let w = F::steps::<S>(p);
-                let scales = p.add(F::CODES);
-                if F::HALVES {
-                    let (s0, o0) = F::scale::<S>(scales, head, 0);
-                    let (s1, o1) = F::scale::<S>(scales, head, 1);
-                    each_row!(M, i, {
-                        let x = &*acts.add(i * blocks + block);
-                        let d = S::splat(x.scale);
-                        total[i] =
-                            S::fma(S::to_f32(dots::<S, 0, 4>(&w, x)), S::mul(s0, d), total[i]);
-                        total[i] =
-                            S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), S::mul(s1, d), total[i]);
-                        total[i] = S::fma(o0, S::splat(x.half_sums[0]), total[i]);
-                        total[i] = S::fma(o1, S::splat(x.half_sums[1]), total[i]);
-                    });
-                } else {
-                    let (s, o) = F::scale::<S>(scales, head, 0);
-                    each_row!(M, i, {
-                        let x = &*acts.add(i * blocks + block);
-                        let dot = S::to_f32(dots::<S, 0, 8>(&w, x));
-                        total[i] = S::fma(dot, S::mul(s, S::splat(x.scale)), total[i]);
-                        total[i] = S::fma(o, S::splat(x.sum), total[i]);
-                    });
-                }
+                });
                 p = p.add(F::CODES + F::SCALES);
                 block += 1;
             }
+            each_row!(M, i, {
+                let scale = (*acts.add(i * blocks + block - 1)).scale;
+                total[i] = S::fma(sum[i], S::splat(scale), total[i]);
+            });
         }
         finish::<S, M>(task, row, total);
+    }
+}
+
+/// A block's codes, and the scales and offsets of its halves, or of all of it twice; what comes later is fetched.
+#[inline(always)]
+unsafe fn unpack<S: Simd, F: Format>(
+    p: *const u8,
+    head: [S::F; 2],
+) -> ([S::I; 8], [S::F; 2], [S::F; 2]) {
+    unsafe {
+        for line in 0..(F::CODES + F::SCALES).div_ceil(64) {
+            prefetch_line(p.wrapping_add(AHEAD + 64 * line));
+        }
+        let scales = p.add(F::CODES);
+        let (s0, o0) = F::scale::<S>(scales, head, 0);
+        let (s1, o1) = match F::HALVES {
+            true => F::scale::<S>(scales, head, 1),
+            false => (s0, o0),
+        };
+        (F::steps::<S>(p), [s0, s1], [o0, o1])
     }
 }
 
@@ -499,10 +580,16 @@ mod tests {
         out
     }
 
-    fn activations(rows: usize, inputs: usize, r: &mut Random) -> (Vec<f32>, Vec<ActBlock>) {
+    /// Floats, and the same quantised in blocks and in super-blocks where the width allows it.
+    fn activations(rows: usize, inputs: usize, r: &mut Random) -> (Vec<f32>, [Vec<ActBlock>; 2]) {
         let x: Vec<f32> = (0..rows * inputs).map(|_| r.float() * 3.0).collect();
-        let mut blocks = vec![ActBlock::default(); x.len() / BLOCK];
-        quantize_rows(Isa::SCALAR, &Pool::new(1), &x, inputs, &mut blocks);
+        let blocks = [Scales::Block, Scales::Super].map(|scales| {
+            let mut blocks = vec![ActBlock::default(); x.len() / BLOCK];
+            if inputs.is_multiple_of(BLOCK * scales.blocks()) {
+                quantize_rows(Isa::SCALAR, &Pool::new(1), &x, inputs, scales, &mut blocks);
+            }
+            blocks
+        });
         (x, blocks)
     }
 
@@ -513,8 +600,9 @@ mod tests {
         rows: usize,
         inputs: usize,
         x: &[f32],
-        blocks: &[ActBlock],
+        blocks: &[Vec<ActBlock>; 2],
     ) -> Vec<f64> {
+        let blocks = &blocks[usize::from(Scales::of(t) == Some(Scales::Super))];
         let mut weights = vec![0f32; rows * inputs];
         dequantize(t, data, &mut weights);
         let x: Vec<f64> = if t.block_len() == 1 {
@@ -545,7 +633,8 @@ mod tests {
             let x = Activations {
                 rows,
                 floats: &x,
-                blocks: &blocks,
+                blocks: &blocks[0],
+                supers: &blocks[1],
             };
             let size = want.iter().fold(0f64, |a, b| a.max(b.abs()));
             let mut scalar = vec![0.0; want.len()];
@@ -582,7 +671,8 @@ mod tests {
                 Activations {
                     rows,
                     floats: &x,
-                    blocks: &blocks,
+                    blocks: &blocks[0],
+                    supers: &blocks[1],
                 },
                 &mut together,
             );
@@ -592,7 +682,8 @@ mod tests {
                 let one = Activations {
                     rows: 1,
                     floats: &x[row * inputs..][..inputs],
-                    blocks: &blocks[row * n..][..n],
+                    blocks: &blocks[0][row * n..][..n],
+                    supers: &blocks[1][row * n..][..n],
                 };
                 matmul(isa, &pool, &matrix, one, &mut alone);
                 assert_eq!(
@@ -625,7 +716,8 @@ mod tests {
         let acts = Activations {
             rows,
             floats: &x,
-            blocks: &blocks,
+            blocks: &blocks[0],
+            supers: &blocks[1],
         };
         let mut all = vec![0.0; rows * 41];
         matmul(
@@ -671,7 +763,14 @@ mod tests {
             scale: 1.0,
             ..Default::default()
         }];
-        quantize_rows(Isa::detect(), &Pool::new(1), &[0.0; 32], 32, &mut out);
+        quantize_rows(
+            Isa::detect(),
+            &Pool::new(1),
+            &[0.0; 32],
+            32,
+            Scales::Block,
+            &mut out,
+        );
         assert_eq!(out, [ActBlock::default()]);
     }
 }
