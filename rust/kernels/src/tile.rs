@@ -401,7 +401,7 @@ impl Tiles {
         data: &[u8],
         pool: &Pool,
     ) -> Self {
-        let arena = Arena::default();
+        let arena = Arena::with_pieces(0);
         Self::pack_in(&arena, tensor_type, rows, inputs, data, pool, |_| ())
     }
 
