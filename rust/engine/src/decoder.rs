@@ -120,7 +120,10 @@ impl<'a, D: Device> Loader<'a, D> {
                 bias.extend(std::iter::repeat_n(0.0, outputs));
             }
         }
-        self.device.matrix(&tensors, has_bias.then_some(&bias))
+        let matrix = self.device.matrix(&tensors, has_bias.then_some(&bias))?;
+        // Now that they are resident twice, one of them may go.
+        tensors.iter().for_each(|t| t.forget(0..t.data.len()));
+        Ok(matrix)
     }
 
     fn layer(&mut self, i: usize) -> Result<Layer<D>> {
@@ -233,7 +236,11 @@ impl<D: Device> Resident<D> {
         }
         let output_norm = loader.norm(None, "output_norm.weight", hidden)?;
         let output = match arch.tied {
-            true => device.matrix(&[embedding], None)?,
+            true => {
+                let output = device.matrix(&[embedding], None)?;
+                embedding.forget(0..embedding.data.len());
+                output
+            }
             false => loader.matrix(None, &[("output", vocab)], hidden, false)?,
         };
         loader.check_all_used()?;

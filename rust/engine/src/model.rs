@@ -1,9 +1,12 @@
 //! A model ready for requests: its file, tokenizer, template and engine, joined. What the door and Rust programs use.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 
 use serde_json::{Map, Value, json};
 
@@ -22,7 +25,7 @@ use crate::sequence::{Parts, Text};
 use crate::stream::Stream;
 use crate::template::{ChatTemplate, RenderRequest};
 use crate::tokenizer::{Detokenizer, Tokenizer};
-use crate::weights::Weights;
+use crate::weights::{Value as MetadataValue, Weights};
 use crate::{files, vocab};
 
 mod answer;
@@ -148,22 +151,11 @@ impl Model {
     /// `InvalidRequest` for impossible options.
     pub fn open(path: &Path, options: &ModelOptions, progress: Progress) -> Result<Self> {
         check_options(options)?;
-        let weights = Arc::new(files::open(path)?);
+        let mut weights = files::open(path)?;
+        let vocabulary = weights.take_metadata("tokenizer.");
+        let weights = Arc::new(weights);
         let arch = Arch::read(&weights)?;
-        let tokenizer = Arc::new(match weights.config {
-            Some(_) => Tokenizer::from_dir(path)?,
-            None => vocab::tokenizer(&weights.metadata)?,
-        });
-        let templates = templates(&tokenizer, options.chat_template.as_deref())?;
-        // Whoever gives another chat template leaves the checkpoint's own way of writing calls.
-        let response_style = match options.chat_template {
-            Some(_) => None,
-            None => tokenizer
-                .response_template()
-                .and_then(Style::of_response_template),
-        };
         let defaults = defaults(&weights)?;
-        let eos_ids = eos_ids(&weights, &defaults, &tokenizer);
         let plan = plan_memory(&weights, &arch, options, memory::available())?;
         let info = info(path, &weights, &arch, options, &plan, &defaults);
         let mut config = EngineConfig::new(arch.vocab_size, plan.context_size, plan.pages);
@@ -171,7 +163,23 @@ impl Model {
         config.token_budget = config.token_budget.max(options.max_sequences);
         let original_context = arch.original_context;
         let vocab_size = arch.vocab_size;
-        let (factory, release) = load(arch, weights, options, plan.pages as usize, progress)?;
+        let pages = plan.pages as usize;
+        let source = weights.config.as_ref().map(|_| path);
+        let (texts, loaded) = beside(
+            || Texts::read(source, &vocabulary, options.chat_template.as_deref()),
+            |failed| {
+                let progress = |done, total| !failed() && progress(done, total);
+                load(arch, weights.clone(), options, pages, &progress)
+            },
+        );
+        drop(vocabulary);
+        let Texts {
+            tokenizer,
+            templates,
+            response_style,
+        } = texts?;
+        let eos_ids = eos_ids(&weights, &defaults, &tokenizer);
+        let (factory, release) = loaded?;
         Ok(Self {
             tokenizer,
             templates,
@@ -457,6 +465,57 @@ impl Model {
                 model: self.name.clone(),
             })
     }
+}
+
+/// What a model reads and writes text with.
+struct Texts {
+    tokenizer: Arc<Tokenizer>,
+    templates: BTreeMap<String, Arc<ChatTemplate>>,
+    response_style: Option<&'static Style>,
+}
+
+impl Texts {
+    /// From the directory `dir`, or else from a GGUF file's `vocabulary`.
+    fn read(
+        dir: Option<&Path>,
+        vocabulary: &HashMap<String, MetadataValue>,
+        chat_template: Option<&str>,
+    ) -> Result<Self> {
+        let tokenizer = Arc::new(match dir {
+            Some(dir) => Tokenizer::from_dir(dir)?,
+            None => vocab::tokenizer(vocabulary)?,
+        });
+        // Whoever gives another chat template leaves the checkpoint's own way of writing calls.
+        let response_style = match chat_template {
+            Some(_) => None,
+            None => tokenizer
+                .response_template()
+                .and_then(Style::of_response_template),
+        };
+        Ok(Self {
+            templates: templates(&tokenizer, chat_template)?,
+            tokenizer,
+            response_style,
+        })
+    }
+}
+
+/// Run `first` on a thread of its own and `second` here; `second` may ask whether `first` has failed already.
+fn beside<A: Send, B>(
+    first: impl FnOnce() -> Result<A> + Send,
+    second: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> B,
+) -> (Result<A>, B) {
+    let failed = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| {
+            let result = first();
+            failed.store(result.is_err(), Relaxed);
+            result
+        });
+        let second = second(&|| failed.load(Relaxed));
+        let first = first.join().unwrap_or_else(|panic| resume_unwind(panic));
+        (first, second)
+    })
 }
 
 fn check_options(options: &ModelOptions) -> Result<()> {

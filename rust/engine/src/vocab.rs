@@ -3,7 +3,9 @@
 //! The ids are those of the model's own `tokenizer.json`, so that a GGUF file and its source agree. Where
 //! llama.cpp does otherwise (it does not normalise to NFC), the source is followed.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::mem::take;
 
 use serde_json::{Value as Json, json};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
@@ -204,8 +206,8 @@ fn bytes() -> Json {
 pub fn tokenizer(metadata: &HashMap<String, Value>) -> Result<Tokenizer> {
     let source = Source::read(metadata)?;
     match source.text("model")? {
-        Some("gpt2") => byte_level(&source),
-        Some("llama") => sentencepiece(&source),
+        Some("gpt2") => byte_level(source),
+        Some("llama") => sentencepiece(source),
         Some(name) => Err(Error::Unsupported {
             what: "tokenizer model",
             name: name.to_owned(),
@@ -216,7 +218,7 @@ pub fn tokenizer(metadata: &HashMap<String, Value>) -> Result<Tokenizer> {
 }
 
 /// Byte-level BPE (`tokenizer.ggml.model` = `gpt2`).
-fn byte_level(source: &Source) -> Result<Tokenizer> {
+fn byte_level(mut source: Source) -> Result<Tokenizer> {
     let pre = source.text("pre")?.unwrap_or("default");
     let rule = rule(pre).ok_or_else(|| Error::Unsupported {
         what: "pre-tokenizer",
@@ -232,7 +234,7 @@ fn byte_level(source: &Source) -> Result<Tokenizer> {
         .collect::<Result<Merges>>()?;
     check_lengths(&source.tokens, &merges)?;
     let model = BPE::builder()
-        .vocab_and_merges(source.vocab.clone(), merges)
+        .vocab_and_merges(take(&mut source.vocab), merges)
         .ignore_merges(rule.ignore_merges)
         .build()
         .map_err(|e| bad(format!("tokenizer.ggml.merges: {e}")))?;
@@ -245,18 +247,18 @@ fn byte_level(source: &Source) -> Result<Tokenizer> {
     let splits = json!({"type": "Sequence", "pretokenizers": rule.splits});
     inner.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(splits)?));
     inner.with_decoder(Some(part::<DecoderWrapper>(bytes())?));
-    finish(source, inner, rule.add_bos)
+    finish(&source, inner, rule.add_bos)
 }
 
 /// SentencePiece BPE with scores (`tokenizer.ggml.model` = `llama`).
-fn sentencepiece(source: &Source) -> Result<Tokenizer> {
+fn sentencepiece(mut source: Source) -> Result<Tokenizer> {
     let scores = source
         .scores()?
         .ok_or_else(|| bad("no tokenizer.ggml.scores".to_owned()))?;
-    let merges = merges_by_score(source, scores);
+    let merges = merges_by_score(&source, scores);
     let unknown = source.named.get("unk_token").cloned();
     let mut builder = BPE::builder()
-        .vocab_and_merges(source.vocab.clone(), merges)
+        .vocab_and_merges(take(&mut source.vocab), merges)
         .fuse_unk(true)
         .byte_fallback(true);
     if let Some(unknown) = unknown {
@@ -284,7 +286,7 @@ fn sentencepiece(source: &Source) -> Result<Tokenizer> {
     inner.with_normalizer(Some(normal)).map_err(internal)?;
     let decoders = json!({"type": "Sequence", "decoders": decoders});
     inner.with_decoder(Some(part::<DecoderWrapper>(decoders)?));
-    finish(source, inner, true)
+    finish(&source, inner, true)
 }
 
 /// Added tokens, the template around a text, and the names: the same for both kinds.
@@ -300,7 +302,7 @@ fn finish(
         .filter_map(|(token, &kind)| {
             let special = kind == CONTROL || kind == UNKNOWN;
             (special || kind == USER_DEFINED)
-                .then(|| AddedToken::from(token.clone(), special).normalized(false))
+                .then(|| AddedToken::from(token.as_ref(), special).normalized(false))
         });
     inner.add_tokens(added).map_err(internal)?;
 
@@ -318,21 +320,15 @@ fn finish(
     let bos = around("add_bos_token", "bos_token", default_add_bos)?;
     let eos = around("add_eos_token", "eos_token", false)?;
     if bos.is_some() || eos.is_some() {
-        let template = template(source, bos, eos)?;
+        let template = template(&inner, bos, eos)?;
         inner.with_post_processor(Some(template));
     }
 
-    let id = |name: &str| {
-        source
-            .named
-            .get(name)
-            .and_then(|t| source.vocab.get(t))
-            .copied()
-    };
+    let id = |name: &str| source.named.get(name).and_then(|t| inner.token_to_id(t));
     let known = Known {
         special_tokens: source.named.clone(),
         bos_id: id("bos_token"),
-        eos_ids: end_ids(source, id("bos_token"), id("eos_token"))?,
+        eos_ids: end_ids(source, &inner, id("bos_token"), id("eos_token"))?,
         chat_templates: chat_templates(source.metadata),
         response_template: None,
     };
@@ -341,7 +337,7 @@ fn finish(
 
 /// `bos text eos`; for a pair, the same around each.
 fn template(
-    source: &Source,
+    inner: &tokenizers::Tokenizer,
     bos: Option<&String>,
     eos: Option<&String>,
 ) -> Result<PostProcessorWrapper> {
@@ -360,7 +356,7 @@ fn template(
         .map(|t| {
             (
                 t.clone(),
-                json!({"id": t, "ids": [source.vocab.get(t)], "tokens": [t]}),
+                json!({"id": t, "ids": [inner.token_to_id(t)], "tokens": [t]}),
             )
         })
         .collect();
@@ -373,15 +369,21 @@ fn template(
 
 /// The ids that end a completion: `eos_token_id`, `eot_token_id`, `eom_token_id`, and control tokens whose
 /// text says so. Without the last, chat files that name only `<eos>` would never stop.
-fn end_ids(source: &Source, bos: Option<u32>, eos: Option<u32>) -> Result<Vec<u32>> {
+fn end_ids(
+    source: &Source,
+    inner: &tokenizers::Tokenizer,
+    bos: Option<u32>,
+    eos: Option<u32>,
+) -> Result<Vec<u32>> {
     let mut ids: Vec<u32> = eos.into_iter().collect();
     for key in ["eot_token_id", "eom_token_id"] {
         ids.extend(source.id(key)?);
     }
     // In the harmony format `<|end|>` ends one message of several, not the turn.
-    let harmony = source.vocab.contains_key("<|return|>") && source.vocab.contains_key("<|call|>");
+    let has = |token| inner.token_to_id(token).is_some();
+    let harmony = has("<|return|>") && has("<|call|>");
     for token in END_OF_TURN {
-        let Some(&id) = source.vocab.get(token) else {
+        let Some(id) = inner.token_to_id(token) else {
             continue;
         };
         let marked = source
@@ -466,8 +468,8 @@ fn pair(merge: &str) -> Result<(String, String)> {
 }
 
 /// The crate joins merges in a buffer as long as the longest token, and asserts that they fit.
-fn check_lengths(tokens: &[String], merges: &Merges) -> Result<()> {
-    let longest = tokens.iter().map(String::len).max().unwrap_or(0);
+fn check_lengths(tokens: &[Cow<str>], merges: &Merges) -> Result<()> {
+    let longest = tokens.iter().map(|t| t.len()).max().unwrap_or(0);
     match merges.iter().find(|(a, b)| a.len() + b.len() > longest) {
         Some((a, b)) => Err(bad(format!(
             "tokenizer.ggml.merges: {a:?} {b:?} make no token"
@@ -479,8 +481,9 @@ fn check_lengths(tokens: &[String], merges: &Merges) -> Result<()> {
 /// The tokenizer's keys, read and found to agree.
 struct Source<'a> {
     metadata: &'a HashMap<String, Value>,
-    tokens: Vec<String>,
+    tokens: Vec<Cow<'a, str>>,
     types: Vec<i64>,
+    /// Until the model takes it.
     vocab: Vocab,
     /// transformers' name of a special token to its text.
     named: BTreeMap<String, String>,
@@ -500,16 +503,16 @@ impl<'a> Source<'a> {
             .filter(|tokens| !tokens.is_empty());
         let tokens = tokens.ok_or_else(|| bad("no tokenizer.ggml.tokens".to_owned()))?;
         // Padding rows of some files have no text; they must not all be one token.
-        let named = |(id, token): (usize, &String)| match token.as_str() {
-            "" => format!("[EMPTY_{id}]"),
-            _ => token.clone(),
+        let named = |(id, token): (usize, &'a String)| match token.as_str() {
+            "" => Cow::Owned(format!("[EMPTY_{id}]")),
+            token => Cow::Borrowed(token),
         };
         source.tokens = tokens.iter().enumerate().map(named).collect();
         source.types = source.token_types()?;
         source.vocab.reserve(source.tokens.len());
         for (id, token) in source.tokens.iter().enumerate() {
             let id = u32::try_from(id).map_err(|_| bad("more than 2^32 tokens".to_owned()))?;
-            if let Some(first) = source.vocab.insert(token.clone(), id) {
+            if let Some(first) = source.vocab.insert(token.to_string(), id) {
                 return Err(bad(format!(
                     "tokenizer.ggml.tokens: {token:?} is both {first} and {id}"
                 )));
@@ -519,7 +522,7 @@ impl<'a> Source<'a> {
             if let Some(id) = source.id(key)? {
                 source
                     .named
-                    .insert(name.to_owned(), source.tokens[id as usize].clone());
+                    .insert(name.to_owned(), source.tokens[id as usize].to_string());
             }
         }
         if source.text("model")? == Some("llama") {

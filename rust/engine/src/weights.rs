@@ -40,6 +40,8 @@ pub struct Tensor<'a> {
     pub tensor_type: TensorType,
     pub shape: &'a [usize],
     pub data: &'a [u8],
+    /// The file that `data` lies in, and where.
+    place: Option<(&'a Mapped, usize)>,
 }
 
 /// The files of one model, mapped, with everything in them named.
@@ -59,12 +61,13 @@ impl Weights {
     /// The tensor of this name, if there is one.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let (name, info) = self.tensors.get_key_value(name)?;
-        let data = self.files.get(info.file)?.get(info.bytes.clone())?;
+        let file = self.files.get(info.file)?;
         Some(Tensor {
             name,
             tensor_type: info.tensor_type,
             shape: &info.shape,
-            data,
+            data: file.get(info.bytes.clone())?,
+            place: Some((file, info.bytes.start)),
         })
     }
 
@@ -72,6 +75,13 @@ impl Weights {
     pub fn require(&self, name: &str) -> Result<Tensor<'_>> {
         self.tensor(name)
             .ok_or_else(|| self.missing("tensor", name, self.tensors.keys()))
+    }
+
+    /// Take out the metadata whose keys begin so: what is needed once, and large.
+    pub fn take_metadata(&mut self, prefix: &str) -> HashMap<String, Value> {
+        self.metadata
+            .extract_if(|key, _| key.starts_with(prefix))
+            .collect()
     }
 
     /// Bytes of all tensors.
@@ -261,6 +271,14 @@ impl<'a> Tensor<'a> {
         // The readers made sure that rows are whole blocks, so this division is exact.
         let bytes = self.data.len() / self.rows();
         &self.data[i * bytes..(i + 1) * bytes]
+    }
+
+    /// Say that these bytes of `data` will not be read soon, so that they need not stay in memory. Whoever reads them
+    /// all the same waits for the file.
+    pub fn forget(&self, bytes: Range<usize>) {
+        if let Some((file, at)) = self.place {
+            file.forget(at + bytes.start..at + bytes.end.min(self.data.len()));
+        }
     }
 
     /// Every number, row after row.
@@ -473,6 +491,7 @@ mod tests {
             tensor_type: TensorType::F32,
             shape: &[2, 3, 2],
             data: &data,
+            place: None,
         };
         assert_eq!((t.rows(), t.cols(), t.elements()), (6, 2, 12));
         let mut row = [0.0; 2];

@@ -4,12 +4,19 @@
 //! order in which the micro-kernel's four-byte dots want them) followed by its scales for the 16 rows; types with
 //! super-blocks put the super-block's scales once before eight blocks. A number is `scale * code + offset`.
 
+use std::ops::Range;
+use std::slice::ChunksExact;
+
+use crate::mmap::{Arena, Room};
 use crate::pool::Pool;
 use crate::quant::{E2M1_DOUBLED, IQ4_VALUES, TensorType, iq4_xs_scale, k_scale_min, q3_k_scale};
 use crate::simd::{LANES, Simd};
 
 /// Inputs in a block.
 pub const BLOCK: usize = 32;
+
+/// Bytes of a matrix that are packed between two reports.
+const SLICE: usize = 8 << 20;
 
 /// How one quantised type lies in a tile, and how a block of it is unpacked.
 ///
@@ -373,17 +380,13 @@ fn geometry(tensor_type: TensorType) -> (usize, usize) {
     }
 }
 
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Line([u8; 64]);
-
 /// A weight matrix `[rows, inputs]` in tiles.
 pub struct Tiles {
     tensor_type: TensorType,
     rows: usize,
     inputs: usize,
     tile_bytes: usize,
-    lines: Vec<Line>,
+    memory: Room,
 }
 
 impl Tiles {
@@ -398,6 +401,24 @@ impl Tiles {
         data: &[u8],
         pool: &Pool,
     ) -> Self {
+        let arena = Arena::with_pieces(0);
+        Self::pack_in(&arena, tensor_type, rows, inputs, data, pool, |_| ())
+    }
+
+    /// The same, in memory that an `arena` has for a model's many matrices. `packed` is told which bytes of `data` were
+    /// read for the last time.
+    ///
+    /// # Panics
+    /// As `pack`, and when there is no memory.
+    pub fn pack_in(
+        arena: &Arena,
+        tensor_type: TensorType,
+        rows: usize,
+        inputs: usize,
+        data: &[u8],
+        pool: &Pool,
+        packed: impl Fn(Range<usize>),
+    ) -> Self {
         let row_bytes = tensor_type
             .row_bytes(inputs)
             .expect("inputs are whole blocks");
@@ -408,21 +429,27 @@ impl Tiles {
         );
         let (step, bytes) = geometry(tensor_type);
         let tile_bytes = (inputs / step * bytes).next_multiple_of(64);
-        let tiles = rows.div_ceil(LANES);
-        let lines_per_tile = tile_bytes / 64;
-        let mut lines = vec![Line([0; 64]); tiles * lines_per_tile];
-        pool.rows(&mut lines, lines_per_tile, |tile, lines| {
-            let first = tile * LANES;
-            let count = LANES.min(rows - first);
-            let rows = &data[first * row_bytes..(first + count) * row_bytes];
-            pack_tile(tensor_type, rows, row_bytes, inputs, line_bytes(lines));
-        });
+        let size = rows.div_ceil(LANES) * tile_bytes;
+        let mut memory = arena
+            .take(size)
+            .unwrap_or_else(|e| panic!("no memory for {size} bytes of weights: {e}"));
+        let tile_data = LANES * row_bytes;
+        let slice = (SLICE / tile_data.max(1)).max(1);
+        for (i, memory) in memory.chunks_mut((slice * tile_bytes).max(1)).enumerate() {
+            let data_at = i * slice * tile_data;
+            pool.rows(memory, tile_bytes, |tile, out| {
+                let first = data_at + tile * tile_data;
+                let last = data.len().min(first + tile_data);
+                pack_tile(tensor_type, &data[first..last], row_bytes, inputs, out);
+            });
+            packed(data_at..data.len().min(data_at + slice * tile_data));
+        }
         Self {
             tensor_type,
             rows,
             inputs,
             tile_bytes,
-            lines,
+            memory,
         }
     }
 
@@ -441,40 +468,44 @@ impl Tiles {
     }
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        self.lines.len() * 64
+        self.memory.len()
     }
     /// The bytes of tile `i`.
     pub(crate) fn tile(&self, i: usize) -> &[u8] {
-        assert!(i < self.tiles());
-        let n = self.tile_bytes / 64;
-        let lines = &self.lines[i * n..(i + 1) * n];
-        // SAFETY: `Line` is 64 plain bytes.
-        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 64) }
+        &self.memory[i * self.tile_bytes..(i + 1) * self.tile_bytes]
     }
-}
-
-fn line_bytes(lines: &mut [Line]) -> &mut [u8] {
-    // SAFETY: `Line` is 64 plain bytes; every value of them is valid.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 64) }
 }
 
 fn pack_tile(
     tensor_type: TensorType,
-    rows: &[u8],
+    data: &[u8],
     row_bytes: usize,
     inputs: usize,
     out: &mut [u8],
 ) {
+    use TensorType as T;
+    let rows = data.chunks_exact(row_bytes);
     match tensor_type {
-        TensorType::F32 => transpose::<4>(rows, row_bytes, inputs, out),
-        TensorType::F16 | TensorType::BF16 => transpose::<2>(rows, row_bytes, inputs, out),
-        _ => pack_quantised(tensor_type, rows, row_bytes, inputs, out),
+        T::F32 => transpose::<4>(rows, inputs, out),
+        T::F16 | T::BF16 => transpose::<2>(rows, inputs, out),
+        T::Q4_0 | T::IQ4_NL => pack_quantised::<18, 1, 0, 4, 2, 2>(rows, out, q4_0),
+        T::Q4_1 => pack_quantised::<20, 1, 0, 4, 4, 2>(rows, out, q4_1),
+        T::Q5_0 => pack_quantised::<22, 1, 0, 5, 2, 2>(rows, out, q5_0),
+        T::Q5_1 => pack_quantised::<24, 1, 0, 5, 4, 2>(rows, out, q5_1),
+        T::Q8_0 => pack_quantised::<34, 1, 0, 8, 2, 2>(rows, out, q8_0),
+        T::MXFP4 => pack_quantised::<17, 1, 0, 4, 1, 1>(rows, out, mxfp4),
+        T::Q2_K => pack_quantised::<84, 8, 2, 2, 2, 1>(rows, out, q2_k),
+        T::Q3_K => pack_quantised::<110, 8, 1, 3, 2, 1>(rows, out, q3_k),
+        T::Q4_K => pack_quantised::<144, 8, 2, 4, 2, 1>(rows, out, q4_k),
+        T::Q5_K => pack_quantised::<176, 8, 2, 5, 2, 1>(rows, out, q5_k),
+        T::Q6_K => pack_quantised::<210, 8, 1, 6, 2, 1>(rows, out, q6_k),
+        T::IQ4_XS => pack_quantised::<136, 8, 1, 4, 1, 1>(rows, out, iq4_xs),
     }
 }
 
 /// Float types: input by input, the 16 rows side by side.
-fn transpose<const N: usize>(rows: &[u8], row_bytes: usize, inputs: usize, out: &mut [u8]) {
-    for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+fn transpose<const N: usize>(rows: ChunksExact<u8>, inputs: usize, out: &mut [u8]) {
+    for (r, row) in rows.enumerate() {
         for i in 0..inputs {
             let at = (i * LANES + r) * N;
             out[at..at + N].copy_from_slice(&row[i * N..i * N + N]);
@@ -492,155 +523,134 @@ struct Unpacked {
     scales: [[u8; 4]; 8],
 }
 
-fn pack_quantised(
-    tensor_type: TensorType,
-    rows: &[u8],
-    row_bytes: usize,
-    inputs: usize,
+/// Rows of blocks of `FILE` bytes, each `BLOCKS` blocks of 32 codes of `BITS` bits, into a tile. Per row and super-block
+/// there are `HEADS` f16 numbers, per row and block `SCALES` bytes of scales, each `WIDTH` wide. Everything is a constant,
+/// and `take_apart` inlined, because packing is most of the time that loading takes.
+fn pack_quantised<
+    const FILE: usize,
+    const BLOCKS: usize,
+    const HEADS: usize,
+    const BITS: usize,
+    const SCALES: usize,
+    const WIDTH: usize,
+>(
+    rows: ChunksExact<u8>,
     out: &mut [u8],
+    take_apart: impl Fn(&[u8; FILE], &mut Unpacked),
 ) {
-    let (step, bytes) = geometry(tensor_type);
-    let layout = Layout::of(tensor_type);
-    let file_bytes = tensor_type.block_bytes() * step / tensor_type.block_len();
+    let (codes_bytes, scales_bytes) = (64 * BITS, LANES * SCALES);
+    let block_bytes = codes_bytes + scales_bytes;
     let mut unpacked = Unpacked {
         codes: [[0; BLOCK]; 8],
         head: [[0; 2]; 2],
         scales: [[0; 4]; 8],
     };
-    for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
-        for (s, block) in row.chunks_exact(file_bytes).take(inputs / step).enumerate() {
-            take_apart(tensor_type, block, &mut unpacked);
-            layout.put(&unpacked, r, &mut out[s * bytes..(s + 1) * bytes]);
-        }
-    }
-}
-
-/// Where codes and scales go inside a super-block of a tile.
-struct Layout {
-    blocks: usize,
-    head_halves: usize,
-    bits: u32,
-    /// Bytes of scales per row and block, and the width of one of them.
-    scale_bytes: usize,
-    scale_width: usize,
-}
-
-impl Layout {
-    fn of(tensor_type: TensorType) -> Self {
-        use TensorType as T;
-        let (blocks, head_halves, bits, scale_bytes, scale_width) = match tensor_type {
-            T::Q4_0 | T::IQ4_NL => (1, 0, 4, 2, 2),
-            T::Q4_1 => (1, 0, 4, 4, 2),
-            T::Q5_0 => (1, 0, 5, 2, 2),
-            T::Q5_1 => (1, 0, 5, 4, 2),
-            T::Q8_0 => (1, 0, 8, 2, 2),
-            T::MXFP4 => (1, 0, 4, 1, 1),
-            T::Q2_K => (8, 2, 2, 2, 1),
-            T::Q3_K => (8, 1, 3, 2, 1),
-            T::Q4_K => (8, 2, 4, 2, 1),
-            T::Q5_K => (8, 2, 5, 2, 1),
-            T::Q6_K => (8, 1, 6, 2, 1),
-            T::IQ4_XS => (8, 1, 4, 1, 1),
-            T::F32 | T::F16 | T::BF16 => unreachable!("float types are transposed"),
-        };
-        Self {
-            blocks,
-            head_halves,
-            bits,
-            scale_bytes,
-            scale_width,
-        }
-    }
-
-    fn put(&self, from: &Unpacked, row: usize, out: &mut [u8]) {
-        for (h, half) in from.head.iter().enumerate().take(self.head_halves) {
-            out[h * 32 + 2 * row..][..2].copy_from_slice(half);
-        }
-        let codes_bytes = 64 * self.bits as usize;
-        let block_bytes = codes_bytes + LANES * self.scale_bytes;
-        let mut at = self.head_halves * 32;
-        for b in 0..self.blocks {
-            let (codes, scales) = out[at..at + block_bytes].split_at_mut(codes_bytes);
-            put_codes(self.bits, &from.codes[b], row, codes);
-            let width = self.scale_width;
-            for (i, scale) in from.scales[b][..self.scale_bytes]
-                .chunks_exact(width)
-                .enumerate()
-            {
-                scales[(i * LANES + row) * width..][..width].copy_from_slice(scale);
+    for (r, row) in rows.enumerate() {
+        let supers = out.chunks_exact_mut(32 * HEADS + BLOCKS * block_bytes);
+        for (block, out) in row.as_chunks::<FILE>().0.iter().zip(supers) {
+            take_apart(block, &mut unpacked);
+            let (head, blocks) = out.split_at_mut(32 * HEADS);
+            for (half, out) in unpacked.head.iter().zip(head.chunks_exact_mut(32)) {
+                out[2 * r..2 * r + 2].copy_from_slice(half);
             }
-            at += block_bytes;
-        }
-    }
-}
-
-/// Spread one row's 32 codes over the planes of a block. Rows come one after the other into zeroed bytes.
-fn put_codes(bits: u32, codes: &[u8; BLOCK], row: usize, out: &mut [u8]) {
-    for (i, &code) in codes.iter().enumerate() {
-        let (step, lane) = (i / 4, 4 * row + i % 4);
-        match bits {
-            8 => out[64 * step + lane] = code,
-            2 | 3 => {
-                out[64 * (step / 4) + lane] |= (code & 3) << (2 * (step % 4));
-                if bits == 3 {
-                    out[128 + lane] |= (code >> 2 & 1) << step;
-                }
-            }
-            _ => {
-                out[64 * (step / 2) + lane] |= (code & 15) << (4 * (step % 2));
-                match bits {
-                    5 => out[256 + lane] |= (code >> 4 & 1) << step,
-                    6 => out[256 + 64 * (step / 4) + lane] |= (code >> 4 & 3) << (2 * (step % 4)),
-                    _ => {}
+            let blocks = blocks.chunks_exact_mut(block_bytes);
+            for ((codes, scales), out) in unpacked.codes.iter().zip(&unpacked.scales).zip(blocks) {
+                let (planes, out) = out.split_at_mut(codes_bytes);
+                put_codes::<BITS>(codes, r, planes);
+                for i in 0..SCALES / WIDTH {
+                    out[(i * LANES + r) * WIDTH..][..WIDTH]
+                        .copy_from_slice(&scales[i * WIDTH..][..WIDTH]);
                 }
             }
         }
     }
 }
 
-/// Take one row's (super-)block apart, as the GGUF format lays it out.
-fn take_apart(tensor_type: TensorType, b: &[u8], out: &mut Unpacked) {
-    use TensorType as T;
-    match tensor_type {
-        T::Q4_0 | T::IQ4_NL => {
-            out.scales[0][..2].copy_from_slice(&b[..2]);
-            split_nibbles(&b[2..18], &mut out.codes[0]);
-        }
-        T::Q4_1 => {
-            out.scales[0].copy_from_slice(&b[..4]);
-            split_nibbles(&b[4..20], &mut out.codes[0]);
-        }
-        T::Q5_0 => {
-            out.scales[0][..2].copy_from_slice(&b[..2]);
-            split_nibbles(&b[6..22], &mut out.codes[0]);
-            fifth_bits(&b[2..6], &mut out.codes[0]);
-        }
-        T::Q5_1 => {
-            out.scales[0].copy_from_slice(&b[..4]);
-            split_nibbles(&b[8..24], &mut out.codes[0]);
-            fifth_bits(&b[4..8], &mut out.codes[0]);
-        }
-        T::Q8_0 => {
-            out.scales[0][..2].copy_from_slice(&b[..2]);
-            for (code, q) in out.codes[0].iter_mut().zip(&b[2..34]) {
-                *code = q ^ 0x80;
-            }
-        }
-        T::MXFP4 => {
-            out.scales[0][0] = b[0];
-            split_nibbles(&b[1..17], &mut out.codes[0]);
-        }
-        T::Q2_K => q2_k(b, out),
-        T::Q3_K => q3_k(b, out),
-        T::Q4_K => q4_k(b, out),
-        T::Q5_K => q5_k(b, out),
-        T::Q6_K => q6_k(b, out),
-        T::IQ4_XS => iq4_xs(b, out),
-        T::F32 | T::F16 | T::BF16 => unreachable!("float types are transposed"),
+/// Spread one row's 32 codes over the planes of a block. A step's four codes are handled as one word.
+#[inline(always)]
+fn put_codes<const BITS: usize>(codes: &[u8; BLOCK], row: usize, out: &mut [u8]) {
+    let mut steps = [0u32; 8];
+    for (step, codes) in steps.iter_mut().zip(codes.as_chunks().0) {
+        *step = u32::from_le_bytes(*codes);
     }
+    let (planes, _) = out[..64 * BITS].as_chunks_mut::<64>();
+    let mut put = |plane: usize, word: u32| {
+        planes[plane][4 * row..4 * row + 4].copy_from_slice(&word.to_le_bytes())
+    };
+    match BITS {
+        8 => (0..8).for_each(|i| put(i, steps[i])),
+        2 | 3 => {
+            put(0, beside::<2, 4>(&steps[..4], 0));
+            put(1, beside::<2, 4>(&steps[4..], 0));
+        }
+        _ => (0..4).for_each(|i| put(i, beside::<4, 2>(&steps[2 * i..], 0))),
+    }
+    match BITS {
+        3 => put(2, beside::<1, 8>(&steps, 2)),
+        5 => put(4, beside::<1, 8>(&steps, 4)),
+        6 => {
+            put(4, beside::<2, 4>(&steps[..4], 4));
+            put(5, beside::<2, 4>(&steps[4..], 4));
+        }
+        _ => {}
+    }
+}
+
+/// Bits `from .. from + WIDTH` of each byte of `COUNT` words, side by side in the bytes of one.
+#[inline(always)]
+fn beside<const WIDTH: usize, const COUNT: usize>(words: &[u32], from: u32) -> u32 {
+    let mask = ((1 << WIDTH) - 1) * 0x0101_0101;
+    let mut all = 0;
+    for (i, word) in words[..COUNT].iter().enumerate() {
+        all |= (word >> from & mask) << (WIDTH * i);
+    }
+    all
+}
+
+// One row's (super-)block taken apart, as the GGUF format lays it out.
+
+#[inline(always)]
+fn q4_0(b: &[u8; 18], out: &mut Unpacked) {
+    out.scales[0][..2].copy_from_slice(&b[..2]);
+    split_nibbles(&b[2..18], &mut out.codes[0]);
+}
+
+#[inline(always)]
+fn q4_1(b: &[u8; 20], out: &mut Unpacked) {
+    out.scales[0].copy_from_slice(&b[..4]);
+    split_nibbles(&b[4..20], &mut out.codes[0]);
+}
+
+#[inline(always)]
+fn q5_0(b: &[u8; 22], out: &mut Unpacked) {
+    out.scales[0][..2].copy_from_slice(&b[..2]);
+    split_nibbles(&b[6..22], &mut out.codes[0]);
+    fifth_bits(&b[2..6], &mut out.codes[0]);
+}
+
+#[inline(always)]
+fn q5_1(b: &[u8; 24], out: &mut Unpacked) {
+    out.scales[0].copy_from_slice(&b[..4]);
+    split_nibbles(&b[8..24], &mut out.codes[0]);
+    fifth_bits(&b[4..8], &mut out.codes[0]);
+}
+
+#[inline(always)]
+fn q8_0(b: &[u8; 34], out: &mut Unpacked) {
+    out.scales[0][..2].copy_from_slice(&b[..2]);
+    for (code, q) in out.codes[0].iter_mut().zip(&b[2..34]) {
+        *code = q ^ 0x80;
+    }
+}
+
+#[inline(always)]
+fn mxfp4(b: &[u8; 17], out: &mut Unpacked) {
+    out.scales[0][0] = b[0];
+    split_nibbles(&b[1..17], &mut out.codes[0]);
 }
 
 /// 16 bytes: low nibbles are the first half, high nibbles the second.
+#[inline(always)]
 fn split_nibbles(bytes: &[u8], codes: &mut [u8; BLOCK]) {
     for (j, byte) in bytes.iter().enumerate() {
         codes[j] = byte & 15;
@@ -648,6 +658,7 @@ fn split_nibbles(bytes: &[u8], codes: &mut [u8; BLOCK]) {
     }
 }
 
+#[inline(always)]
 fn fifth_bits(bytes: &[u8], codes: &mut [u8; BLOCK]) {
     let bits = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     for (j, code) in codes.iter_mut().enumerate() {
@@ -655,7 +666,8 @@ fn fifth_bits(bytes: &[u8], codes: &mut [u8; BLOCK]) {
     }
 }
 
-fn q2_k(b: &[u8], out: &mut Unpacked) {
+#[inline(always)]
+fn q2_k(b: &[u8; 84], out: &mut Unpacked) {
     let (scales, qs) = (&b[..16], &b[16..80]);
     out.head = [[b[80], b[81]], [b[82], b[83]]];
     for block in 0..8 {
@@ -667,7 +679,8 @@ fn q2_k(b: &[u8], out: &mut Unpacked) {
     }
 }
 
-fn q3_k(b: &[u8], out: &mut Unpacked) {
+#[inline(always)]
+fn q3_k(b: &[u8; 110], out: &mut Unpacked) {
     let (mask, qs, scales) = (&b[..32], &b[32..96], &b[96..108]);
     out.head[0] = [b[108], b[109]];
     for block in 0..8 {
@@ -681,7 +694,8 @@ fn q3_k(b: &[u8], out: &mut Unpacked) {
     }
 }
 
-fn q4_k(b: &[u8], out: &mut Unpacked) {
+#[inline(always)]
+fn q4_k(b: &[u8; 144], out: &mut Unpacked) {
     out.head = [[b[0], b[1]], [b[2], b[3]]];
     for block in 0..8 {
         let (scale, min) = k_scale_min(block, &b[4..16]);
@@ -693,7 +707,8 @@ fn q4_k(b: &[u8], out: &mut Unpacked) {
     }
 }
 
-fn q5_k(b: &[u8], out: &mut Unpacked) {
+#[inline(always)]
+fn q5_k(b: &[u8; 176], out: &mut Unpacked) {
     out.head = [[b[0], b[1]], [b[2], b[3]]];
     for block in 0..8 {
         let (scale, min) = k_scale_min(block, &b[4..16]);
@@ -705,7 +720,8 @@ fn q5_k(b: &[u8], out: &mut Unpacked) {
     }
 }
 
-fn q6_k(b: &[u8], out: &mut Unpacked) {
+#[inline(always)]
+fn q6_k(b: &[u8; 210], out: &mut Unpacked) {
     let (ql, qh, scales) = (&b[..128], &b[128..192], &b[192..208]);
     out.head[0] = [b[208], b[209]];
     for block in 0..8 {
@@ -719,7 +735,8 @@ fn q6_k(b: &[u8], out: &mut Unpacked) {
     }
 }
 
-fn iq4_xs(b: &[u8], out: &mut Unpacked) {
+#[inline(always)]
+fn iq4_xs(b: &[u8; 136], out: &mut Unpacked) {
     out.head[0] = [b[0], b[1]];
     let high = u16::from_le_bytes([b[2], b[3]]);
     for block in 0..8 {
