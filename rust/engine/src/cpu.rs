@@ -3,6 +3,7 @@
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, attend};
 use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
 use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, Scales, matmul, quantize_rows};
+use hfcore_kernels::mmap::Arena;
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::simd::Isa;
 use hfcore_kernels::tile::{BLOCK, Tiles};
@@ -21,6 +22,8 @@ pub struct Cpu {
     /// Activations quantised in blocks, and in super-blocks.
     blocks: [Vec<ActBlock>; 2],
     plan: AttentionPlan,
+    /// Where weights are packed into.
+    arena: Arena,
 }
 
 /// Rows of f32, and the same quantised where an operation has already done so while it had them at hand.
@@ -71,6 +74,7 @@ impl Cpu {
             angles: Vec::new(),
             blocks: Default::default(),
             plan: AttentionPlan::default(),
+            arena: Arena::default(),
         }
     }
 
@@ -95,10 +99,14 @@ impl Device for Cpu {
     type Cache = Vec<KvLayer>;
 
     fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
-        let tiles = parts
-            .iter()
-            .map(|t| Tiles::pack(t.tensor_type, t.rows(), t.cols(), t.data, &self.pool))
-            .collect();
+        let pack = |t: &Tensor| {
+            let (arena, pool) = (&self.arena, &self.pool);
+            let (rows, cols) = (t.rows(), t.cols());
+            Tiles::pack_in(arena, t.tensor_type, rows, cols, t.data, pool, |bytes| {
+                t.forget(bytes)
+            })
+        };
+        let tiles = parts.iter().map(pack).collect();
         Ok(Matrix::new(tiles, bias))
     }
 
