@@ -166,8 +166,8 @@ unsafe fn store_body<S: Simd>(to: &Places, at: usize, slot: usize, head: usize, 
         let mut codes = [0u16; LANES];
         for (c, x) in k.chunks(LANES).enumerate() {
             narrow::<S>(x, &mut codes);
-            for d in 0..x.len() {
-                *keys.add((c * LANES + d) * PAGE) = codes[d];
+            for (d, &code) in codes[..x.len()].iter().enumerate() {
+                *keys.add((c * LANES + d) * PAGE) = code;
             }
         }
         for (c, x) in v.chunks(LANES).enumerate() {

@@ -1,10 +1,11 @@
 //! What this machine can do at most: bytes read from memory and int8 operations per second. For benchmarks alone.
 
-use std::collections::TryReserveError;
 use std::hint::black_box;
+use std::io;
 use std::time::Instant;
 
-use crate::pool::{Pool, SendPtr};
+use crate::mmap::Arena;
+use crate::pool::Pool;
 use crate::simd::{Isa, LANES, Set, Simd, dispatch};
 
 /// Each figure is the best of so many tries: what disturbs a try can only make it slower.
@@ -42,7 +43,7 @@ pub struct Limits {
 ///
 /// # Errors
 /// When `bytes` cannot be allocated.
-pub fn measure(threads: usize, bytes: usize) -> Result<Limits, TryReserveError> {
+pub fn measure(threads: usize, bytes: usize) -> io::Result<Limits> {
     let pool = Pool::new(threads);
     let isa = Isa::detect();
     Ok(Limits {
@@ -53,22 +54,14 @@ pub fn measure(threads: usize, bytes: usize) -> Result<Limits, TryReserveError> 
     })
 }
 
-fn reading(pool: &Pool, isa: Isa, bytes: usize) -> Result<f64, TryReserveError> {
+fn reading(pool: &Pool, isa: Isa, bytes: usize) -> io::Result<f64> {
     let bytes = bytes.max(UNIT) / UNIT * UNIT;
-    let mut buffer: Vec<u8> = Vec::new();
-    buffer.try_reserve_exact(bytes)?;
-    // Written, by the threads that will read it: untouched pages would all be one page of zeros.
-    let base = SendPtr(buffer.as_mut_ptr());
-    pool.run(bytes / UNIT, |unit| {
-        // SAFETY: units are disjoint parts of the reserved memory, and every unit runs once.
-        unsafe {
-            base.get()
-                .add(unit * UNIT)
-                .write_bytes(unit as u8 | 1, UNIT)
-        }
+    // In large pages, as weights lie. Written, by the threads that will read it: untouched pages would all be one page of
+    // zeros.
+    let mut buffer = Arena::with_pieces(bytes).take(bytes)?;
+    pool.rows(&mut buffer[..bytes], UNIT, |unit, part| {
+        part.fill(unit as u8 | 1)
     });
-    // SAFETY: the units above are all of `bytes`, and wrote it.
-    unsafe { buffer.set_len(bytes) };
     let seconds = best(|| {
         pool.run(bytes / UNIT, |unit| {
             let mut out = [0.0; LANES];

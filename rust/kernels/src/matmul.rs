@@ -357,7 +357,7 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
             let head = F::head::<S>(p);
             p = p.add(F::HEAD);
             if F::SUPER == 1 {
-                let (w, s, o) = unpack::<S, F>(p, head);
+                let Unpacked { w, s, o } = unpack::<S, F>(p, head);
                 each_row!(M, i, {
                     let x = &*acts.add(i * blocks + block);
                     let scale = S::mul(s[0], S::splat(x.scale));
@@ -371,7 +371,7 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
             // The blocks of a super-block have one scale of activations: it multiplies their sum.
             let mut sum = [S::splat(0.0); M];
             for _ in 0..F::SUPER {
-                let (w, s, o) = unpack::<S, F>(p, head);
+                let Unpacked { w, s, o } = unpack::<S, F>(p, head);
                 each_row!(M, i, {
                     let x = &*acts.add(i * blocks + block);
                     if F::HALVES {
@@ -396,12 +396,16 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
     }
 }
 
-/// A block's codes, and the scales and offsets of its halves, or of all of it twice; what comes later is fetched.
+/// A block's codes, and the scales and offsets of its halves, or of all of it twice.
+struct Unpacked<S: Simd> {
+    w: [S::I; 8],
+    s: [S::F; 2],
+    o: [S::F; 2],
+}
+
+/// The block at `p`; what comes later is fetched.
 #[inline(always)]
-unsafe fn unpack<S: Simd, F: Format>(
-    p: *const u8,
-    head: [S::F; 2],
-) -> ([S::I; 8], [S::F; 2], [S::F; 2]) {
+unsafe fn unpack<S: Simd, F: Format>(p: *const u8, head: [S::F; 2]) -> Unpacked<S> {
     unsafe {
         for line in 0..(F::CODES + F::SCALES).div_ceil(64) {
             prefetch_line(p.wrapping_add(AHEAD + 64 * line));
@@ -412,7 +416,11 @@ unsafe fn unpack<S: Simd, F: Format>(
             true => F::scale::<S>(scales, head, 1),
             false => (s0, o0),
         };
-        (F::steps::<S>(p), [s0, s1], [o0, o1])
+        Unpacked {
+            w: F::steps::<S>(p),
+            s: [s0, s1],
+            o: [o0, o1],
+        }
     }
 }
 
