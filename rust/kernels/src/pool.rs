@@ -34,6 +34,8 @@ struct Shared {
     state: AtomicU64,
     next: AtomicUsize,
     stop: AtomicBool,
+    /// More threads than CPUs: who waits gives its CPU to who works.
+    crowded: bool,
     asleep: Vec<AtomicBool>,
     /// The caller, where it sleeps until all are out.
     caller: Mutex<Option<Thread>>,
@@ -71,6 +73,7 @@ impl Pool {
             state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            crowded: threads > Self::available(),
             asleep: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             caller: Mutex::new(None),
             panic: Mutex::new(None),
@@ -217,6 +220,14 @@ fn take_units(shared: &Shared) {
     }
 }
 
+/// One turn of waiting.
+fn pause(shared: &Shared) {
+    match shared.crowded {
+        true => thread::yield_now(),
+        false => std::hint::spin_loop(),
+    }
+}
+
 /// Wait until no worker is inside a closed operation.
 fn wait_for_workers(shared: &Shared) {
     let inside = || shared.state.load(Acquire) & INSIDE != 0;
@@ -226,7 +237,7 @@ fn wait_for_workers(shared: &Shared) {
             if !inside() {
                 return;
             }
-            std::hint::spin_loop();
+            pause(shared);
         }
     }
     *lock(&shared.caller) = Some(thread::current());
@@ -270,7 +281,7 @@ fn enter(shared: &Shared, me: usize, seen: u64) -> Option<u64> {
             if shared.stop.load(Relaxed) {
                 return None;
             }
-            std::hint::spin_loop();
+            pause(shared);
         }
         if start.elapsed() < SPIN {
             continue;
