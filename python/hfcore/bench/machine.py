@@ -80,7 +80,7 @@ def _git(*arguments: str) -> str:
     """What git says of the tree that this file is in; nothing outside of one."""
     try:
         run = subprocess.run(  # noqa: S603 - our own list
-            ["git", *arguments], cwd=HERE, capture_output=True, text=True  # noqa: S607
+            ["git", *arguments], cwd=HERE, capture_output=True, text=True  # noqa: S607 - the user's git
         )  # fmt: skip
     except OSError:
         return ""
