@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
@@ -28,6 +28,12 @@ SCALES = {
 """Where a block has its float16 scales, in bytes; all else may be any bits."""
 MXFP4_EXPONENT = 116  # of an e8m0 scale: about 0.0005
 PLAIN = {"F32": np.float32, "F16": np.float16}
+TYPES = ("F32", "F16", "BF16", *SCALES, "MXFP4")
+FILE_TYPES = {
+    "F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+}  # fmt: skip
+"""Of a whole file, where it is not called as its tensors are; openvino wants to know it."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,14 @@ def blocks(random: np.random.Generator, rows: int, columns: int, kind: str) -> N
 
 
 def write(tokenizer: Path, out: Path, shape: Shape, kind: str | None) -> None:
+    """The file `out` with the vocabulary of `tokenizer`; of `kind` or, without, mixed."""
     source = GGUFReader(tokenizer)
     vocab = len(source.fields["tokenizer.ggml.tokens"].data)
     writer = GGUFWriter(out, "llama")
     describe(writer, source, shape, vocab)
+    of_file = FILE_TYPES.get(kind or "Q4_K", f"MOSTLY_{kind}")
+    writer.add_file_type(LlamaFileType[of_file])
+    writer.add_quantization_version(2)
     all_ = list(matrices(shape, vocab, kind))
     for name, rows, columns, type_ in all_:
         raw = GGMLQuantizationType[type_]
@@ -146,8 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A model file of random weights.")
     parser.add_argument("tokenizer", type=Path, help="a GGUF whose vocabulary to take")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shape", choices=list(SHAPES), default="1b")
-    parser.add_argument("--type", choices=[*SCALES, *PLAIN, "BF16", "MXFP4"], dest="kind")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--type", choices=TYPES, dest="kind")
     options = parser.parse_args()
     write(options.tokenizer, options.out, SHAPES[options.shape], options.kind)
 

@@ -61,7 +61,7 @@ RIVALS = {
             {"flash attention": {"flash_attn": True}, "plain attention": {"flash_attn": False}},
         ),
         Rival("mistralrs", ("mistralrs",), memory=(2.0, 0.0)),
-        Rival("openvino-genai", ("openvino_genai",), memory=(2.5, 0.0)),
+        Rival("openvino-genai", ("openvino_genai",), memory=(3.5, 0.0)),
         Rival(
             "transformers",
             ("transformers", "torch", "gguf", "accelerate"),
