@@ -6,11 +6,16 @@ VENV   ?= .venv
 PROMPT ?= Name three rivers of Europe.
 # As it was typed, whatever make or the shell would make of it.
 export QUESTION := $(value PROMPT)
-# For `make bench`: Pythons that have rivals (what none of them has is said in the results); model
-# files, else the demo models; and further options of `hfcore bench`.
+# For `make bench`: Pythons that have rivals (what none of them has is said in the results); one whose
+# llama-cpp-python has AVX2 alone, else nothing is measured so (to make one: CMAKE_ARGS="-DGGML_NATIVE=OFF
+# -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip install --no-binary llama-cpp-python
+# llama-cpp-python); model files, else the demo models and one of 1B; and further options of
+# `hfcore bench` and of benches/bench_types.py.
 RIVAL_PYTHON ?=
+AVX2_PYTHON  ?=
 MODELS       ?=
 BENCH        ?=
+BENCH_TYPES  ?=
 
 BIN := $(VENV)/bin
 export CARGO_TARGET_DIR ?= target
@@ -74,9 +79,27 @@ fmt: setup ## write the formats that lint asks for
 
 check: lint test ## what CI runs
 
-bench: fetch ## hfcore and its rivals in turn: make bench RIVAL_PYTHON=/path/to/python MODELS="a.gguf b.gguf"
-	$(BIN)/hfcore bench $(MODELS) $(RIVAL_PYTHON:%=--rival-python %) $(BENCH) \
-	  --out benches/results/rivals.jsonl --table docs/bench.md --picture docs/bench.png
+# The shell's words for the demo models, and a model of the size that people use.
+DEMO_MODELS = $$($(BIN)/python -c 'from hfcore.bench.session import demo_models as m; print(*m())')
+MODEL_1B   := $(CARGO_TARGET_DIR)/bench/1b.gguf
+BENCHED     = $(or $(MODELS),$(DEMO_MODELS) $(MODEL_1B))
+RESULTS    := benches/results
+
+$(MODEL_1B): benches/make_model.py | fetch
+	@mkdir -p $(@D)
+	set -- $(DEMO_MODELS) && $(BIN)/python benches/make_model.py "$$1" $@.part
+	mv $@.part $@
+
+# Long, and for an idle machine. Each run has its own file; the table and the picture have all.
+bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: make bench RIVAL_PYTHON=/a/python AVX2_PYTHON=/b/python
+	$(BIN)/hfcore bench $(BENCHED) $(RIVAL_PYTHON:%=--rival-python %) --stress $(BENCH) \
+	  --out $(RESULTS)/rivals.jsonl
+	$(if $(AVX2_PYTHON),$(BIN)/hfcore bench $(BENCHED) --rival-python $(AVX2_PYTHON) \
+	  --rivals llama-cpp-python --isa avx2 --rates-only $(BENCH) --out $(RESULTS)/avx2.jsonl)
+	$(BIN)/python benches/bench_types.py $(RIVAL_PYTHON:%=--rival-python %) $(BENCH_TYPES) \
+	  --out $(RESULTS)/types.jsonl
+	$(BIN)/hfcore bench --table docs/bench.md --picture docs/bench.png \
+	  --report $$(ls $(RESULTS)/rivals.jsonl $(RESULTS)/avx2.jsonl $(RESULTS)/types.jsonl 2>/dev/null)
 
 clean: ## remove what was built here (not the fetched models)
 	rm -rf $(VENV) target dist

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from hfcore import cli
-from hfcore.bench import measures, model, processes, report, worker
+from hfcore import Engine, cli
+from hfcore.bench import machine, measures, model, processes, report, session, worker
 from hfcore.errors import HfcoreError, InvalidRequestError, ModelFileError
 from hfcore.testing import tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--threads", "1", "--rounds", "2", "--new", "4", "--read-bytes", "4194304"]
 SMALL = ["--prefill", "8,24", "--depth", "0,8", "--batch", "1,3"]
 CIRCUMSTANCES = {
@@ -73,6 +75,8 @@ class Llama:
     def eval(self, ids):
         EVAL
         time.sleep(0.001)
+def llama_print_system_info():
+    return b"CPU : AVX = 1 | AVX2 = 1 | "
 def llama_get_logits_ith(context, row):
     return (ctypes.c_float * 4)(0, 1, 0, 0)
 """
@@ -248,6 +252,216 @@ def test_an_adapter_for_every_rival_and_no_other() -> None:
     assert list(worker.ADAPTERS) == list(processes.RIVALS)
 
 
+# --- disturbed, held to an instruction set, of any type ------------------------------------------
+
+NONE = ["--prefill", "none", "--depth", "none", "--batch", "none", "--rates-only"]
+needs_affinity = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="cannot hold a process to some CPUs here"
+)
+
+
+def test_rates_only_leaves_out_first_tokens_and_memory(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lines.jsonl"
+    assert bench(tiny, *QUICK, *SMALL, "--rates-only", "--rivals", "none", "--out", out) == 0
+    found = {line["measure"] for line in lines_of(out) if line["kind"] == "measure"}
+    assert found == {"prefill", "decode", "batch"}
+
+
+@needs_affinity
+def test_stress_is_hfcore_beside_itself_undisturbed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lines.jsonl"
+    assert bench(tiny, *QUICK, *NONE, "--stress", "--rivals", "none", "--out", out) == 0
+    lines = [line for line in lines_of(out) if line["kind"] == "measure"]
+    assert [line["measure"] for line in lines] == [
+        "prefill, twice the threads", "prefill, a CPU busy",
+        "decode, twice the threads", "decode, a CPU busy",
+    ]  # fmt: skip
+    for line in lines:
+        assert (line["size"], line["engine"]) == (512, "hfcore")
+        each = [a / b for a, b in zip(line["rounds"], line["undisturbed"], strict=True)]
+        part = line["of_undisturbed"]
+        assert [part["least"], part["most"]] == pytest.approx([min(each), max(each)], rel=1e-2)
+    said = capsys.readouterr().out
+    assert "| decode at depth 512, twice the threads | " in said
+    assert " of undisturbed (" in said
+
+
+@needs_affinity
+def test_stress_without_enough_cpus_is_said(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "usable_cpus", list)
+    out = tmp_path / "lines.jsonl"
+    assert (
+        bench(tiny, *QUICK, *SMALL, "--rates-only", "--stress", "--rivals=none", "--out", out) == 0
+    )
+    reasons = {x["measure"]: x["reason"] for x in lines_of(out) if x["kind"] == "absent"}
+    assert reasons == {
+        "stress": "it needs 1 CPUs to hold a process to and 2 new tokens, there are 0 and 4"
+    }
+
+
+@needs_affinity
+def test_a_busy_process_keeps_to_its_cpus_and_ends_with_its_block() -> None:
+    cpus = processes.usable_cpus()[:1]
+    with processes.busy(cpus) as pid:
+        assert os.sched_getaffinity(pid) == set(cpus)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@needs_affinity
+def test_a_busy_process_ends_with_the_harness_that_was_killed() -> None:
+    program = (
+        "import os, signal\nfrom hfcore.bench import processes as p\n"
+        "with p.busy(p.usable_cpus()[:1]) as pid:\n"
+        "    print(pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    status, deadline = Path(f"/proc/{int(run.stdout)}/stat"), time.monotonic() + 20
+
+    def alive() -> bool:
+        # One that has ended may wait for whoever is its parent now.
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive()
+
+
+# A hfcore that runs the instruction set SET and decodes at once.
+OURS = """
+import os, time, types
+class Engine:
+    def __init__(self, model, **options):
+        self.info = {"instruction_set": SET}
+    def stream(self, ids, max_tokens, **options):
+        for _ in range(max_tokens):
+            time.sleep(0.001)
+            yield types.SimpleNamespace(token_ids=[1])
+"""
+LIMITS = {"threads": 1, "read_bytes_per_second": 4e10, "int8_operations_per_second": 2e12}
+
+
+@pytest.mark.parametrize(
+    ("isa", "set_", "absent"),
+    [
+        ("avx2", "os.environ['HFCORE_ISA']", {}),
+        ("avx2", "'avx512vnni'",
+         {"hfcore": "wanted the instruction set avx2, it runs avx512vnni"}),
+        ("scalar", "os.environ['HFCORE_ISA']",
+         {"llama-cpp-python": "wanted the instruction set scalar, it runs avx2"}),
+    ],
+)  # fmt: skip
+def test_who_is_not_held_to_the_instruction_set_is_left_out(
+    tiny: Path, tmp_path: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch,
+    isa: str, set_: str, absent: dict[str, str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(machine, "limits", lambda *_: LIMITS)
+    stand_in("hfcore", OURS.replace("SET", set_))
+    stand_in("llama_cpp", LLAMA.replace("EVAL", "").replace('not options["flash_attn"]', "False"))
+    out = tmp_path / "lines.jsonl"
+    arguments = [*QUICK, "--rates-only", "--prefill=8", "--depth=none", "--batch=none"]
+    rival = ["--rivals", "llama-cpp-python"]
+    assert bench(tiny, *arguments, *rival, "--isa", isa, "--out", out) == 0
+    lines = lines_of(out)
+    assert {line["isa"] for line in lines} == {isa}
+    assert {x["engine"]: x["reason"] for x in lines if x["kind"] == "absent"} == absent
+    measured = {x["engine"]: x["instruction_set"] for x in lines if x["kind"] == "measure"}
+    assert measured == {name: isa for name in ("hfcore", "llama-cpp-python") if name not in absent}
+
+
+def test_who_does_not_say_its_instruction_set_is_left_out_where_one_is_wanted(
+    tiny: Path, tmp_path: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "limits", lambda *_: LIMITS)
+    stand_in("hfcore", OURS.replace("SET", "'avx2'"))
+    silent = LLAMA.replace("AVX2 = 1", "NEON = 1").replace("EVAL", "")
+    stand_in("llama_cpp", silent)
+    out = tmp_path / "lines.jsonl"
+    arguments = [*QUICK, "--rates-only", "--prefill=8", "--depth=none", "--batch=none"]
+    assert bench(tiny, *arguments, "--rivals=llama-cpp-python", "--isa=avx2", "--out", out) == 0
+    reasons = {x["mode"]: x["reason"] for x in lines_of(out) if x["kind"] == "absent"}
+    assert reasons["flash attention"] == (
+        "wanted the instruction set avx2, it does not say which it runs"
+    )
+
+
+@pytest.mark.parametrize("before", [None, "scalar"])
+def test_the_instruction_set_is_held_to_for_the_run_alone(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HFCORE_ISA", raising=False)
+    if before is not None:
+        monkeypatch.setenv("HFCORE_ISA", before)
+    with session.held_to(None):
+        assert os.environ.get("HFCORE_ISA") == before
+    with session.held_to("avx2"):
+        assert os.environ["HFCORE_ISA"] == "avx2"
+    assert os.environ.get("HFCORE_ISA") == before
+
+
+def bench_types(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = ROOT / "benches" / "bench_types.py"
+    command = [sys.executable, str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_types_are_measured_one_after_the_other_and_leave_no_file(
+    tiny: Path, tmp_path: Path, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    stand_in("llama_cpp", LLAMA.replace("EVAL", ""))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    out = tmp_path / "lines.jsonl"
+    run = bench_types(
+        tiny, *QUICK, "--prefill", "8", "--shape=tiny", "--types=F16,Q4_K", "--out", out
+    )
+    assert run.returncode == 0, run.stderr
+    lines = lines_of(out)
+    assert {(x["tensor_type"], x["model"], x["shape"]) for x in lines} == {
+        ("F16", "tiny-F16.gguf", "tiny"), ("Q4_K", "tiny-Q4_K.gguf", "tiny"),
+    }  # fmt: skip
+    assert {(x["measure"], x["engine"]) for x in lines if x["kind"] == "measure"} == {
+        (measure, engine)
+        for measure in ("prefill", "decode")
+        for engine in ("hfcore", "llama-cpp-python")
+    }
+    assert "\n| Q4_K | " in run.stdout
+    assert not list(temporary.iterdir())
+
+
+def test_a_type_that_is_not_known_is_refused_with_those_that_are(tiny: Path) -> None:
+    pytest.importorskip("gguf", reason="needs gguf")
+    run = bench_types(tiny, "--types=Q4_0,Q4")
+    assert run.returncode == 2
+    assert "wanted all, or some of F32, F16, BF16, Q4_0" in run.stderr
+    assert "got 'Q4'" in run.stderr
+
+
+def test_a_made_model_of_any_type_gives_finite_numbers_and_says_its_file_type(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs gguf")
+    monkeypatch.syspath_prepend(ROOT / "benches")
+    import make_model
+
+    assert len(make_model.TYPES) == 16
+    for kind in (None, *make_model.TYPES):
+        path = tmp_path / "model.gguf"
+        make_model.write(tiny, path, make_model.SHAPES["tiny"], kind)
+        said = gguf.LlamaFileType(gguf.GGUFReader(path).fields["general.file_type"].contents())
+        assert said.name.partition("_")[2].startswith(kind or "Q4_K_M")
+        with Engine(path, threads=1, context_size=64) as engine:
+            (delta,) = engine.stream([1, 2, 3], max_tokens=1, temperature=0, logprobs=True)
+        assert delta.logprobs is not None
+        assert math.isfinite(delta.logprobs[0].logprob)
+
+
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
@@ -320,6 +534,49 @@ def test_the_table_takes_a_rivals_best_mode_and_names_who_is_missing() -> None:
     assert "commit abc" in text
 
 
+def test_a_run_held_to_an_instruction_set_has_a_table_of_its_own() -> None:
+    held = line("hfcore", 99.0, isa="avx2", instruction_set="avx2")
+    text = report.table([*LINES, held])
+    assert "## m.gguf (5 MB)\n" in text
+    table = text.partition("## m.gguf, avx2 alone (5 MB)\n")[2]
+    assert "| decode at depth 512 | 99 tok/s |" in table
+    assert "hfcore 1 (avx2);" in table
+
+
+def test_tensor_types_are_one_table_with_a_row_each() -> None:
+    of = [
+        line(engine, value, measure=measure, size=size, tensor_type=kind, shape="1b",
+             model=f"1b-{kind}.gguf", model_sha256=kind, **others)
+        for kind in ("Q4_0", "Q8_0")
+        for measure, size in (("prefill", 512), ("decode", 0))
+        for engine, value, others in (
+            ("hfcore", 200.0, {"share": 0.5}),
+            ("llama-cpp-python", 100.0, {"ratio": {"median": 2.0, "least": 1.9, "most": 2.1}}),
+        )
+    ]  # fmt: skip
+    missing = of[-1] | {"kind": "absent", "measure": "prompt of 512", "reason": "out of luck"}
+    text = report.table([*LINES, *of[:-1], missing])
+    assert "## m.gguf (5 MB)" in text
+    assert "1b-Q4_0.gguf" not in text
+    table = text.partition("## Tensor types: random weights of shape 1b\n\n")[2]
+    rival = "100 tok/s, 2.00x (1.90-2.10)"
+    assert table.splitlines()[:4] == [
+        "| type | decode at depth 0 | of the limit | llama-cpp-python "
+        "| prefill, 512 tokens | of the limit | llama-cpp-python |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| Q4_0 | 200 tok/s | 50% | {rival} | 200 tok/s | 50% | {rival} |",
+        f"| Q8_0 | 200 tok/s | 50% | - | 200 tok/s | 50% | {rival} |",
+    ]
+    assert "- Q8_0: llama-cpp-python, prompt of 512: out of luck" in table
+    assert "sha256" not in table
+
+
+def test_a_picture_without_a_model_to_draw_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    with pytest.raises(InvalidRequestError, match="to draw, got none"):
+        report.picture([line("hfcore", 1.0, tensor_type="Q4_0")], tmp_path / "never.png")
+
+
 def test_a_report_is_made_from_files_alone(results: Path, tmp_path: Path) -> None:
     table = tmp_path / "docs" / "bench.md"
     assert bench("--report", results, "--table", table) == 0
@@ -369,7 +626,9 @@ def test_a_wrong_command_line_is_said(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", ["--rounds=0", "--prefill=0", "--batch=1,x", "--depth=-1"])
+@pytest.mark.parametrize(
+    "argument", ["--rounds=0", "--prefill=0", "--batch=1,x", "--depth=-1", "--isa=mmx"]
+)
 def test_a_number_out_of_range_is_refused(argument: str) -> None:
     with pytest.raises(SystemExit) as caught:
         bench(argument)

@@ -14,6 +14,9 @@ from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+ISAS = ("scalar", "avx2", "avxvnni", "avx512vnni")
+"""The instruction sets that hfcore has kernels for."""
+
 
 def takes_options(parser: ArgumentParser) -> None:
     """The command's arguments."""
@@ -34,6 +37,11 @@ def takes_options(parser: ArgumentParser) -> None:
         add(f"--{name}", type=_sizes(least), default=default, metavar="N,N",
             help=f"{what}, or none; default: {default}")  # fmt: skip
     add("--new", type=_count, default=48, metavar="N", help="tokens to decode; default: 48")
+    add("--rates-only", action="store_true", help="no first tokens, no memory")
+    add("--stress", action="store_true",
+        help="also hfcore with more threads than CPUs, and beside a busy process")  # fmt: skip
+    add("--isa", choices=ISAS,
+        help="the instruction set of every engine; others are left out")  # fmt: skip
     add("--patience", type=float, default=300.0, metavar="SECONDS",
         help="leave out requests that would take longer; default: 300")  # fmt: skip
     add("--out", type=Path, metavar="FILE.jsonl", help="a line for each measurement")

@@ -9,12 +9,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from .model import Facts
-from .processes import RIVALS, Reply, Rival, Worker, WorkerError, free_memory
+from .processes import (
+    RIVALS,
+    Reply,
+    Rival,
+    Worker,
+    WorkerError,
+    busy,
+    free_memory,
+    usable_cpus,
+)
 
 Line = dict[str, Any]
 Key = tuple[str, str]
@@ -25,12 +34,17 @@ SHORT_PROMPT = 32  # tokens: of first-token and batch measurements
 SHORT_CONTEXT = 512
 COLD_ROUNDS = 3
 SLOW_START = 10.0  # seconds: who needs more starts for one round only
+UNDISTURBED, CROWDED, BESIDE = "undisturbed", "twice the threads", "a CPU busy"
 GROWS = {"tokens/s"}  # units of which more is better
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. `new`: tokens to decode; `patience`: seconds for one request."""
+    """What is to be measured. `new`: tokens to decode; `patience`: seconds for one request.
+
+    `rates_only`: no first tokens, no memory. `stress`: hfcore disturbed, beside itself undisturbed.
+    `isa`: the instruction set that all engines must run.
+    """
 
     threads: int = 2
     rounds: int = 5
@@ -39,6 +53,9 @@ class Plan:
     depth: tuple[int, ...] = (0, 512, 2048, 4096)
     batch: tuple[int, ...] = (1, 4, 16)
     patience: float = 300.0
+    rates_only: bool = False
+    stress: bool = False
+    isa: str | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -71,24 +88,29 @@ class Bench:
         self._keys = [(name, mode) for name in places for mode in RIVALS[name].modes]
         self._workers: dict[Key, Worker] = {}
         self._rates: dict[Key, float] = {}
+        self._sets: dict[str, str | None] = {}
 
     def run(self) -> None:
         """Everything, in order."""
         self._say_impossible()
-        self._cold()
+        if not self._plan.rates_only:
+            self._cold()
         with ExitStack() as stack:
             try:
                 for key in self._keys:
                     self._open(key)
                 for length in self._possible():
                     self._length(length)
-                self._warm()
-                self._memory()
+                if not self._plan.rates_only:
+                    self._warm()
+                    self._memory()
                 for width in self._plan.batch:
                     self._batch(width)
             finally:
                 for worker in self._workers.values():
                     stack.callback(worker.end)
+        if self._plan.stress:
+            self._stress()
 
     # --- the measurements ---
 
@@ -109,7 +131,7 @@ class Bench:
         start = time.perf_counter()
         with self._worker(key, self._short_context) as worker:
             worker.send(request)
-            worker.loaded(self._plan.patience)
+            self._loaded(key, worker)
             worker.receive(self._plan.patience)
             seconds = time.perf_counter() - start
             return {"seconds": seconds} | worker.ask({"do": "memory"}, self._plan.patience)
@@ -171,6 +193,60 @@ class Bench:
         rates = {k: [r["tokens"] / r["seconds"] for r in rs] for k, rs in found.items()}
         self._write("batch", width, "tokens/s", rates)
 
+    def _stress(self) -> None:
+        """hfcore alone: with twice as many threads as CPUs, and with one of its CPUs busy."""
+        ours = next((key for key in self._keys if key[0] == OURS), None)
+        if ours is None:
+            return  # it could not even start, which is said already
+        with ExitStack() as stack:
+            try:
+                request = self._disturbed(ours, stack)
+            except WorkerError as error:
+                self._absent(ours, str(error), "stress")
+                return
+            keys = [(OURS, situation) for situation in (UNDISTURBED, CROWDED, BESIDE)]
+            found = self._in_turn("stress", keys, request, self._plan.rounds)
+        for measure, rate in (
+            ("prefill", lambda reply: reply["prompt"] / reply["first"]),
+            ("decode", lambda reply: reply["later"] / reply["rest"]),
+        ):
+            rates = {situation: [*map(rate, replies)] for (_, situation), replies in found.items()}
+            self._write_stress(measure, rates)
+
+    def _disturbed(self, ours: Key, stack: ExitStack) -> Callable[[Key, int], Reply]:
+        """One request in the situation that a key names. Raises WorkerError."""
+        threads, new = self._plan.threads, self._plan.new
+        cpus = usable_cpus()[:threads]
+        if len(cpus) < threads or new < 2:
+            raise WorkerError(
+                f"it needs {threads} CPUs to hold a process to and 2 new tokens, "
+                f"there are {len(cpus)} and {new}",
+                alive=True,
+            )
+
+        def start(count: int) -> Worker:
+            context = self._stress_length + new + 1
+            worker = stack.enter_context(self._worker(ours, context, count, cpus))
+            self._loaded(ours, worker)
+            worker.stop()
+            return worker
+
+        usual, crowded = start(threads), start(2 * threads)
+
+        def request(key: Key, round_: int) -> Reply:
+            ids = self._prompt(self._stress_length, 3000 + round_)
+            worker = crowded if key[1] == CROWDED else usual
+            with busy(cpus) if key[1] == BESIDE else nullcontext():
+                reply = worker.ask({"do": "generate", "ids": ids, "new": new}, self._longest)
+            _check(reply["later"], new - 1, [reply["first"], reply["rest"]])
+            return reply
+
+        return request
+
+    @property
+    def _stress_length(self) -> int:
+        return max(1, min(SHORT_CONTEXT, self._facts.context_size - self._plan.new - 1))
+
     # --- turns ---
 
     def _in_turn(
@@ -191,7 +267,7 @@ class Bench:
         replies: dict[Key, list[Reply]] = {key: [] for key in keys}
         done: set[Key] = set()
         for round_ in range(-1 if warm_up else 0, rounds):
-            for key in sorted(replies, key=self._keys.index, reverse=bool(round_ % 2)):
+            for key in sorted(replies, key=keys.index, reverse=bool(round_ % 2)):
                 self._tell(
                     f"{what}, {f'round {round_ + 1}' if round_ >= 0 else 'warm-up'}: {key[0]}"
                 )
@@ -210,7 +286,12 @@ class Bench:
         return replies
 
     def _ask(self, key: Key, request: Reply) -> Reply:
-        return self._workers[key].ask(request, 3 * self._plan.patience + 60)
+        return self._workers[key].ask(request, self._longest)
+
+    @property
+    def _longest(self) -> float:
+        """Seconds for a request that was thought to be short enough."""
+        return 3 * self._plan.patience + 60
 
     def _is_patient(self, key: Key, tokens: int) -> None:
         """Refuse what would take too long, by the rate of the prompt before."""
@@ -250,13 +331,27 @@ class Bench:
             reason = f"it needs {wanted} tokens of context, the model was made for {limit}"
             self._emit({"kind": "absent", "measure": f"prompt of {length}", "reason": reason})
 
-    def _worker(self, key: Key, context: int) -> Worker:
+    def _worker(
+        self, key: Key, context: int, threads: int | None = None, cpus: Sequence[int] = ()
+    ) -> Worker:
         rival = RIVALS[key[0]]
         self._fits(rival)
         return Worker(
             rival.name, rival.modes[key[1]], python=self._places[rival.name].python,
-            model=self._facts.path, threads=self._plan.threads, context=context,
+            model=self._facts.path, threads=threads or self._plan.threads, context=context,
+            cpus=cpus,
         )  # fmt: skip
+
+    def _loaded(self, key: Key, worker: Worker) -> None:
+        """Wait until it has loaded. Raises WorkerError if it runs another set than is wanted."""
+        worker.loaded(self._plan.patience)
+        found, wanted = worker.instruction_set, self._plan.isa
+        self._sets[key[0]] = found
+        if wanted not in {None, found}:
+            raise WorkerError(
+                f"wanted the instruction set {wanted}, "
+                + (f"it runs {found}" if found else "it does not say which it runs")
+            )
 
     def _fits(self, rival: Rival) -> None:
         by_byte, by_parameter = rival.memory
@@ -273,7 +368,7 @@ class Bench:
         self._tell(f"loading: {key[0]} {key[1]}")
         try:
             worker = self._workers[key] = self._worker(key, self._context)
-            worker.loaded(self._plan.patience)
+            self._loaded(key, worker)
             worker.stop()
         except WorkerError as error:
             worker_ = self._workers.pop(key, None)
@@ -301,13 +396,27 @@ class Bench:
         for key, values in found.items():
             line: Line = {
                 "kind": "measure", "measure": measure, "size": size, "engine": key[0],
-                "mode": key[1], "version": self._places[key[0]].version, "unit": unit,
-                "rounds": [float(f"{value:.5g}") for value in values],
-                "median": float(f"{statistics.median(values):.5g}"),
-            }  # fmt: skip
+                "mode": key[1], "version": self._places[key[0]].version,
+                "instruction_set": self._sets.get(key[0]), "unit": unit,
+            } | _figures(values)  # fmt: skip
             if key[0] != OURS and ours is not None:
                 line["ratio"] = ratio(ours, values)
             self._emit(line | self._shares(measure, statistics.median(values)))
+
+    def _write_stress(self, measure: str, rates: Mapping[str, Sequence[float]]) -> None:
+        """A line for each disturbance, with what it leaves of the rate."""
+        undisturbed = rates.get(UNDISTURBED, [])
+        for situation in (CROWDED, BESIDE):
+            values = rates.get(situation, [])
+            if values and undisturbed:
+                self._emit({
+                    "kind": "measure", "measure": f"{measure}, {situation}",
+                    "size": self._stress_length, "engine": OURS, "mode": "",
+                    "version": self._places[OURS].version,
+                    "instruction_set": self._sets.get(OURS), "unit": "tokens/s",
+                    "undisturbed": _figures(undisturbed)["rounds"],
+                    "of_undisturbed": ratio(values, undisturbed),
+                } | _figures(values))  # fmt: skip
 
     def _shares(self, measure: str, rate: float) -> Line:
         """Of the machine's limits. Attention and its cache are left out of what a token costs."""
@@ -323,6 +432,13 @@ class Bench:
             "limit": float(f"{most:.5g}"),
             "share_of_all_parameters": round(rate * self._facts.parameters / operations, 4),
         }
+
+
+def _figures(values: Sequence[float]) -> Line:
+    return {
+        "rounds": [float(f"{value:.5g}") for value in values],
+        "median": float(f"{statistics.median(values):.5g}"),
+    }
 
 
 def _check(tokens: int, wanted: int, seconds: Sequence[float]) -> None:
@@ -376,6 +492,7 @@ def circumstances(facts: Facts, plan: Plan, limits: Mapping[str, Any]) -> Line:
         "layer_parameters": facts.layer_parameters,
         "token_bytes": facts.token_bytes,
         "threads": plan.threads,
+        "isa": plan.isa,
         "new_tokens": plan.new,
         "limits": dict(limits),
     }

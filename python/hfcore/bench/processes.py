@@ -12,9 +12,11 @@ import queue
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -108,14 +110,43 @@ def free_memory() -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
+def usable_cpus() -> list[int]:
+    """The CPUs of this process; none where the system cannot hold a process to some of them."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+_SPIN = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(100_000):
+        pass
+"""
+
+
+@contextlib.contextmanager
+def busy(cpus: Collection[int]) -> Iterator[int]:
+    """One process, its id, that computes on one of these CPUs, whichever, until the block ends."""
+    command = [sys.executable, "-c", _SPIN, str(os.getpid())]
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - our own program
+    try:
+        os.sched_setaffinity(process.pid, cpus)
+        time.sleep(0.1)  # Python's own start
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
 class Worker:
     """An engine on a model, in a process of its own, stopped unless it is asked."""
 
     def __init__(
-        self, engine: str, mode: Reply, *, python: str, model: Path, threads: int, context: int
-    ) -> None:
+        self, engine: str, mode: Reply, *, python: str, model: Path, threads: int, context: int,
+        cpus: Collection[int] = (),
+    ) -> None:  # fmt: skip
         command = [python, str(WORKER), engine, str(model), str(threads), str(context)]
         self._model = model
+        self.instruction_set: str | None = None  # as it says when it has loaded
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(  # noqa: S603 - as in `installed`
@@ -125,6 +156,8 @@ class Worker:
             # Ctrl-C is for the harness, which then ends its workers, stopped ones too.
             start_new_session=True,
         )  # fmt: skip
+        if cpus:  # now, while it has one thread
+            os.sched_setaffinity(self._process.pid, cpus)
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
 
     def _listen(self, replies: IO[str]) -> None:
@@ -134,7 +167,9 @@ class Worker:
 
     def loaded(self, patience: float) -> float:
         """Wait until the model is open; the seconds that it took, without starting Python."""
-        return float(self._reply(patience)["load"])
+        reply = self._reply(patience)
+        self.instruction_set = reply["instruction_set"]
+        return float(reply["load"])
 
     def send(self, request: Reply) -> None:
         """Put a request; `receive` has its answer."""

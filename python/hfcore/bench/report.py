@@ -17,11 +17,17 @@ from .measures import GROWS, OURS
 
 Line = dict[str, Any]
 _ORDER = (
-    "prefill", "decode", "batch", "first token, cold", "first token, warm",
+    "prefill", "prefill, twice the threads", "prefill, a CPU busy", "decode",
+    "decode, twice the threads", "decode, a CPU busy", "batch",
+    "first token, cold", "first token, warm",
     "peak memory, first token", "peak memory, longest prompt",
 )  # fmt: skip
 _SIZED = {
     "prefill": "prefill, {} tokens", "decode": "decode at depth {}", "batch": "{} at once",
+    "prefill, twice the threads": "prefill, {} tokens, twice the threads",
+    "prefill, a CPU busy": "prefill, {} tokens, a CPU busy",
+    "decode, twice the threads": "decode at depth {}, twice the threads",
+    "decode, a CPU busy": "decode at depth {}, a CPU busy",
 }  # fmt: skip
 NOTES = """\
 Every engine runs the same file in a process of its own and is stopped while another works; they
@@ -29,6 +35,10 @@ take turns within each round, after a warm-up round. A cell has the median of it
 hfcore's figure over the rival's, round by round: median (least-most). Of an engine's modes the best
 counts. Greedy; nothing ends early. "first token, cold" is from process start, with Python and the
 file in the page cache. "N at once" is all new tokens of N short prompts by all of the time.
+"twice the threads": hfcore held to as many CPUs as it usually has threads, with twice the threads;
+"a CPU busy": held to them too, while another process computes on one of them. Beside it is its part
+of hfcore's own undisturbed figure, round by round. In brackets after a version: the instruction set
+that the engine runs, where it says so.
 
 Shares of the limit, which is measured in the same run: decode reads every tensor once a token (the
 embedding only where it is also the head; the KV cache is left out), against reading memory in
@@ -61,8 +71,42 @@ def read(paths: Iterable[Path]) -> list[Line]:
 def table(lines: Sequence[Line]) -> str:
     """All models' tables in Markdown, with what was left out and the circumstances."""
     parts = ["# Side by side", NOTES]
+    typed = [line for line in lines if "tensor_type" in line]
+    lines = [line for line in lines if "tensor_type" not in line]
     parts += [_model_table(name, _of(lines, name)) for name in _models(lines)]
+    for group in dict.fromkeys(map(_group, typed)):
+        parts.append(_type_table([line for line in typed if _group(line) == group]))
     return "\n\n".join(parts) + "\n"
+
+
+def _type_table(lines: Sequence[Line]) -> str:
+    """A row for each tensor type of one shape: prefill and decode."""
+    measured = [line for line in lines if line["kind"] == "measure"]
+    engines = _engines(measured)
+    columns = sorted(row for row in _rows(measured) if row[0] in {"decode", "prefill"})
+    header = ["type"]
+    for measure, size in columns:
+        header += [_label(measure, size), "of the limit", *engines[1:]]
+    rows = [header, ["---"] * len(header)]
+    for kind in dict.fromkeys(line["tensor_type"] for line in measured):
+        row, of_kind = [kind], [line for line in measured if line["tensor_type"] == kind]
+        for measure, size in columns:
+            ours, *theirs = (_best(of_kind, measure, size, engine) for engine in engines)
+            row += [_figure(ours), _share(ours), *map(_rival, theirs)]
+        rows.append(row)
+    head = f"## Tensor types: {_group(lines[0])}"
+    return "\n\n".join(filter(None, [
+        head, _markdown(rows), _left_out(lines), _circumstances(measured)
+    ]))  # fmt: skip
+
+
+def _group(line: Line) -> str:
+    """The shape of a model that was made for its types."""
+    return f"random weights of shape {line['shape']}{_held(line)}"
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _model_table(name: str, lines: Sequence[Line]) -> str:
@@ -74,11 +118,12 @@ def _model_table(name: str, lines: Sequence[Line]) -> str:
         found = {engine: _best(measured, measure, size, engine) for engine in engines}
         ours = found.pop(OURS, None)
         rows.append(
-            [_label(measure, size), _figure(ours), _share(ours), *map(_rival, found.values())]
+            [_label(measure, size), _ours(ours), _share(ours), *map(_rival, found.values())]
         )
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     head = f"## {name} ({lines[0]['model_bytes'] / 1e6:,.0f} MB)"
-    return "\n\n".join(filter(None, [head, body, _left_out(lines), _circumstances(measured)]))
+    return "\n\n".join(
+        filter(None, [head, _markdown(rows), _left_out(lines), _circumstances(measured)])
+    )
 
 
 def _figure(line: Line | None) -> str:
@@ -88,6 +133,15 @@ def _figure(line: Line | None) -> str:
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     return f"{value:,.2f} s" if unit == "s" else f"{value:,.0f} tok/s"
+
+
+def _ours(line: Line | None) -> str:
+    """Where hfcore was disturbed, with its part of the undisturbed figure."""
+    if line is None or "of_undisturbed" not in line:
+        return _figure(line)
+    part = line["of_undisturbed"]
+    spread = f"{part['least']:.2f}-{part['most']:.2f}"
+    return f"{_figure(line)}, {part['median']:.2f} of undisturbed ({spread})"
 
 
 def _share(line: Line | None) -> str:
@@ -105,10 +159,8 @@ def _left_out(lines: Sequence[Line]) -> str:
     said: dict[str, None] = {}
     for line in lines:
         if line["kind"] == "absent":
-            who = " ".join(filter(None, [line.get("engine"), line.get("mode")]))
-            said[f"- {', '.join(filter(None, [who, line.get('measure')]))}: {line['reason']}"] = (
-                None
-            )
+            kind = line.get("tensor_type")
+            said[f"- {f'{kind}: ' if kind else ''}{_what(line)}: {line['reason']}"] = None
     return "\n".join(["Not measured:", "", *said]) if said else ""
 
 
@@ -117,14 +169,27 @@ def _circumstances(lines: Sequence[Line]) -> str:
         return ""
     last = lines[-1]
     limits = last["limits"]
-    versions = dict.fromkeys(f"{line['engine']} {line['version']}" for line in lines)
+    versions = dict.fromkeys(map(_version, lines))
+    files = {line["model_sha256"] for line in lines}
+    sha256 = f"; sha256 {last['model_sha256']}" if len(files) == 1 else ""
     return (
         f"{last['threads']} threads of {last['cpu']} ({', '.join(last['cpu_flags'])}), which read "
         f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s and do "
         f"{limits['int8_operations_per_second'] / 1e12:.2f} int8 TOPS; {', '.join(versions)}; "
         f"commit {last['commit'] or 'unknown'}; {last['date'][:10]}; {len(last['rounds'])} rounds; "
-        f"{last['new_tokens']} tokens decoded; sha256 {last['model_sha256']}."
+        f"{last['new_tokens']} tokens decoded{sha256}."
     )
+
+
+def _version(line: Line) -> str:
+    """An engine, its version, and what it computes with where it says so."""
+    found = line.get("instruction_set")
+    return f"{line['engine']} {line['version']}" + (f" ({found})" if found else "")
+
+
+def _held(line: Line) -> str:
+    """The instruction set that a run was held to."""
+    return f", {line['isa']} alone" if line.get("isa") else ""
 
 
 # --- the picture ----------------------------------------------------------------------------------
@@ -137,15 +202,18 @@ def check_picture() -> None:
 
 
 def picture(lines: Sequence[Line], path: Path) -> None:
-    """Bars of tokens/s, a row for each model; the machine's limit as a line.
+    """Bars of tokens/s, a row for each model; the machine's limit as a line. No tensor types.
 
-    Raises HfcoreError without matplotlib.
+    Raises HfcoreError without matplotlib, InvalidRequestError without measurements.
     """
     check_picture()
     from matplotlib.figure import Figure
 
+    lines = [line for line in lines if "tensor_type" not in line]
     models = _models(line for line in lines if line["kind"] == "measure")
     panels = ("prefill", "decode", "batch")
+    if not models:
+        raise InvalidRequestError("wanted at least one model's measurements to draw, got none")
     figure = Figure(figsize=(15, 4 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(panels), squeeze=False)
     for row, model in zip(axes, models, strict=True):
@@ -181,12 +249,16 @@ def _bars(panel: Any, lines: Sequence[Line], measure: str) -> None:
 # --- looking lines up -----------------------------------------------------------------------------
 
 
+def _model(line: Line) -> str:
+    return f"{line['model']}{_held(line)}"
+
+
 def _models(lines: Iterable[Line]) -> list[str]:
-    return list(dict.fromkeys(line["model"] for line in lines))
+    return list(dict.fromkeys(map(_model, lines)))
 
 
 def _of(lines: Iterable[Line], model: str) -> list[Line]:
-    return [line for line in lines if line["model"] == model]
+    return [line for line in lines if _model(line) == model]
 
 
 def _engines(lines: Iterable[Line]) -> list[str]:
@@ -232,4 +304,5 @@ def said(line: Line) -> str:
     if ratio:
         spread = f"{ratio['least']:.2f}-{ratio['most']:.2f}"
         against = f", hfcore has {ratio['median']:.2f}x ({spread})"
-    return f"  {_label(line['measure'], line['size']):28} {who:34} {_figure(line)}{share}{against}"
+    label = f"{_label(line['measure'], line['size']):38} {who:34}"
+    return f"  {label} {_ours(line)}{share}{against}"

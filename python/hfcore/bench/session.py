@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,15 +19,23 @@ from .measures import OURS, Place, Plan
 from .processes import RIVALS, Reply, WorkerError, first_python, installed
 
 Line = dict[str, Any]
+_ISA = "HFCORE_ISA"
+
+Models = Iterable[tuple[Path, Line]]
+"""Files, each with what its lines say besides."""
 
 
-def run(parsed: Namespace) -> None:
-    """Measure, or report. Raises HfcoreError, OSError."""
+def run(parsed: Namespace, made: Models | None = None) -> None:
+    """Measure, or report. Raises HfcoreError, OSError.
+
+    `made`: instead of the arguments' models; a file need not be there before it is asked for, nor
+    after the next one is.
+    """
     if parsed.picture is not None:
         report.check_picture()  # before hours of measuring
     if parsed.report and parsed.models:
         raise InvalidRequestError("--report takes no models, it measures nothing")
-    lines = report.read(parsed.report) if parsed.report else _measure(parsed)
+    lines = report.read(parsed.report) if parsed.report else _measure(parsed, made)
     text = report.table(lines)
     if parsed.table is None:
         print(text)
@@ -37,31 +46,43 @@ def run(parsed: Namespace) -> None:
         report.picture(lines, parsed.picture)
 
 
-def _measure(parsed: Namespace) -> list[Line]:
+def _measure(parsed: Namespace, made: Models | None) -> list[Line]:
     """All models, one after the other; the lines, which also went to --out as they came."""
-    paths = parsed.models or _demo_models()
-    for path in paths:
-        if not path.is_file():
-            raise ModelNotFoundError(f"{path}: no such file", path=str(path))
+    models = _named(parsed.models) if made is None else made
     plan = Plan(
         threads=parsed.threads, rounds=parsed.rounds, new=parsed.new, prefill=parsed.prefill,
         depth=parsed.depth, batch=parsed.batch, patience=parsed.patience,
+        rates_only=parsed.rates_only, stress=parsed.stress, isa=parsed.isa,
     )  # fmt: skip
     places, lacking = find(_rivals(parsed.rivals), parsed.rival_python)
     limits = None
     if parsed.out is not None:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    with (parsed.out or Path(os.devnull)).open("w", encoding="utf-8") as out:
+    with held_to(plan.isa), (parsed.out or Path(os.devnull)).open("w", encoding="utf-8") as out:
         lines = _Lines(out, places)
-        for path in paths:
+        for path, besides in models:
             facts = model.read(path)
             lines.progress("measuring the machine")
             limits = machine.best_limits(limits, machine.limits(plan.threads, parsed.read_bytes))
-            lines.begin(measures.circumstances(facts, plan, limits))
+            lines.begin(measures.circumstances(facts, plan, limits) | besides)
             for line in lacking:
                 lines.add(line)
             measures.Bench(facts, places, plan, limits, lines.add, lines.progress).run()
     return lines.all
+
+
+@contextlib.contextmanager
+def held_to(isa: str | None) -> Iterator[None]:
+    """hfcore's kernels, here and in processes that are started here, of one instruction set."""
+    before = os.environ.get(_ISA)
+    if isa is not None:
+        os.environ[_ISA] = isa
+    try:
+        yield
+    finally:
+        if isa is not None:
+            os.environ.pop(_ISA)
+            os.environ.update({} if before is None else {_ISA: before})
 
 
 class _Lines:
@@ -122,7 +143,17 @@ def find(rivals: Sequence[str], pythons: Sequence[str]) -> tuple[dict[str, Place
     return places, absent
 
 
-def _demo_models() -> list[Path]:
+def _named(paths: Sequence[Path]) -> Models:
+    """The models of the command line, or those of the demo."""
+    paths = paths or demo_models()
+    for path in paths:
+        if not path.is_file():
+            raise ModelNotFoundError(f"{path}: no such file", path=str(path))
+    return [(path, {}) for path in paths]
+
+
+def demo_models() -> list[Path]:
+    """Those that are fetched. Raises InvalidRequestError if none is."""
     paths = [path for path in map(fetch.path_of, fetch.DEMO_MODELS) if path.is_file()]
     if not paths:
         raise InvalidRequestError(

@@ -3,7 +3,8 @@
     python worker.py ENGINE MODEL.gguf THREADS CONTEXT MODE
 
 It stands alone: another Python runs it, which has a rival and no hfcore, so nothing of hfcore is
-imported here but by the adapter that needs it. The first reply says that the model is loaded. Then
+imported here but by the adapter that needs it. The first reply says that the model is loaded, and
+which instruction set the engine runs, where it says so: {"load", "instruction_set"}. Then
 
     {"do": "generate", "ids": [...], "new": n}      {"prompt", "first", "rest", "later"}
     {"do": "batch", "prompts": [[...]], "new": n}   {"seconds", "tokens"}
@@ -41,6 +42,10 @@ class Adapter:
         """Decode `new` tokens after each prompt, all at once."""
         raise NotImplementedError("it cannot decode several at once")
 
+    def instruction_set(self) -> str | None:
+        """What it computes with, by hfcore's names; None where it does not say."""
+        return None
+
 
 class _Hfcore(Adapter):
     """Through the public API, as a user would."""
@@ -67,6 +72,9 @@ class _Hfcore(Adapter):
         tokens = sum(len(delta.token_ids) for stream in streams for delta in stream)
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
+    def instruction_set(self) -> str | None:
+        return str(self._engine.info["instruction_set"])
+
     def _stream(self, ids: Ids, new: int) -> Any:
         return self._engine.stream(ids, max_tokens=new, temperature=0, ignore_eos=True)
 
@@ -75,6 +83,8 @@ class _LlamaCpp(Adapter):
     """llama-cpp-python's own loop without its sampler: greedy by numpy."""
 
     BATCH = 512
+    SETS = (("AVX512_VNNI", "avx512vnni"), ("AVX512", "avx512"), ("AVX_VNNI", "avxvnni"),
+            ("AVX2", "avx2"))  # fmt: skip
 
     def __init__(self, model: str, threads: int, context: int, mode: Reply) -> None:
         import llama_cpp
@@ -121,6 +131,11 @@ class _LlamaCpp(Adapter):
         finally:
             api.llama_batch_free(batch)
         return {"seconds": seconds, "tokens": new * len(prompts)}
+
+    def instruction_set(self) -> str | None:
+        """The best that it was built for: it looks for none at run time."""
+        said = self._api.llama_print_system_info().decode()
+        return next((name for flag, name in self.SETS if f" {flag} = 1" in said), None)
 
     def _parameters(self, sequences: int, longest: int, tokens: int) -> Any:
         """Of a context for so many texts of that length; their prompts' tokens are one batch."""
@@ -344,7 +359,8 @@ def main(arguments: list[str]) -> None:
 
     start = time.perf_counter()
     adapter = ADAPTERS[engine](model, int(threads), int(context), json.loads(mode))
-    reply({"load": time.perf_counter() - start})
+    seconds = time.perf_counter() - start
+    reply({"load": seconds, "instruction_set": adapter.instruction_set()})
     for line in sys.stdin:
         reply(answer(adapter, json.loads(line)))
 
