@@ -99,7 +99,7 @@ bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: ma
 	$(BIN)/python benches/bench_types.py $(RIVAL_PYTHON:%=--rival-python %) $(BENCH_TYPES) \
 	  --out $(RESULTS)/types.jsonl
 	$(BIN)/hfcore bench --table docs/bench.md --picture docs/bench.png \
-	  --report $$(ls $(RESULTS)/rivals.jsonl $(RESULTS)/avx2.jsonl $(RESULTS)/types.jsonl 2>/dev/null)
+	  --report $$(for run in rivals avx2 types; do find $(RESULTS) -name $$run.jsonl; done)
 
 clean: ## remove what was built here (not the fetched models)
 	rm -rf $(VENV) target dist

@@ -543,6 +543,12 @@ def test_a_run_held_to_an_instruction_set_has_a_table_of_its_own() -> None:
     assert "hfcore 1 (avx2);" in table
 
 
+def test_a_model_that_nobody_could_run_has_no_table_but_the_reasons() -> None:
+    text = report.table(LINES[-1:])
+    assert "|" not in text
+    assert text.endswith("## m.gguf (5 MB)\n\nNot measured:\n\n- mistralrs: not here\n")
+
+
 def test_tensor_types_are_one_table_with_a_row_each() -> None:
     of = [
         line(engine, value, measure=measure, size=size, tensor_type=kind, shape="1b",

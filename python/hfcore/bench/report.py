@@ -105,7 +105,10 @@ def _group(line: Line) -> str:
     return f"random weights of shape {line['shape']}{_held(line)}"
 
 
-def _markdown(rows: Iterable[Sequence[str]]) -> str:
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of a header, a ruler and rows; nothing without rows."""
+    if len(rows) <= 2:
+        return ""
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
