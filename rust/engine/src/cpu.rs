@@ -1,8 +1,9 @@
 //! [`Device`] over the kernels crate: f32 activations, weights in tiles, a cache of f16 pages, threads of its own.
 
+use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, attend};
 use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
-use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, Scales, matmul, quantize_rows};
+use hfcore_kernels::matmul::{Matrix, matmul};
 use hfcore_kernels::mmap::Arena;
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::simd::Isa;

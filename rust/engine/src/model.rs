@@ -528,6 +528,7 @@ fn check_options(options: &ModelOptions) -> Result<()> {
     at_least_one("threads", options.threads)?;
     at_least_one("context_size", options.context_size)?;
     at_least_one("max_sequences", Some(options.max_sequences))?;
+    hfcore_kernels::simd::Isa::forced().map_err(Error::InvalidRequest)?;
     match options.threads {
         Some(n) if n > 1024 => Err(Error::InvalidRequest(format!(
             "threads must be at most 1024, got {n}"

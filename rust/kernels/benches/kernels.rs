@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
+use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
 use hfcore_kernels::attention::{
     AttentionInput, AttentionPlan, AttentionShape, KvLayer, PAGE, Span, attend,
 };
-use hfcore_kernels::matmul::{ActBlock, Activations, Matrix, Scales, matmul, quantize_rows};
+use hfcore_kernels::matmul::{Matrix, matmul};
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::quant::TensorType;
 use hfcore_kernels::simd::Isa;
@@ -63,10 +64,17 @@ fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) 
     let size: usize = matrices.iter().map(Matrix::bytes).sum();
     let mut line = format!("{tensor_type:?}:");
     let mut one = 0.0;
+    let only = std::env::var("HFCORE_ROWS")
+        .ok()
+        .and_then(|n| n.parse().ok());
     for rows in [1, 2, 4, 8, 16, 64, 512] {
+        if only.is_some_and(|only: usize| rows != only) {
+            continue;
+        }
         let x: Vec<f32> = (0..rows * inputs).map(|_| random.float()).collect();
         let mut blocks = vec![ActBlock::default(); x.len() / 32];
-        quantize_rows(isa, pool, &x, inputs, Scales::Super, &mut blocks);
+        let scales = matrices[0].scales().unwrap_or(Scales::Block);
+        quantize_rows(isa, pool, &x, inputs, scales, &mut blocks);
         let mut out = vec![0.0; rows * outputs];
         let used = if rows > 16 { 2 } else { count };
         let time = best(|| {

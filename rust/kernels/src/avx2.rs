@@ -15,11 +15,15 @@ pub(crate) struct Avx2;
 #[derive(Clone, Copy)]
 pub(crate) struct AvxVnni;
 
-/// Four-byte dots of unsigned `codes` with signed `x`, exact: even and odd bytes widened to 16 bits apart,
-/// because `vpmaddubsw` saturates at 2 x 255 x 127.
+/// Four-byte dots of unsigned `codes` with signed `x`, exact: by `vpmaddubsw` where two products fit its 16 bits, else
+/// even and odd bytes widened apart.
 #[inline(always)]
-unsafe fn dot4_widening(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+unsafe fn dot4_widening<const SMALL: bool>(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
     unsafe {
+        if SMALL {
+            let pairs = _mm256_maddubs_epi16(codes, x);
+            return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
         let even = _mm256_and_si256(codes, _mm256_set1_epi16(0x00FF));
         let odd = _mm256_srli_epi16::<8>(codes);
         let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
@@ -33,7 +37,7 @@ unsafe fn dot4_widening(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
 }
 
 #[inline(always)]
-unsafe fn dot4_vnni(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+unsafe fn dot4_vnni<const SMALL: bool>(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
     unsafe { _mm256_dpbusd_avx_epi32(sum, codes, x) }
 }
 
@@ -129,6 +133,8 @@ macro_rules! implement {
             type S = [__m256i; 2];
             type F = [__m256; 2];
             const ROWS: usize = 4;
+            const MANY_ROWS: usize = 4;
+            const MANY_TILES: usize = 1;
 
             #[inline(always)]
             unsafe fn load(p: *const u8) -> Self::I {
@@ -174,14 +180,40 @@ macro_rules! implement {
                 }
             }
             #[inline(always)]
+            unsafe fn store_codes(p: *mut u8, a: Self::I) {
+                unsafe {
+                    _mm256_storeu_si256(p.cast(), a[0]);
+                    _mm256_storeu_si256(p.add(32).cast(), a[1]);
+                }
+            }
+            #[inline(always)]
             unsafe fn sums_zero() -> Self::S {
                 unsafe { [_mm256_setzero_si256(); 2] }
             }
             #[inline(always)]
-            unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
+            unsafe fn sums_splat(x: i32) -> Self::S {
+                unsafe { [_mm256_set1_epi32(x); 2] }
+            }
+            #[inline(always)]
+            unsafe fn sums_add(a: Self::S, b: Self::S) -> Self::S {
+                unsafe { both!(_mm256_add_epi32, a, b) }
+            }
+            #[inline(always)]
+            unsafe fn sums_shl(a: Self::S, n: u32) -> Self::S {
+                unsafe {
+                    let n = _mm_cvtsi32_si128(n as i32);
+                    [_mm256_sll_epi32(a[0], n), _mm256_sll_epi32(a[1], n)]
+                }
+            }
+            #[inline(always)]
+            unsafe fn dot4<const SMALL: bool>(
+                sum: Self::S,
+                codes: Self::I,
+                x: *const i8,
+            ) -> Self::S {
                 unsafe {
                     let x = [_mm256_set1_epi32(x.cast::<i32>().read_unaligned()); 2];
-                    both!($dot4, sum, codes, x)
+                    both!($dot4::<SMALL>, sum, codes, x)
                 }
             }
             #[inline(always)]

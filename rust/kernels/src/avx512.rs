@@ -16,7 +16,9 @@ impl Simd for Avx512 {
     type I = __m512i;
     type S = __m512i;
     type F = __m512;
-    const ROWS: usize = 16;
+    const ROWS: usize = 8;
+    const MANY_ROWS: usize = 6;
+    const MANY_TILES: usize = 2;
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> __m512i {
@@ -46,11 +48,28 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn store_codes(p: *mut u8, a: __m512i) {
+        unsafe { _mm512_storeu_si512(p.cast(), a) }
+    }
+    #[inline(always)]
     unsafe fn sums_zero() -> __m512i {
         unsafe { _mm512_setzero_si512() }
     }
     #[inline(always)]
-    unsafe fn dot4(sum: __m512i, codes: __m512i, x: *const i8) -> __m512i {
+    unsafe fn sums_splat(x: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn sums_add(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sums_shl(a: __m512i, n: u32) -> __m512i {
+        // The count in a register: the compiler makes a constant of it.
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn dot4<const SMALL: bool>(sum: __m512i, codes: __m512i, x: *const i8) -> __m512i {
         unsafe {
             _mm512_dpbusd_epi32(
                 sum,

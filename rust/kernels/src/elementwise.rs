@@ -2,7 +2,7 @@
 //!
 //! Sixteen lanes at a time. Multiplications and additions fuse by name only, so every instruction set gives the same bits.
 
-use crate::matmul::{ActBlock, Scales, quantize_blocks};
+use crate::activations::{ActBlock, Scales, quantize_blocks};
 use crate::pool::{Pool, SendPtr};
 use crate::simd::{Isa, LANES, Simd, dispatch, load_part, store_part};
 use crate::tile::BLOCK;
@@ -322,7 +322,7 @@ unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matmul::quantize_rows;
+    use crate::activations::quantize_rows;
 
     fn numbers(n: usize) -> Vec<f32> {
         (0..n)

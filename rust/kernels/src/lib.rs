@@ -7,6 +7,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod activations;
 pub mod attention;
 pub mod elementwise;
 pub mod kv;
@@ -17,4 +18,5 @@ pub mod pool;
 pub mod quant;
 mod scalar;
 pub mod simd;
+mod spread;
 pub mod tile;

@@ -126,7 +126,7 @@ unsafe fn read_body<S: Simd>(bytes: &[u8], out: &mut [f32; LANES]) {
             d = S::or(d, S::load(chunk.as_ptr().add(3 * WIDTH)));
         }
         let all = S::or(S::or(a, b), S::or(c, d));
-        let sum = S::dot4(S::sums_zero(), all, [1i8; 4].as_ptr());
+        let sum = S::dot4::<true>(S::sums_zero(), all, [1i8; 4].as_ptr());
         S::store(out.as_mut_ptr(), S::to_f32(sum));
     }
 }
@@ -148,7 +148,7 @@ unsafe fn multiply_body<S: Simd, const N: usize>(
         for step in 0..STEPS {
             let code = S::load(codes[step % CODES].as_ptr());
             for k in 0..N {
-                sums[k] = S::dot4(sums[k], code, x[k].as_ptr());
+                sums[k] = S::dot4::<true>(sums[k], code, x[k].as_ptr());
             }
         }
         let mut all = S::to_f32(sums[0]);

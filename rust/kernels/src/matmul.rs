@@ -1,125 +1,14 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
+use crate::activations::{ActBlock, Activations, Scales};
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
 use crate::simd::{Isa, LANES, Simd, dispatch, prefetch_line};
+use crate::spread::{many_rows, store_out};
 use crate::tile::{self, BLOCK, Format, Tiles};
 
-/// 32 activations of a row, quantised to 8 bits.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ActBlock {
-    pub codes: [i8; BLOCK],
-    pub scale: f32,
-    /// The sum of the codes: of all, of the first half, of the second. That of all is times the scale where it is the
-    /// block's own (`Scales::Block`).
-    pub sum: f32,
-    pub half_sums: [f32; 2],
-}
-
-/// How many activations share a scale: as many as the weights they meet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scales {
-    /// 32, one block.
-    Block,
-    /// 256, for the K-quants: eight blocks with the same scale.
-    Super,
-}
-
-impl Scales {
-    fn blocks(self) -> usize {
-        match self {
-            Self::Block => 1,
-            Self::Super => 8,
-        }
-    }
-
-    /// What a type of weights wants; floats want no quantised activations.
-    fn of(tensor_type: TensorType) -> Option<Self> {
-        match tensor_type.block_len() {
-            1 => None,
-            256 => Some(Self::Super),
-            _ => Some(Self::Block),
-        }
-    }
-}
-
-/// Quantise rows of `width` activations; `out` is `[rows][width / 32]`.
-///
-/// # Panics
-/// When `width` is not a multiple of what shares a scale, or the lengths do not agree.
-pub fn quantize_rows(
-    isa: Isa,
-    pool: &Pool,
-    x: &[f32],
-    width: usize,
-    scales: Scales,
-    out: &mut [ActBlock],
-) {
-    assert!(
-        width.is_multiple_of(BLOCK * scales.blocks()) && x.len() == out.len() * BLOCK,
-        "activations in rows of {width}"
-    );
-    let blocks = width / BLOCK;
-    let quantize = |row: usize, out: &mut [ActBlock]| {
-        // SAFETY: slices; `isa` was detected.
-        unsafe { quantize_blocks(isa, &x[row * width..(row + 1) * width], scales, out) }
-    };
-    if out.len() < 512 {
-        out.chunks_exact_mut(blocks)
-            .enumerate()
-            .for_each(|(row, out)| quantize(row, out));
-    } else {
-        pool.rows(out, blocks, quantize);
-    }
-}
-
-dispatch! {
-    pub(crate) unsafe fn quantize_blocks<>(x: &[f32], scales: Scales, out: &mut [ActBlock]) = quantize_body
-}
-
-#[inline(always)]
-unsafe fn quantize_body<S: Simd>(x: &[f32], scales: Scales, out: &mut [ActBlock]) {
-    let together = scales.blocks();
-    for (i, out) in out.chunks_exact_mut(together).enumerate() {
-        let x = &x[i * together * BLOCK..][..together * BLOCK];
-        // SAFETY: a block is two vectors of floats, and of codes.
-        unsafe {
-            // From zero up, and `x` second: a NaN counts for nothing.
-            let mut max = S::splat(0.0);
-            for at in (0..x.len()).step_by(LANES) {
-                max = S::max(max, S::abs(S::load_f32(x.as_ptr().add(at))));
-            }
-            let max = S::largest(max);
-            let scale = max / 127.0;
-            let inverse = S::splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
-            for j in 0..together {
-                let (x, out) = (x.as_ptr().add(j * BLOCK), &mut out[j]);
-                let codes = out.codes.as_mut_ptr();
-                let first = S::store_i8(codes, S::mul(S::load_f32(x), inverse));
-                let x = S::load_f32(x.add(LANES));
-                let second = S::store_i8(codes.add(LANES), S::mul(x, inverse));
-                out.scale = scale;
-                out.half_sums = [first as f32, second as f32];
-                out.sum = (first + second) as f32;
-                if together == 1 {
-                    out.sum *= scale;
-                }
-            }
-        }
-    }
-}
-
-/// The rows of activations that a multiplication reads.
-#[derive(Clone, Copy)]
-pub struct Activations<'a> {
-    pub rows: usize,
-    /// `[rows][inputs]`, for float weights.
-    pub floats: &'a [f32],
-    /// `[rows][inputs / 32]`, for weights quantised in blocks and in super-blocks; empty where no part needs them.
-    pub blocks: &'a [ActBlock],
-    pub supers: &'a [ActBlock],
-}
+/// From so many rows on it pays to spread tiles out.
+const MANY: usize = 32;
 
 /// A weight matrix made of parts that share their inputs; their outputs lie side by side.
 pub struct Matrix {
@@ -223,20 +112,24 @@ pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut 
             let range = unit * per_unit..(unit + 1) * per_unit;
             let first = range.start.max(before);
             let last = range.end.min(before + part.tiles());
-            for tile in first..last.max(first) {
-                let i = tile - before;
+            if first < last {
+                let i = first - before;
                 let task = Task {
-                    tile: part.tile(i),
+                    tiles: part,
+                    first: i,
+                    count: last - first,
                     inputs: matrix.inputs,
                     x,
-                    bias: matrix.bias.as_ref().map(|b| &b[tile * LANES..][..LANES]),
+                    bias: matrix
+                        .bias
+                        .as_ref()
+                        .map(|b| &b[first * LANES..last * LANES]),
                     // SAFETY: a tile's columns are inside its row of `out`, and each tile is one unit's.
                     out: unsafe { base.get().add(column + i * LANES) },
                     stride: matrix.outputs,
-                    width: LANES.min(part.rows() - i * LANES),
                 };
                 // SAFETY: as above; lengths were checked at the top.
-                unsafe { run_tile(isa, part.tensor_type(), &task) };
+                unsafe { run_tiles(isa, part.tensor_type(), &task) };
             }
             before += part.tiles();
             column += part.rows();
@@ -244,52 +137,70 @@ pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut 
     });
 }
 
-/// One tile times all rows.
-struct Task<'a> {
-    tile: &'a [u8],
-    inputs: usize,
-    x: Activations<'a>,
+/// Some tiles of one part times all rows.
+pub(crate) struct Task<'a> {
+    pub tiles: &'a Tiles,
+    pub first: usize,
+    pub count: usize,
+    pub inputs: usize,
+    pub x: Activations<'a>,
     bias: Option<&'a [f32]>,
-    out: *mut f32,
-    stride: usize,
-    /// Outputs of this tile that exist.
-    width: usize,
+    /// The first tile's outputs of the first row; those of the next row are `stride` further.
+    pub out: *mut f32,
+    pub stride: usize,
 }
 
-unsafe fn run_tile(isa: Isa, tensor_type: TensorType, task: &Task) {
+impl Task<'_> {
+    /// Outputs of its `tile`-th tile that exist.
+    pub fn width(&self, tile: usize) -> usize {
+        LANES.min(self.tiles.rows() - (self.first + tile) * LANES)
+    }
+    pub fn bias(&self, tile: usize) -> Option<&[f32]> {
+        self.bias.map(|bias| &bias[tile * LANES..][..LANES])
+    }
+}
+
+unsafe fn run_tiles(isa: Isa, tensor_type: TensorType, task: &Task) {
     use TensorType as T;
     unsafe {
         match tensor_type {
-            T::F32 => float_tile::<F32>(isa, task),
-            T::F16 => float_tile::<F16>(isa, task),
-            T::BF16 => float_tile::<Bf16>(isa, task),
-            T::Q4_0 => quant_tile::<tile::Q4_0>(isa, task),
-            T::Q4_1 => quant_tile::<tile::Q4_1>(isa, task),
-            T::Q5_0 => quant_tile::<tile::Q5_0>(isa, task),
-            T::Q5_1 => quant_tile::<tile::Q5_1>(isa, task),
-            T::Q8_0 => quant_tile::<tile::Q8_0>(isa, task),
-            T::Q2_K => quant_tile::<tile::Q2K>(isa, task),
-            T::Q3_K => quant_tile::<tile::Q3K>(isa, task),
-            T::Q4_K => quant_tile::<tile::Q4K>(isa, task),
-            T::Q5_K => quant_tile::<tile::Q5K>(isa, task),
-            T::Q6_K => quant_tile::<tile::Q6K>(isa, task),
-            T::IQ4_NL => quant_tile::<tile::Iq4Nl>(isa, task),
-            T::IQ4_XS => quant_tile::<tile::Iq4Xs>(isa, task),
-            T::MXFP4 => quant_tile::<tile::Mxfp4>(isa, task),
+            T::F32 => float_tiles::<F32>(isa, task),
+            T::F16 => float_tiles::<F16>(isa, task),
+            T::BF16 => float_tiles::<Bf16>(isa, task),
+            T::Q4_0 => quant_tiles::<tile::Q4_0>(isa, task),
+            T::Q4_1 => quant_tiles::<tile::Q4_1>(isa, task),
+            T::Q5_0 => quant_tiles::<tile::Q5_0>(isa, task),
+            T::Q5_1 => quant_tiles::<tile::Q5_1>(isa, task),
+            T::Q8_0 => quant_tiles::<tile::Q8_0>(isa, task),
+            T::Q2_K => quant_tiles::<tile::Q2K>(isa, task),
+            T::Q3_K => quant_tiles::<tile::Q3K>(isa, task),
+            T::Q4_K => quant_tiles::<tile::Q4K>(isa, task),
+            T::Q5_K => quant_tiles::<tile::Q5K>(isa, task),
+            T::Q6_K => quant_tiles::<tile::Q6K>(isa, task),
+            T::IQ4_NL => quant_tiles::<tile::Iq4Nl>(isa, task),
+            T::IQ4_XS => quant_tiles::<tile::Iq4Xs>(isa, task),
+            T::MXFP4 => quant_tiles::<tile::Mxfp4>(isa, task),
         }
     }
 }
 
 dispatch! {
-    unsafe fn quant_tile<F: Format>(task: &Task) = quant_body
+    unsafe fn quant_tiles<F: Format>(task: &Task) = quant_body
 }
 dispatch! {
-    unsafe fn float_tile<W: FloatType>(task: &Task) = float_body
+    unsafe fn float_tiles<W: FloatType>(task: &Task) = float_body
 }
 
-/// `for i in 0..M`, written out: a loop that the compiler keeps puts its sums on the stack.
+/// `for i in 0..M`, written out: a loop that the compiler keeps puts its sums on the stack. `M` is at most 8, or what is
+/// said: the fewer, the less there is to compile.
 macro_rules! each_row {
     ($m:expr, $i:ident, $body:block) => {
+        each_row!(@ $m, $i, $body, 0 1 2 3 4 5 6 7)
+    };
+    ($m:expr, at most 2, $i:ident, $body:block) => {
+        each_row!(@ $m, $i, $body, 0 1)
+    };
+    ($m:expr, at most 16, $i:ident, $body:block) => {
         each_row!(@ $m, $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
     };
     (@ $m:expr, $i:ident, $body:block, $($n:literal)*) => {
@@ -299,39 +210,45 @@ macro_rules! each_row {
         })*
     };
 }
+pub(crate) use each_row;
 
-/// All rows in groups of at most `S::ROWS`, 16, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
 #[inline(always)]
 unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
+    unsafe {
+        if task.x.rows >= MANY {
+            return many_rows::<S, F>(task);
+        }
+        for tile in 0..task.count {
+            few_rows::<S, F>(task, tile);
+        }
+    }
+}
+
+/// All rows in groups of at most `S::ROWS`, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
+#[inline(always)]
+unsafe fn few_rows<S: Simd, F: Format>(task: &Task, tile: usize) {
     let mut row = 0;
     unsafe {
-        // Formats with two scales a block need registers for them.
-        if const { S::ROWS >= 16 && !F::HALVES } {
-            while task.x.rows - row >= 16 {
-                quant_rows::<S, F, 16>(task, row);
-                row += 16;
-            }
-        }
         if const { S::ROWS >= 8 } {
             while task.x.rows - row >= 8 {
-                quant_rows::<S, F, 8>(task, row);
+                quant_rows::<S, F, 8>(task, tile, row);
                 row += 8;
             }
         }
         if const { S::ROWS >= 4 } {
             while task.x.rows - row >= 4 {
-                quant_rows::<S, F, 4>(task, row);
+                quant_rows::<S, F, 4>(task, tile, row);
                 row += 4;
             }
         }
         if const { S::ROWS >= 2 } {
             while task.x.rows - row >= 2 {
-                quant_rows::<S, F, 2>(task, row);
+                quant_rows::<S, F, 2>(task, tile, row);
                 row += 2;
             }
         }
         while task.x.rows - row >= 1 {
-            quant_rows::<S, F, 1>(task, row);
+            quant_rows::<S, F, 1>(task, tile, row);
             row += 1;
         }
     }
@@ -342,7 +259,7 @@ unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
 const AHEAD: usize = 2048;
 
 #[inline(always)]
-unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize) {
+unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usize, row: usize) {
     unsafe {
         let blocks = task.inputs / BLOCK;
         let acts = match F::SUPER {
@@ -350,8 +267,8 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
             _ => task.x.supers,
         };
         let acts = acts.as_ptr().add(row * blocks);
-        let mut total = [start::<S>(task.bias); M];
-        let mut p = task.tile.as_ptr();
+        let mut total = [start::<S>(task.bias(tile)); M];
+        let mut p = task.tiles.tile(task.first + tile).as_ptr();
         let mut block = 0;
         while block < blocks {
             let head = F::head::<S>(p);
@@ -361,8 +278,10 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
                 each_row!(M, i, {
                     let x = &*acts.add(i * blocks + block);
                     let scale = S::mul(s[0], S::splat(x.scale));
-                    total[i] = S::fma(S::to_f32(dots::<S, 0, 8>(&w, x)), scale, total[i]);
-                    total[i] = S::fma(o[0], S::splat(x.sum), total[i]);
+                    total[i] = S::fma(S::to_f32(dots::<S, F, 0, 8>(&w, x)), scale, total[i]);
+                    if F::ZERO.is_none() {
+                        total[i] = S::fma(o[0], S::splat(x.sum), total[i]);
+                    }
                 });
                 p = p.add(F::CODES + F::SCALES);
                 block += 1;
@@ -375,13 +294,21 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
                 each_row!(M, i, {
                     let x = &*acts.add(i * blocks + block);
                     if F::HALVES {
-                        sum[i] = S::fma(S::to_f32(dots::<S, 0, 4>(&w, x)), s[0], sum[i]);
-                        sum[i] = S::fma(S::to_f32(dots::<S, 4, 8>(&w, x)), s[1], sum[i]);
-                        sum[i] = S::fma(o[0], S::splat(x.half_sums[0]), sum[i]);
-                        sum[i] = S::fma(o[1], S::splat(x.half_sums[1]), sum[i]);
+                        sum[i] = S::fma(S::to_f32(dots::<S, F, 0, 4>(&w, x)), s[0], sum[i]);
+                        if F::ZERO.is_none() {
+                            let negated = S::to_f32(S::sums_splat(x.negated_sums[0]));
+                            sum[i] = S::fma(o[0], negated, sum[i]);
+                        }
+                        sum[i] = S::fma(S::to_f32(dots::<S, F, 4, 8>(&w, x)), s[1], sum[i]);
+                        if F::ZERO.is_none() {
+                            let negated = S::to_f32(S::sums_splat(x.negated_sums[1]));
+                            sum[i] = S::fma(o[1], negated, sum[i]);
+                        }
                     } else {
-                        sum[i] = S::fma(S::to_f32(dots::<S, 0, 8>(&w, x)), s[0], sum[i]);
-                        sum[i] = S::fma(o[0], S::splat(x.sum), sum[i]);
+                        sum[i] = S::fma(S::to_f32(dots::<S, F, 0, 8>(&w, x)), s[0], sum[i]);
+                        if F::ZERO.is_none() {
+                            sum[i] = S::fma(o[0], S::splat(x.sum), sum[i]);
+                        }
                     }
                 });
                 p = p.add(F::CODES + F::SCALES);
@@ -392,7 +319,7 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, row: usize
                 total[i] = S::fma(sum[i], S::splat(scale), total[i]);
             });
         }
-        finish::<S, M>(task, row, total);
+        finish::<S, M>(task, tile, row, total);
     }
 }
 
@@ -424,14 +351,32 @@ unsafe fn unpack<S: Simd, F: Format>(p: *const u8, head: [S::F; 2]) -> Unpacked<
     }
 }
 
-/// The integer dots of steps `FROM..TO` of a block.
+/// The integer dots of steps `FROM..TO` of a block, its zero point taken off.
 #[inline(always)]
-unsafe fn dots<S: Simd, const FROM: usize, const TO: usize>(w: &[S::I; 8], x: &ActBlock) -> S::S {
+unsafe fn dots<S: Simd, F: Format, const FROM: usize, const TO: usize>(
+    w: &[S::I; 8],
+    x: &ActBlock,
+) -> S::S {
     unsafe {
-        let mut sum = S::sums_zero();
+        let [first, second] = x.negated_sums;
+        let mut sum = match F::ZERO {
+            None => S::sums_zero(),
+            Some(zero) => {
+                let negated = match (FROM, TO) {
+                    (0, 4) => S::sums_splat(first),
+                    (4, 8) => S::sums_splat(second),
+                    _ => S::sums_add(S::sums_splat(first), S::sums_splat(second)),
+                };
+                S::sums_shl(negated, zero)
+            }
+        };
         each_row!(TO, s, {
             if s >= FROM {
-                sum = S::dot4(sum, w[s & 7], x.codes.as_ptr().add(4 * s));
+                let x = x.codes.as_ptr().add(4 * s);
+                sum = match F::SMALL {
+                    true => S::dot4::<true>(sum, w[s & 7], x),
+                    false => S::dot4::<false>(sum, w[s & 7], x),
+                };
             }
         });
         sum
@@ -439,7 +384,7 @@ unsafe fn dots<S: Simd, const FROM: usize, const TO: usize>(w: &[S::I; 8], x: &A
 }
 
 #[inline(always)]
-unsafe fn start<S: Simd>(bias: Option<&[f32]>) -> S::F {
+pub(crate) unsafe fn start<S: Simd>(bias: Option<&[f32]>) -> S::F {
     unsafe {
         match bias {
             Some(bias) => S::load_f32(bias.as_ptr()),
@@ -449,18 +394,11 @@ unsafe fn start<S: Simd>(bias: Option<&[f32]>) -> S::F {
 }
 
 #[inline(always)]
-unsafe fn finish<S: Simd, const M: usize>(task: &Task, row: usize, total: [S::F; M]) {
+unsafe fn finish<S: Simd, const M: usize>(task: &Task, tile: usize, row: usize, total: [S::F; M]) {
     unsafe {
         for i in 0..M {
-            let total = total[i];
-            let out = task.out.add((row + i) * task.stride);
-            if task.width == LANES {
-                S::store(out, total);
-            } else {
-                let mut lanes = [0f32; LANES];
-                S::store(lanes.as_mut_ptr(), total);
-                std::ptr::copy_nonoverlapping(lanes.as_ptr(), out, task.width);
-            }
+            let out = task.out.add((row + i) * task.stride + tile * LANES);
+            store_out::<S>(task, tile, out, total[i]);
         }
     }
 }
@@ -497,47 +435,50 @@ impl FloatType for Bf16 {
 
 #[inline(always)]
 unsafe fn float_body<S: Simd, W: FloatType>(task: &Task) {
-    let mut row = 0;
     unsafe {
-        if const { S::ROWS >= 16 } {
-            while task.x.rows - row >= 16 {
-                float_rows::<S, W, 16>(task, row);
-                row += 16;
+        for tile in 0..task.count {
+            let mut row = 0;
+            if const { S::ROWS >= 8 } {
+                while task.x.rows - row >= 16 {
+                    float_rows::<S, W, 16>(task, tile, row);
+                    row += 16;
+                }
             }
-        }
-        if const { S::ROWS >= 4 } {
-            while task.x.rows - row >= 4 {
-                float_rows::<S, W, 4>(task, row);
-                row += 4;
+            if const { S::ROWS >= 4 } {
+                while task.x.rows - row >= 4 {
+                    float_rows::<S, W, 4>(task, tile, row);
+                    row += 4;
+                }
             }
-        }
-        while task.x.rows - row >= 1 {
-            float_rows::<S, W, 1>(task, row);
-            row += 1;
+            while task.x.rows - row >= 1 {
+                float_rows::<S, W, 1>(task, tile, row);
+                row += 1;
+            }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn float_rows<S: Simd, W: FloatType, const M: usize>(task: &Task, row: usize) {
+unsafe fn float_rows<S: Simd, W: FloatType, const M: usize>(task: &Task, tile: usize, row: usize) {
     unsafe {
         let x = task.x.floats.as_ptr().add(row * task.inputs);
-        let mut total = [start::<S>(task.bias); M];
-        let mut p = task.tile.as_ptr();
+        let mut total = [start::<S>(task.bias(tile)); M];
+        let mut p = task.tiles.tile(task.first + tile).as_ptr();
         for k in 0..task.inputs {
             let w = W::load::<S>(p);
-            each_row!(M, i, {
+            each_row!(M, at most 16, i, {
                 total[i] = S::fma(w, S::splat(*x.add(i * task.inputs + k)), total[i]);
             });
             p = p.add(W::BYTES * LANES);
         }
-        finish::<S, M>(task, row, total);
+        finish::<S, M>(task, tile, row, total);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::activations::quantize_rows;
     use crate::quant::dequantize;
 
     /// A small deterministic generator; tests need no crate for it.
@@ -633,7 +574,7 @@ mod tests {
         let r = &mut Random(1);
         let pool = Pool::new(2);
         for t in TensorType::ALL {
-            let (outputs, inputs, rows) = (37, 512, 31);
+            let (outputs, inputs, rows) = (37, 3072, 39);
             let data = random_blocks(t, outputs, inputs, r);
             let (x, blocks) = activations(rows, inputs, r);
             let want = oracle(t, &data, outputs, inputs, &x, &blocks);
@@ -666,7 +607,7 @@ mod tests {
         let r = &mut Random(2);
         let pool = Pool::new(2);
         for t in [TensorType::Q4_1, TensorType::Q6_K, TensorType::F16] {
-            let (outputs, inputs, rows) = (64, 256, 31);
+            let (outputs, inputs, rows) = (64, 256, 39);
             let data = random_blocks(t, outputs, inputs, r);
             let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
             let (x, blocks) = activations(rows, inputs, r);
@@ -763,22 +704,5 @@ mod tests {
             let ratio = tiles.bytes() as f64 / data.len() as f64;
             assert!((0.99..1.05).contains(&ratio), "{t:?}: {ratio}");
         }
-    }
-
-    #[test]
-    fn silent_activations_quantise_to_zero() {
-        let mut out = [ActBlock {
-            scale: 1.0,
-            ..Default::default()
-        }];
-        quantize_rows(
-            Isa::detect(),
-            &Pool::new(1),
-            &[0.0; 32],
-            32,
-            Scales::Block,
-            &mut out,
-        );
-        assert_eq!(out, [ActBlock::default()]);
     }
 }

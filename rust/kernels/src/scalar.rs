@@ -30,6 +30,8 @@ impl Simd for Scalar {
     type S = [i32; LANES];
     type F = [f32; LANES];
     const ROWS: usize = 1;
+    const MANY_ROWS: usize = 1;
+    const MANY_TILES: usize = 1;
 
     unsafe fn load(p: *const u8) -> Self::I {
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }
@@ -49,10 +51,22 @@ impl Simd for Scalar {
     unsafe fn lookup(a: Self::I, table: &[u8; 16]) -> Self::I {
         bytes(|i| table[usize::from(a[i] & 15)])
     }
+    unsafe fn store_codes(p: *mut u8, a: Self::I) {
+        unsafe { p.cast::<[u8; 64]>().write_unaligned(a) }
+    }
     unsafe fn sums_zero() -> Self::S {
         [0; LANES]
     }
-    unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
+    unsafe fn sums_splat(x: i32) -> Self::S {
+        [x; LANES]
+    }
+    unsafe fn sums_add(a: Self::S, b: Self::S) -> Self::S {
+        lanes(|i| a[i] + b[i])
+    }
+    unsafe fn sums_shl(a: Self::S, n: u32) -> Self::S {
+        lanes(|i| a[i] << n)
+    }
+    unsafe fn dot4<const SMALL: bool>(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
         let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
         lanes(|i| {
             sum[i]

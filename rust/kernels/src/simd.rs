@@ -19,6 +19,9 @@ pub(crate) trait Simd: Copy {
 
     /// Rows of activations that a multiplication takes at once, at most: as many as its registers hold sums for.
     const ROWS: usize;
+    /// The same where there are many rows: rows, and tiles that share the reading of a row.
+    const MANY_ROWS: usize;
+    const MANY_TILES: usize;
 
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn and(a: Self::I, mask: u8) -> Self::I;
@@ -28,9 +31,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn shl_mask<const N: u32>(a: Self::I, mask: u8) -> Self::I;
     /// `table[a & 15]`, byte by byte; `a` is below 16.
     unsafe fn lookup(a: Self::I, table: &[u8; 16]) -> Self::I;
+    unsafe fn store_codes(p: *mut u8, a: Self::I);
     unsafe fn sums_zero() -> Self::S;
-    /// Per lane: `sum` + the dot product of its four unsigned codes with the four signed bytes at `x`.
-    unsafe fn dot4(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S;
+    unsafe fn sums_splat(x: i32) -> Self::S;
+    unsafe fn sums_add(a: Self::S, b: Self::S) -> Self::S;
+    /// Times 2 to the `n`.
+    unsafe fn sums_shl(a: Self::S, n: u32) -> Self::S;
+    /// Per lane: `sum` + the dot product of its four unsigned codes with the four signed bytes at `x`. `SMALL` codes are
+    /// at most 127.
+    unsafe fn dot4<const SMALL: bool>(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S;
     unsafe fn to_f32(a: Self::S) -> Self::F;
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
@@ -136,10 +145,35 @@ impl Isa {
     /// Plain code, on every CPU.
     pub const SCALAR: Self = Self(Set::Scalar);
 
-    /// The best of this CPU, found once.
+    /// The best of this CPU, or the one that is [forced](Self::forced); found once.
     pub fn detect() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::SCALAR))
+        *BEST.get_or_init(|| {
+            let forced = Self::forced().ok().flatten();
+            let best = || Self::available().last().copied().unwrap_or(Self::SCALAR);
+            forced.unwrap_or_else(best)
+        })
+    }
+
+    /// The one that the environment variable `HFCORE_ISA` names, for comparisons.
+    ///
+    /// # Errors
+    /// When this CPU does not have it: what was wanted and what came.
+    pub fn forced() -> Result<Option<Self>, String> {
+        let Ok(wanted) = std::env::var("HFCORE_ISA") else {
+            return Ok(None);
+        };
+        let available = Self::available();
+        match available.iter().find(|isa| isa.name() == wanted) {
+            Some(isa) => Ok(Some(*isa)),
+            None => {
+                let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
+                let names = names.join(", ");
+                Err(format!(
+                    "HFCORE_ISA must be one of this CPU's, {names}, got {wanted:?}"
+                ))
+            }
+        }
     }
 
     /// All that this CPU can run, slowest first.

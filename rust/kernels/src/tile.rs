@@ -32,12 +32,16 @@ pub(crate) trait Format {
     const SCALES: usize;
     /// The two halves of a block have scales of their own.
     const HALVES: bool;
+    /// The zero point is 2 to this power for all blocks: a number is `scale * (code - zero)`. `None`: blocks have offsets.
+    const ZERO: Option<u32>;
+    /// Codes are at most 127.
+    const SMALL: bool = true;
 
     /// The super-block's scale and minimum scale.
     unsafe fn head<S: Simd>(p: *const u8) -> [S::F; 2];
     /// The block's codes: step `s` holds inputs `4 s .. 4 s + 4` of the 16 rows.
     unsafe fn steps<S: Simd>(p: *const u8) -> [S::I; 8];
-    /// Scale and offset of the block, or of its half `half`.
+    /// Scale and offset of the block; of its half `half` the scale and what is taken away.
     unsafe fn scale<S: Simd>(p: *const u8, head: [S::F; 2], half: usize) -> (S::F, S::F);
 }
 
@@ -181,7 +185,7 @@ unsafe fn bytes8<S: Simd>(p: *const u8) -> [S::I; 8] {
 
 /// A format without super-blocks: an f16 scale per row, and an f16 minimum (`MIN`) or a fixed zero point.
 macro_rules! plain_format {
-    ($name:ident, codes $codes:expr, min $min:expr, zero $zero:expr, |$p:ident| $steps:expr) => {
+    ($name:ident, codes $codes:expr, min $min:expr, zero $zero:expr, small $small:expr, |$p:ident| $steps:expr) => {
         pub(crate) struct $name;
         impl Format for $name {
             const SUPER: usize = 1;
@@ -189,6 +193,8 @@ macro_rules! plain_format {
             const CODES: usize = $codes;
             const SCALES: usize = if $min { 64 } else { 32 };
             const HALVES: bool = false;
+            const ZERO: Option<u32> = $zero;
+            const SMALL: bool = $small;
             #[inline(always)]
             unsafe fn head<S: Simd>(_: *const u8) -> [S::F; 2] {
                 unsafe { [S::splat(0.0); 2] }
@@ -204,7 +210,7 @@ macro_rules! plain_format {
                     let offset = if $min {
                         S::load_f16(p.add(32).cast())
                     } else {
-                        S::mul(d, S::splat(-$zero))
+                        S::splat(0.0)
                     };
                     (d, offset)
                 }
@@ -213,28 +219,28 @@ macro_rules! plain_format {
     };
 }
 
-/// The zero point that makes signed table values unsigned codes.
-const IQ4_ZERO: f32 = 128.0;
-const MXFP4_ZERO: f32 = 12.0;
+/// The zero points that make signed table values unsigned codes, as powers of 2.
+const IQ4_ZERO: u32 = 7;
+const MXFP4_ZERO: u32 = 4;
 
-const fn biased(values: &[i8; 16], zero: i16) -> [u8; 16] {
+const fn biased(values: &[i8; 16], zero: u32) -> [u8; 16] {
     let mut out = [0; 16];
     let mut i = 0;
     while i < 16 {
-        out[i] = (values[i] as i16 + zero) as u8;
+        out[i] = (values[i] as i16 + (1 << zero)) as u8;
         i += 1;
     }
     out
 }
-static IQ4_TABLE: [u8; 16] = biased(&IQ4_VALUES, 128);
-static MXFP4_TABLE: [u8; 16] = biased(&E2M1_DOUBLED, 12);
+static IQ4_TABLE: [u8; 16] = biased(&IQ4_VALUES, IQ4_ZERO);
+static MXFP4_TABLE: [u8; 16] = biased(&E2M1_DOUBLED, MXFP4_ZERO);
 
-plain_format!(Q4_0, codes 256, min false, zero 8.0, |p| nibbles::<S>(p));
-plain_format!(Q4_1, codes 256, min true, zero 0.0, |p| nibbles::<S>(p));
-plain_format!(Q5_0, codes 320, min false, zero 16.0, |p| or_all::<S>(nibbles::<S>(p), bit_plane::<S>(p.add(256), true)));
-plain_format!(Q5_1, codes 320, min true, zero 0.0, |p| or_all::<S>(nibbles::<S>(p), bit_plane::<S>(p.add(256), true)));
-plain_format!(Q8_0, codes 512, min false, zero 128.0, |p| bytes8::<S>(p));
-plain_format!(Iq4Nl, codes 256, min false, zero IQ4_ZERO, |p| lookup_all::<S>(nibbles::<S>(p), &IQ4_TABLE));
+plain_format!(Q4_0, codes 256, min false, zero Some(3), small true, |p| nibbles::<S>(p));
+plain_format!(Q4_1, codes 256, min true, zero None, small true, |p| nibbles::<S>(p));
+plain_format!(Q5_0, codes 320, min false, zero Some(4), small true, |p| or_all::<S>(nibbles::<S>(p), bit_plane::<S>(p.add(256), true)));
+plain_format!(Q5_1, codes 320, min true, zero None, small true, |p| or_all::<S>(nibbles::<S>(p), bit_plane::<S>(p.add(256), true)));
+plain_format!(Q8_0, codes 512, min false, zero Some(7), small false, |p| bytes8::<S>(p));
+plain_format!(Iq4Nl, codes 256, min false, zero Some(IQ4_ZERO), small false, |p| lookup_all::<S>(nibbles::<S>(p), &IQ4_TABLE));
 
 pub(crate) struct Mxfp4;
 impl Format for Mxfp4 {
@@ -243,6 +249,7 @@ impl Format for Mxfp4 {
     const CODES: usize = 256;
     const SCALES: usize = 16;
     const HALVES: bool = false;
+    const ZERO: Option<u32> = Some(MXFP4_ZERO);
     #[inline(always)]
     unsafe fn head<S: Simd>(_: *const u8) -> [S::F; 2] {
         unsafe { [S::splat(0.0); 2] }
@@ -253,10 +260,7 @@ impl Format for Mxfp4 {
     }
     #[inline(always)]
     unsafe fn scale<S: Simd>(p: *const u8, _: [S::F; 2], _: usize) -> (S::F, S::F) {
-        unsafe {
-            let d = S::load_e8m0(p);
-            (d, S::mul(d, S::splat(-MXFP4_ZERO)))
-        }
+        unsafe { (S::load_e8m0(p), S::splat(0.0)) }
     }
 }
 
@@ -270,6 +274,7 @@ macro_rules! k_min_format {
             const CODES: usize = $codes;
             const SCALES: usize = 32;
             const HALVES: bool = false;
+            const ZERO: Option<u32> = None;
             #[inline(always)]
             unsafe fn head<S: Simd>(p: *const u8) -> [S::F; 2] {
                 unsafe { [S::load_f16(p.cast()), S::load_f16(p.add(32).cast())] }
@@ -294,7 +299,7 @@ k_min_format!(Q5K, codes 320, |p| or_all::<S>(nibbles::<S>(p), bit_plane::<S>(p.
 
 /// A K-quant with a signed 8-bit scale per row and half block (`HALVES`) or block, and a fixed zero point.
 macro_rules! k_signed_format {
-    ($name:ident, codes $codes:expr, halves $halves:expr, zero $zero:expr, |$p:ident| $steps:expr) => {
+    ($name:ident, codes $codes:expr, halves $halves:expr, zero $zero:expr, small $small:expr, |$p:ident| $steps:expr) => {
         pub(crate) struct $name;
         impl Format for $name {
             const SUPER: usize = 8;
@@ -302,6 +307,8 @@ macro_rules! k_signed_format {
             const CODES: usize = $codes;
             const SCALES: usize = if $halves { 32 } else { 16 };
             const HALVES: bool = $halves;
+            const ZERO: Option<u32> = Some($zero);
+            const SMALL: bool = $small;
             #[inline(always)]
             unsafe fn head<S: Simd>(p: *const u8) -> [S::F; 2] {
                 unsafe { [S::load_f16(p.cast()), S::splat(0.0)] }
@@ -312,17 +319,14 @@ macro_rules! k_signed_format {
             }
             #[inline(always)]
             unsafe fn scale<S: Simd>(p: *const u8, head: [S::F; 2], half: usize) -> (S::F, S::F) {
-                unsafe {
-                    let scale = S::mul(head[0], S::load_i8(p.add(16 * half)));
-                    (scale, S::mul(scale, S::splat(-$zero)))
-                }
+                unsafe { (S::mul(head[0], S::load_i8(p.add(16 * half))), S::splat(0.0)) }
             }
         }
     };
 }
-k_signed_format!(Q3K, codes 192, halves true, zero 4.0, |p| or_all::<S>(pair_plane::<S>(p), bit_plane::<S>(p.add(128), false)));
-k_signed_format!(Q6K, codes 384, halves true, zero 32.0, |p| or_all::<S>(nibbles::<S>(p), pair_plane_high::<S>(p.add(256))));
-k_signed_format!(Iq4Xs, codes 256, halves false, zero IQ4_ZERO, |p| lookup_all::<S>(nibbles::<S>(p), &IQ4_TABLE));
+k_signed_format!(Q3K, codes 192, halves true, zero 2, small true, |p| or_all::<S>(pair_plane::<S>(p), bit_plane::<S>(p.add(128), false)));
+k_signed_format!(Q6K, codes 384, halves true, zero 5, small true, |p| or_all::<S>(nibbles::<S>(p), pair_plane_high::<S>(p.add(256))));
+k_signed_format!(Iq4Xs, codes 256, halves false, zero IQ4_ZERO, small false, |p| lookup_all::<S>(nibbles::<S>(p), &IQ4_TABLE));
 
 pub(crate) struct Q2K;
 impl Format for Q2K {
@@ -331,6 +335,7 @@ impl Format for Q2K {
     const CODES: usize = 128;
     const SCALES: usize = 32;
     const HALVES: bool = true;
+    const ZERO: Option<u32> = None;
     #[inline(always)]
     unsafe fn head<S: Simd>(p: *const u8) -> [S::F; 2] {
         unsafe { [S::load_f16(p.cast()), S::load_f16(p.add(32).cast())] }
@@ -344,14 +349,13 @@ impl Format for Q2K {
         unsafe {
             let p = p.add(16 * half);
             let scale = S::mul(head[0], S::load_u8(p, 0, 15));
-            let min = S::mul(head[1], S::load_u8(p, 4, 15));
-            (scale, S::mul(min, S::splat(-1.0)))
+            (scale, S::mul(head[1], S::load_u8(p, 4, 15)))
         }
     }
 }
 
 /// Bytes of a super-block of a format, all 16 rows.
-const fn super_bytes<F: Format>() -> usize {
+pub(crate) const fn super_bytes<F: Format>() -> usize {
     F::HEAD + F::SUPER * (F::CODES + F::SCALES)
 }
 

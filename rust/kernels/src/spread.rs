@@ -1,0 +1,345 @@
+//! Many rows of activations: some blocks of a few tiles are spread out as bytes and floats once, in the nearest cache, and
+//! all rows go over them. Gives the bits that `matmul` gives for few rows.
+
+use std::mem::MaybeUninit;
+
+use crate::activations::ActBlock;
+use crate::matmul::{Task, each_row, start};
+use crate::simd::{LANES, Simd, prefetch_line};
+use crate::tile::{BLOCK, Format, super_bytes};
+
+/// Blocks of a segment, whole super-blocks: its codes and scales fit the nearest cache.
+const SEGMENT: usize = 64;
+/// Bytes of a block of one tile, at most: codes; scales and offsets of halves.
+const MOST: usize = BLOCK * LANES + 4 * 4 * LANES;
+/// Tiles that share the reading of a row, at most.
+const TILES: usize = 2;
+
+/// Rows that go over all tiles of a task before the next rows do: their codes of a segment stay in the second cache.
+const ROWS: usize = 512;
+
+/// Bytes of a vector.
+const VECTOR: usize = 4 * LANES;
+
+#[repr(align(64))]
+struct Scratch([MaybeUninit<u8>; SEGMENT * TILES * MOST]);
+
+/// Bytes of a block of `T` tiles: codes `[8][T]`, scales `[T]` and, where there are some, offsets `[T]`, or `[2][T]` each.
+const fn block_bytes<F: Format>(tiles: usize) -> usize {
+    let floats = (1 + F::HALVES as usize) * (1 + F::ZERO.is_none() as usize);
+    tiles * (BLOCK * LANES + floats * 4 * LANES)
+}
+
+/// All rows times the tiles of a task.
+#[inline(always)]
+pub(crate) unsafe fn many_rows<S: Simd, F: Format>(task: &Task) {
+    let blocks = task.inputs / BLOCK;
+    let mut scratch = Scratch([MaybeUninit::uninit(); _]);
+    let scratch = scratch.0.as_mut_ptr().cast::<u8>();
+    for first_row in (0..task.x.rows).step_by(ROWS) {
+        let rows = first_row..task.x.rows.min(first_row + ROWS);
+        for first in (0..blocks).step_by(SEGMENT) {
+            let segment = first..blocks.min(first + SEGMENT);
+            let mut tile = 0;
+            // SAFETY: the caller's; `scratch` holds a segment of as many tiles as `Simd::MANY_TILES` says at most.
+            unsafe {
+                if const { S::MANY_TILES > 1 } {
+                    while task.count - tile >= 2 {
+                        tiles::<S, F, 2>(task, tile, &rows, &segment, scratch);
+                        tile += 2;
+                    }
+                }
+                while tile < task.count {
+                    tiles::<S, F, 1>(task, tile, &rows, &segment, scratch);
+                    tile += 1;
+                }
+            }
+        }
+    }
+}
+
+type Range = std::ops::Range<usize>;
+
+/// Rows times a segment of `T` tiles.
+#[inline(always)]
+unsafe fn tiles<S: Simd, F: Format, const T: usize>(
+    task: &Task,
+    tile: usize,
+    rows: &Range,
+    segment: &Range,
+    scratch: *mut u8,
+) {
+    unsafe {
+        for t in 0..T {
+            spread::<S, F, T>(task.tiles.tile(task.first + tile + t), segment, t, scratch);
+        }
+        let mut row = rows.start;
+        while row < rows.end {
+            // The next rows' outputs lie far apart: nobody but us knows that they come.
+            for row in row + S::MANY_ROWS..rows.end.min(row + 2 * S::MANY_ROWS) {
+                let out = task.out.add(row * task.stride + tile * LANES).cast::<u8>();
+                for line in 0..T + 1 {
+                    prefetch_line(out.wrapping_add(64 * line));
+                }
+            }
+            match S::MANY_ROWS {
+                6 => group::<S, F, 6, T>(task, tile, row, rows.end - 1, segment, scratch),
+                4 => group::<S, F, 4, T>(task, tile, row, rows.end - 1, segment, scratch),
+                _ => group::<S, F, 1, T>(task, tile, row, rows.end - 1, segment, scratch),
+            }
+            row += S::MANY_ROWS;
+        }
+    }
+}
+
+/// The blocks `segment` of a tile, as the `at`-th of `T`, to `out`.
+#[inline(always)]
+unsafe fn spread<S: Simd, F: Format, const T: usize>(
+    tile: &[u8],
+    segment: &Range,
+    at: usize,
+    out: *mut u8,
+) {
+    unsafe {
+        let mut p = tile
+            .as_ptr()
+            .add(segment.start / F::SUPER * super_bytes::<F>());
+        let mut out = out.add(at * VECTOR);
+        for _ in (segment.start..segment.end).step_by(F::SUPER) {
+            let head = F::head::<S>(p);
+            p = p.add(F::HEAD);
+            for _ in 0..F::SUPER {
+                let codes = F::steps::<S>(p);
+                each_row!(8, s, {
+                    S::store_codes(out.add(s * T * VECTOR), codes[s & 7]);
+                });
+                let mut to = out.add(8 * T * VECTOR);
+                for half in 0..1 + usize::from(F::HALVES) {
+                    let (scale, offset) = F::scale::<S>(p.add(F::CODES), head, half);
+                    S::store(to.cast(), scale);
+                    to = to.add(T * VECTOR);
+                    if F::ZERO.is_none() {
+                        S::store(to.cast(), offset);
+                        to = to.add(T * VECTOR);
+                    }
+                }
+                p = p.add(F::CODES + F::SCALES);
+                out = out.add(block_bytes::<F>(T));
+            }
+        }
+    }
+}
+
+/// `M` rows from `row` on times a segment of `T` tiles; rows beyond `last` are `last` again.
+#[inline(always)]
+unsafe fn group<S: Simd, F: Format, const M: usize, const T: usize>(
+    task: &Task,
+    tile: usize,
+    row: usize,
+    last: usize,
+    segment: &Range,
+    scratch: *const u8,
+) {
+    unsafe {
+        let blocks = task.inputs / BLOCK;
+        let acts = match F::SUPER {
+            1 => task.x.blocks,
+            _ => task.x.supers,
+        };
+        let mut x = [std::ptr::null::<ActBlock>(); M];
+        let mut out = [std::ptr::null_mut::<f32>(); M];
+        let mut total = [[S::splat(0.0); T]; M];
+        each_row!(M, i, {
+            let row = last.min(row + i);
+            x[i] = acts.as_ptr().add(row * blocks + segment.start);
+            out[i] = task.out.add(row * task.stride + tile * LANES);
+        });
+        for i in 0..M {
+            for t in 0..T {
+                total[i][t] = match segment.start {
+                    0 => start::<S>(task.bias(tile + t)),
+                    _ => load_out::<S>(task, tile + t, out[i].add(t * LANES)),
+                };
+            }
+        }
+        let mut p = scratch;
+        if F::SUPER == 1 {
+            for b in 0..segment.len() {
+                block::<S, F, M, T>(p, &x, b, &mut total, true);
+                p = p.add(block_bytes::<F>(T));
+            }
+        } else {
+            for b in (0..segment.len()).step_by(8) {
+                let mut sum = [[S::splat(0.0); T]; M];
+                for b in b..b + 8 {
+                    block::<S, F, M, T>(p, &x, b, &mut sum, false);
+                    p = p.add(block_bytes::<F>(T));
+                }
+                each_row!(M, i, {
+                    let scale = S::splat((*x[i].add(b)).scale);
+                    each_row!(T, at most 2, t, {
+                        total[i][t] = S::fma(sum[i][t], scale, total[i][t]);
+                    });
+                });
+            }
+        }
+        for i in 0..M {
+            for t in 0..T {
+                store_out::<S>(task, tile + t, out[i].add(t * LANES), total[i][t]);
+            }
+        }
+    }
+}
+
+/// A block of `T` tiles times the `b`-th of each row, added to `total`.
+#[inline(always)]
+unsafe fn block<S: Simd, F: Format, const M: usize, const T: usize>(
+    p: *const u8,
+    x: &[*const ActBlock; M],
+    b: usize,
+    total: &mut [[S::F; T]; M],
+    scaled: bool,
+) {
+    unsafe {
+        if F::HALVES {
+            half::<S, F, M, T, 0, 4>(p, x, b, total);
+            half::<S, F, M, T, 4, 8>(p, x, b, total);
+            return;
+        }
+        let mut dots = [[S::sums_zero(); T]; M];
+        if let Some(zero) = F::ZERO {
+            each_row!(M, i, {
+                let [first, second] = (*x[i].add(b)).negated_sums;
+                let sum = S::sums_add(S::sums_splat(first), S::sums_splat(second));
+                let sum = S::sums_shl(sum, zero);
+                each_row!(T, at most 2, t, {
+                    dots[i][t] = sum;
+                });
+            });
+        }
+        steps::<S, F, M, T, 0, 8>(p, x, b, &mut dots);
+        each_row!(M, i, {
+            let x = &*x[i].add(b);
+            each_row!(T, at most 2, t, {
+                let scale = match scaled {
+                    true => S::mul(float::<S, T>(p, 0, t), S::splat(x.scale)),
+                    false => float::<S, T>(p, 0, t),
+                };
+                total[i][t] = S::fma(S::to_f32(dots[i][t]), scale, total[i][t]);
+                if F::ZERO.is_none() {
+                    total[i][t] = S::fma(float::<S, T>(p, 1, t), S::splat(x.sum), total[i][t]);
+                }
+            });
+        });
+    }
+}
+
+/// The `i`-th vector of scales or offsets of the `t`-th tile of a block.
+#[inline(always)]
+unsafe fn float<S: Simd, const T: usize>(p: *const u8, i: usize, t: usize) -> S::F {
+    unsafe { S::load_f32(p.add(((8 + i) * T + t) * VECTOR).cast()) }
+}
+
+/// Steps `FROM..TO`, a half with scales of its own.
+#[inline(always)]
+unsafe fn half<
+    S: Simd,
+    F: Format,
+    const M: usize,
+    const T: usize,
+    const FROM: usize,
+    const TO: usize,
+>(
+    p: *const u8,
+    x: &[*const ActBlock; M],
+    b: usize,
+    total: &mut [[S::F; T]; M],
+) {
+    unsafe {
+        let at = FROM / 4;
+        let mut dots = [[S::sums_zero(); T]; M];
+        if let Some(zero) = F::ZERO {
+            each_row!(M, i, {
+                let sum = S::sums_shl(S::sums_splat((*x[i].add(b)).negated_sums[at]), zero);
+                each_row!(T, at most 2, t, {
+                    dots[i][t] = sum;
+                });
+            });
+        }
+        steps::<S, F, M, T, FROM, TO>(p, x, b, &mut dots);
+        let floats = 1 + usize::from(F::ZERO.is_none());
+        each_row!(M, i, {
+            let x = &*x[i].add(b);
+            each_row!(T, at most 2, t, {
+                let scale = float::<S, T>(p, at * floats, t);
+                total[i][t] = S::fma(S::to_f32(dots[i][t]), scale, total[i][t]);
+                if F::ZERO.is_none() {
+                    let sum = S::to_f32(S::sums_splat(x.negated_sums[at]));
+                    total[i][t] = S::fma(float::<S, T>(p, at * floats + 1, t), sum, total[i][t]);
+                }
+            });
+        });
+    }
+}
+
+#[inline(always)]
+unsafe fn steps<
+    S: Simd,
+    F: Format,
+    const M: usize,
+    const T: usize,
+    const FROM: usize,
+    const TO: usize,
+>(
+    p: *const u8,
+    x: &[*const ActBlock; M],
+    b: usize,
+    dots: &mut [[S::S; T]; M],
+) {
+    unsafe {
+        each_row!(TO, s, {
+            if s >= FROM {
+                let mut w = [S::load(p); T];
+                each_row!(T, at most 2, t, {
+                    w[t] = S::load(p.add((s * T + t) * VECTOR));
+                });
+                each_row!(M, i, {
+                    let x = (*x[i].add(b)).codes.as_ptr().add(4 * s);
+                    each_row!(T, at most 2, t, {
+                        dots[i][t] = match F::SMALL {
+                            true => S::dot4::<true>(dots[i][t], w[t], x),
+                            false => S::dot4::<false>(dots[i][t], w[t], x),
+                        };
+                    });
+                });
+            }
+        });
+    }
+}
+
+/// Outputs of a row so far.
+#[inline(always)]
+unsafe fn load_out<S: Simd>(task: &Task, tile: usize, out: *const f32) -> S::F {
+    unsafe {
+        let width = task.width(tile);
+        if width == LANES {
+            return S::load_f32(out);
+        }
+        let mut lanes = [0f32; LANES];
+        std::ptr::copy_nonoverlapping(out, lanes.as_mut_ptr(), width);
+        S::load_f32(lanes.as_ptr())
+    }
+}
+
+#[inline(always)]
+pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32, total: S::F) {
+    unsafe {
+        let width = task.width(tile);
+        if width == LANES {
+            return S::store(out, total);
+        }
+        let mut lanes = [0f32; LANES];
+        S::store(lanes.as_mut_ptr(), total);
+        std::ptr::copy_nonoverlapping(lanes.as_ptr(), out, width);
+    }
+}
