@@ -10,19 +10,26 @@ use crate::tile::BLOCK;
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ActBlock {
     pub codes: [i8; BLOCK],
+    /// What a code stands for, after the shift: the same for all that `Scales` says.
     pub scale: f32,
-    /// The sum of the codes; times the scale where it is the block's own (`Scales::Block`).
+    /// The sum of the codes, shifted.
     pub sum: f32,
     /// Minus the sum of the first half of the codes, and of the second.
     pub negated_sums: [i32; 2],
+    /// A code counts 2 to the `shift` times.
+    pub shift: i32,
 }
 
-/// How many activations share a scale: as many as the weights they meet.
+/// The largest shift: the largest sum of products (of Q8_0: 128 x 127 x 32) stays below 2 to the 31.
+const SHIFT: i32 = 11;
+
+/// How activations share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scales {
-    /// 32, one block.
+    /// Each block has its own, which is a power of two times the row's: integers are shifted where floats would be
+    /// multiplied, beside the multiplications.
     Block,
-    /// 256, for the K-quants: eight blocks with the same scale.
+    /// 256 share one, for the K-quants: eight blocks.
     Super,
 }
 
@@ -80,33 +87,77 @@ dispatch! {
 
 #[inline(always)]
 unsafe fn quantize_body<S: Simd>(x: &[f32], scales: Scales, out: &mut [ActBlock]) {
-    let together = scales.blocks();
-    for (i, out) in out.chunks_exact_mut(together).enumerate() {
-        let x = &x[i * together * BLOCK..][..together * BLOCK];
-        // SAFETY: a block is two vectors of floats, and of codes.
-        unsafe {
-            // From zero up, and `x` second: a NaN counts for nothing.
-            let mut max = S::splat(0.0);
-            for at in (0..x.len()).step_by(LANES) {
-                max = S::max(max, S::abs(S::load_f32(x.as_ptr().add(at))));
-            }
-            let max = S::largest(max);
-            let scale = max / 127.0;
-            let inverse = S::splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
-            for j in 0..together {
-                let (x, out) = (x.as_ptr().add(j * BLOCK), &mut out[j]);
-                let codes = out.codes.as_mut_ptr();
-                let first = S::store_i8(codes, S::mul(S::load_f32(x), inverse));
-                let x = S::load_f32(x.add(LANES));
-                let second = S::store_i8(codes.add(LANES), S::mul(x, inverse));
-                out.scale = scale;
-                out.negated_sums = [-first, -second];
-                out.sum = (first + second) as f32;
-                if together == 1 {
-                    out.sum *= scale;
+    // SAFETY: a block is two vectors of floats, and of codes.
+    unsafe {
+        match scales {
+            Scales::Block => quantize_shifted::<S>(x, out),
+            Scales::Super => {
+                for (x, out) in x.chunks_exact(8 * BLOCK).zip(out.chunks_exact_mut(8)) {
+                    let mut max = S::splat(0.0);
+                    for at in (0..x.len()).step_by(LANES) {
+                        max = S::max(max, S::abs(S::load_f32(x.as_ptr().add(at))));
+                    }
+                    let (scale, inverse) = scale_of(S::largest(max));
+                    for (j, out) in out.iter_mut().enumerate() {
+                        quantize_block::<S>(x.as_ptr().add(j * BLOCK), inverse, out);
+                        (out.scale, out.shift) = (scale, 0);
+                    }
                 }
             }
         }
+    }
+}
+
+/// A row whose blocks have scales that differ by powers of two.
+#[inline(always)]
+unsafe fn quantize_shifted<S: Simd>(x: &[f32], out: &mut [ActBlock]) {
+    unsafe {
+        let mut largest = 0f32;
+        for (j, out) in out.iter_mut().enumerate() {
+            let x = x.as_ptr().add(j * BLOCK);
+            // From zero up, and `x` second: a NaN counts for nothing.
+            let max = S::max(S::splat(0.0), S::abs(S::load_f32(x)));
+            out.scale = S::largest(S::max(max, S::abs(S::load_f32(x.add(LANES)))));
+            largest = if out.scale > largest {
+                out.scale
+            } else {
+                largest
+            };
+        }
+        let (scale, inverse) = scale_of(largest);
+        let scale = scale / (1 << SHIFT) as f32;
+        for (j, out) in out.iter_mut().enumerate() {
+            // How often the block's largest can be doubled: the bits of positive floats are in their order.
+            let below = (largest.to_bits() - out.scale.to_bits()) >> 23;
+            let doubled = (below as i32).min(SHIFT);
+            let power = f32::from_bits(((127 + doubled) as u32) << 23);
+            quantize_block::<S>(x.as_ptr().add(j * BLOCK), inverse * power, out);
+            out.shift = SHIFT - doubled;
+            out.sum *= (1 << out.shift) as f32;
+            out.scale = scale;
+        }
+    }
+}
+
+/// What a code stands for where `max` is the largest number, and one by that. What is smaller than any activation is 0.
+fn scale_of(max: f32) -> (f32, f32) {
+    let scale = max / 127.0;
+    match scale > 1e-30 {
+        true => (scale, 1.0 / scale),
+        false => (0.0, 0.0),
+    }
+}
+
+/// Codes of the block at `x`, and their sums.
+#[inline(always)]
+unsafe fn quantize_block<S: Simd>(x: *const f32, inverse: f32, out: &mut ActBlock) {
+    unsafe {
+        let (codes, inverse) = (out.codes.as_mut_ptr(), S::splat(inverse));
+        let first = S::store_i8(codes, S::mul(S::load_f32(x), inverse));
+        let x = S::load_f32(x.add(LANES));
+        let second = S::store_i8(codes.add(LANES), S::mul(x, inverse));
+        out.negated_sums = [-first, -second];
+        out.sum = (first + second) as f32;
     }
 }
 
@@ -139,6 +190,10 @@ mod tests {
             Scales::Block,
             &mut out,
         );
-        assert_eq!(out, [ActBlock::default()]);
+        let silent = ActBlock {
+            shift: out[0].shift,
+            ..Default::default()
+        };
+        assert_eq!(out, [silent]);
     }
 }

@@ -206,6 +206,13 @@ macro_rules! implement {
                 }
             }
             #[inline(always)]
+            unsafe fn sums_shift(a: Self::S, n: i32) -> Self::S {
+                unsafe {
+                    let n = [_mm256_set1_epi32(n); 2];
+                    both!(_mm256_sllv_epi32, a, n)
+                }
+            }
+            #[inline(always)]
             unsafe fn dot4<const SMALL: bool>(
                 sum: Self::S,
                 codes: Self::I,

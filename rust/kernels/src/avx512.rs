@@ -11,6 +11,17 @@ use crate::simd::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512;
 
+/// The sum of sixteen signed bytes, as that of bytes from 0 up.
+#[inline(always)]
+unsafe fn sum_i8(a: __m128i) -> i32 {
+    unsafe {
+        let from_zero = _mm_xor_si128(a, _mm_set1_epi8(-128));
+        let halves = _mm_sad_epu8(from_zero, _mm_setzero_si128());
+        let sum = _mm_add_epi64(halves, _mm_unpackhi_epi64(halves, halves));
+        _mm_cvtsi128_si32(sum) - 16 * 128
+    }
+}
+
 // SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features were detected.
 impl Simd for Avx512 {
     type I = __m512i;
@@ -67,6 +78,10 @@ impl Simd for Avx512 {
     unsafe fn sums_shl(a: __m512i, n: u32) -> __m512i {
         // The count in a register: the compiler makes a constant of it.
         unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn sums_shift(a: __m512i, n: i32) -> __m512i {
+        unsafe { _mm512_sllv_epi32(a, _mm512_set1_epi32(n)) }
     }
     #[inline(always)]
     unsafe fn dot4<const SMALL: bool>(sum: __m512i, codes: __m512i, x: *const i8) -> __m512i {
@@ -155,8 +170,9 @@ impl Simd for Avx512 {
         unsafe {
             let ordered = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(a, a);
             let codes = _mm512_maskz_cvtps_epi32(ordered, a);
-            _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(codes));
-            _mm512_reduce_add_epi32(codes)
+            let codes = _mm512_cvtepi32_epi8(codes);
+            _mm_storeu_si128(p.cast(), codes);
+            sum_i8(codes)
         }
     }
     #[inline(always)]

@@ -267,7 +267,7 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usiz
             _ => task.x.supers,
         };
         let acts = acts.as_ptr().add(row * blocks);
-        let mut total = [start::<S>(task.bias(tile)); M];
+        let mut total = [S::splat(0.0); M];
         let mut p = task.tiles.tile(task.first + tile).as_ptr();
         let mut block = 0;
         while block < blocks {
@@ -277,8 +277,8 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usiz
                 let Unpacked { w, s, o } = unpack::<S, F>(p, head);
                 each_row!(M, i, {
                     let x = &*acts.add(i * blocks + block);
-                    let scale = S::mul(s[0], S::splat(x.scale));
-                    total[i] = S::fma(S::to_f32(dots::<S, F, 0, 8>(&w, x)), scale, total[i]);
+                    let dots = S::sums_shift(dots::<S, F, 0, 8>(&w, x), x.shift);
+                    total[i] = S::fma(S::to_f32(dots), s[0], total[i]);
                     if F::ZERO.is_none() {
                         total[i] = S::fma(o[0], S::splat(x.sum), total[i]);
                     }
@@ -319,7 +319,27 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usiz
                 total[i] = S::fma(sum[i], S::splat(scale), total[i]);
             });
         }
+        each_row!(M, i, {
+            total[i] = scaled::<S, F>(task, tile, &*acts.add(i * blocks), total[i]);
+        });
         finish::<S, M>(task, tile, row, total);
+    }
+}
+
+/// The sum of a whole row, scaled where its blocks share the row's scale, and the bias.
+#[inline(always)]
+pub(crate) unsafe fn scaled<S: Simd, F: Format>(
+    task: &Task,
+    tile: usize,
+    x: &ActBlock,
+    total: S::F,
+) -> S::F {
+    unsafe {
+        let bias = start::<S>(task.bias(tile));
+        match F::SUPER {
+            1 => S::fma(total, S::splat(x.scale), bias),
+            _ => S::add(total, bias),
+        }
     }
 }
 
@@ -559,7 +579,10 @@ mod tests {
         } else {
             blocks
                 .iter()
-                .flat_map(|b| b.codes.map(|c| f64::from(c) * f64::from(b.scale)))
+                .flat_map(|b| {
+                    b.codes
+                        .map(|c| f64::from(c) * f64::from(b.scale) * f64::from(1 << b.shift))
+                })
                 .collect()
         };
         let dot =

@@ -66,6 +66,9 @@ impl Simd for Scalar {
     unsafe fn sums_shl(a: Self::S, n: u32) -> Self::S {
         lanes(|i| a[i] << n)
     }
+    unsafe fn sums_shift(a: Self::S, n: i32) -> Self::S {
+        lanes(|i| a[i] << n)
+    }
     unsafe fn dot4<const SMALL: bool>(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S {
         let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
         lanes(|i| {

@@ -35,8 +35,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn sums_zero() -> Self::S;
     unsafe fn sums_splat(x: i32) -> Self::S;
     unsafe fn sums_add(a: Self::S, b: Self::S) -> Self::S;
-    /// Times 2 to the `n`.
+    /// Times 2 to the `n`, a constant.
     unsafe fn sums_shl(a: Self::S, n: u32) -> Self::S;
+    /// The same for any `n`.
+    unsafe fn sums_shift(a: Self::S, n: i32) -> Self::S;
     /// Per lane: `sum` + the dot product of its four unsigned codes with the four signed bytes at `x`. `SMALL` codes are
     /// at most 127.
     unsafe fn dot4<const SMALL: bool>(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S;

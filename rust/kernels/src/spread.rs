@@ -4,7 +4,7 @@
 use std::mem::MaybeUninit;
 
 use crate::activations::ActBlock;
-use crate::matmul::{Task, each_row, start};
+use crate::matmul::{Task, each_row, scaled};
 use crate::simd::{LANES, Simd, prefetch_line};
 use crate::tile::{BLOCK, Format, super_bytes};
 
@@ -156,23 +156,22 @@ unsafe fn group<S: Simd, F: Format, const M: usize, const T: usize>(
         });
         for i in 0..M {
             for t in 0..T {
-                total[i][t] = match segment.start {
-                    0 => start::<S>(task.bias(tile + t)),
-                    _ => load_out::<S>(task, tile + t, out[i].add(t * LANES)),
-                };
+                if segment.start > 0 {
+                    total[i][t] = load_out::<S>(task, tile + t, out[i].add(t * LANES));
+                }
             }
         }
         let mut p = scratch;
         if F::SUPER == 1 {
             for b in 0..segment.len() {
-                block::<S, F, M, T>(p, &x, b, &mut total, true);
+                block::<S, F, M, T>(p, &x, b, &mut total);
                 p = p.add(block_bytes::<F>(T));
             }
         } else {
             for b in (0..segment.len()).step_by(8) {
                 let mut sum = [[S::splat(0.0); T]; M];
                 for b in b..b + 8 {
-                    block::<S, F, M, T>(p, &x, b, &mut sum, false);
+                    block::<S, F, M, T>(p, &x, b, &mut sum);
                     p = p.add(block_bytes::<F>(T));
                 }
                 each_row!(M, i, {
@@ -185,7 +184,11 @@ unsafe fn group<S: Simd, F: Format, const M: usize, const T: usize>(
         }
         for i in 0..M {
             for t in 0..T {
-                store_out::<S>(task, tile + t, out[i].add(t * LANES), total[i][t]);
+                let mut total = total[i][t];
+                if segment.end == blocks {
+                    total = scaled::<S, F>(task, tile + t, &*x[i], total);
+                }
+                store_out::<S>(task, tile + t, out[i].add(t * LANES), total);
             }
         }
     }
@@ -198,7 +201,6 @@ unsafe fn block<S: Simd, F: Format, const M: usize, const T: usize>(
     x: &[*const ActBlock; M],
     b: usize,
     total: &mut [[S::F; T]; M],
-    scaled: bool,
 ) {
     unsafe {
         if F::HALVES {
@@ -221,11 +223,11 @@ unsafe fn block<S: Simd, F: Format, const M: usize, const T: usize>(
         each_row!(M, i, {
             let x = &*x[i].add(b);
             each_row!(T, at most 2, t, {
-                let scale = match scaled {
-                    true => S::mul(float::<S, T>(p, 0, t), S::splat(x.scale)),
-                    false => float::<S, T>(p, 0, t),
-                };
-                total[i][t] = S::fma(S::to_f32(dots[i][t]), scale, total[i][t]);
+                let mut dots = dots[i][t];
+                if F::SUPER == 1 {
+                    dots = S::sums_shift(dots, x.shift);
+                }
+                total[i][t] = S::fma(S::to_f32(dots), float::<S, T>(p, 0, t), total[i][t]);
                 if F::ZERO.is_none() {
                     total[i][t] = S::fma(float::<S, T>(p, 1, t), S::splat(x.sum), total[i][t]);
                 }
