@@ -65,6 +65,17 @@ impl Candle {
     }
 }
 
+impl Matrix {
+    /// `x weight^T + bias`
+    fn times(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let y = x.matmul(&self.weight.t()?)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
 impl Buffer {
     fn get(&self) -> candle_core::Result<&Tensor> {
         match &self.0 {
@@ -140,14 +151,34 @@ impl Device for Candle {
     }
 
     fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.set("linear", x.get().and_then(|x| matrix.times(x)))
+    }
+
+    fn linear_add(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        let product = x.get().and_then(|x| matrix.times(x));
+        let sum = product.and_then(|y| out.get()? + y);
+        out.set("linear_add", sum)
+    }
+
+    fn gated(
+        &mut self,
+        activation: Activation,
+        matrix: &Matrix,
+        x: &Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
         let product = |x: &Tensor| {
-            let y = x.matmul(&matrix.weight.t()?)?;
-            match &matrix.bias {
-                Some(bias) => y.broadcast_add(bias),
-                None => Ok(y),
-            }
+            let both = matrix.times(x)?;
+            let width = both.dim(1)? / 2;
+            let gate = both.narrow(1, 0, width)?;
+            let gate = match activation {
+                Activation::Silu => gate.silu()?,
+                // candle's `gelu` is the tanh form; the exact one is `gelu_erf`.
+                Activation::GeluTanh => gate.gelu()?,
+            };
+            gate * both.narrow(1, width, width)?
         };
-        out.set("linear", x.get().and_then(product))
+        out.set("gated", x.get().and_then(product))
     }
 
     fn attention(
@@ -169,26 +200,6 @@ impl Device for Candle {
             .get()
             .and_then(|qkv| self.attend(spec, batch, qkv, cache));
         out.set("attention", attended)
-    }
-
-    fn gated(
-        &mut self,
-        activation: Activation,
-        x: &Buffer,
-        _next: &Self::Matrix,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let product = |x: &Tensor| {
-            let width = x.dim(1)? / 2;
-            let gate = x.narrow(1, 0, width)?;
-            let gate = match activation {
-                Activation::Silu => gate.silu()?,
-                // candle's `gelu` is the tanh form; the exact one is `gelu_erf`.
-                Activation::GeluTanh => gate.gelu()?,
-            };
-            gate * x.narrow(1, width, width)?
-        };
-        out.set("gated", x.get().and_then(product))
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {

@@ -3,7 +3,7 @@
 use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, attend};
 use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
-use hfcore_kernels::matmul::{Matrix, matmul};
+use hfcore_kernels::matmul::{Matrix, Store, gated, matmul};
 use hfcore_kernels::mmap::Arena;
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::simd::Isa;
@@ -93,6 +93,47 @@ impl Cpu {
     }
 }
 
+/// The rows of `x` as a matrix reads them: quantised in `blocks`, where `x` has not been already.
+fn activations<'a>(
+    isa: Isa,
+    pool: &Pool,
+    matrix: &Matrix,
+    x: &'a Buffer,
+    blocks: &'a mut [Vec<ActBlock>; 2],
+) -> Activations<'a> {
+    for (scales, blocks) in [Scales::Block, Scales::Super].iter().zip(&mut *blocks) {
+        if matrix.needs(*scales) && x.scales != Some(*scales) {
+            blocks.resize(x.values.len() / BLOCK, ActBlock::default());
+            quantize_rows(isa, pool, &x.values, x.width, *scales, blocks);
+        }
+    }
+    let of = |scales: Scales, blocks: &'a [ActBlock]| match x.scales == Some(scales) {
+        true => &x.blocks,
+        false => blocks,
+    };
+    Activations {
+        rows: x.rows(),
+        floats: &x.values,
+        blocks: of(Scales::Block, &blocks[0]),
+        supers: of(Scales::Super, &blocks[1]),
+    }
+}
+
+impl Cpu {
+    fn multiply(
+        &mut self,
+        matrix: &Matrix,
+        x: &Buffer,
+        store: Store,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let (isa, pool) = (self.isa, &self.pool);
+        let x = activations(isa, pool, matrix, x, &mut self.blocks);
+        matmul(isa, pool, matrix, x, store, &mut out.values);
+        Ok(())
+    }
+}
+
 impl Device for Cpu {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
@@ -150,29 +191,26 @@ impl Device for Cpu {
     }
 
     fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
-        for (scales, memory) in [Scales::Block, Scales::Super].iter().zip(&mut self.blocks) {
-            if matrix.needs(*scales) && x.scales != Some(*scales) {
-                memory.resize(x.values.len() / BLOCK, ActBlock::default());
-                quantize_rows(self.isa, &self.pool, &x.values, x.width, *scales, memory);
-            }
-        }
-        let of = |scales: Scales, memory| match x.scales == Some(scales) {
-            true => &x.blocks,
-            false => memory,
-        };
-        let x = Activations {
-            rows: x.rows(),
-            floats: &x.values,
-            blocks: of(Scales::Block, &self.blocks[0]),
-            supers: of(Scales::Super, &self.blocks[1]),
-        };
-        matmul(
-            self.isa,
-            &self.pool,
-            matrix,
-            x,
-            out.shape(x.rows, matrix.outputs()),
-        );
+        out.shape(x.rows(), matrix.outputs());
+        self.multiply(matrix, x, Store::Set, out)
+    }
+
+    fn linear_add(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.scales = None;
+        self.multiply(matrix, x, Store::Add, out)
+    }
+
+    fn gated(
+        &mut self,
+        activation: Activation,
+        matrix: &Matrix,
+        x: &Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let out = out.shape(x.rows(), matrix.outputs() / 2);
+        let (isa, pool) = (self.isa, &self.pool);
+        let x = activations(isa, pool, matrix, x, &mut self.blocks);
+        gated(isa, pool, matrix, activation, x, out);
         Ok(())
     }
 
@@ -231,21 +269,6 @@ impl Device for Cpu {
             cache,
             &input,
             out.shape(rows, keys),
-        );
-        Ok(())
-    }
-
-    fn gated(
-        &mut self,
-        activation: Activation,
-        x: &Buffer,
-        next: &Matrix,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let width = x.width / 2;
-        let (out, twin) = out.shape_for(Some(next), x.rows(), width);
-        elementwise::gated(
-            self.isa, &self.pool, activation, &x.values, width, out, twin,
         );
         Ok(())
     }

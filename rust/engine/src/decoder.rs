@@ -170,12 +170,14 @@ impl<'a, D: Device> Loader<'a, D> {
             return self.matrix(at, &[("ffn_gate", ff), ("ffn_up", ff)], hidden, false);
         }
         let both = self.arch.tensor_name(at, "ffn_gate_up.weight");
-        let name = if self.weights.tensor(&both).is_some() {
-            "ffn_gate_up"
-        } else {
-            "ffn_up"
+        let name = match self.weights.tensor(&both) {
+            Some(_) => "ffn_gate_up.weight",
+            None => "ffn_up.weight",
         };
-        self.matrix(at, &[(name, 2 * ff)], hidden, false)
+        let both = self.tensor(at, name, 2 * ff, hidden)?;
+        let matrix = self.device.matrix(&both.halves(), None)?;
+        both.forget(0..both.data.len());
+        Ok(matrix)
     }
 
     /// A tensor that nobody used means that the file is not what its architecture says.
@@ -265,7 +267,6 @@ struct Workspace<D: Device> {
     qkv: D::Buffer,
     attended: D::Buffer,
     y: D::Buffer,
-    gate_up: D::Buffer,
     gated: D::Buffer,
     last: D::Buffer,
     logits: Vec<f32>,
@@ -290,7 +291,6 @@ impl<D: Device> Decoder<D> {
             qkv: D::Buffer::default(),
             attended: D::Buffer::default(),
             y: D::Buffer::default(),
-            gate_up: D::Buffer::default(),
             gated: D::Buffer::default(),
             last: D::Buffer::default(),
             logits: Vec::new(),
@@ -337,18 +337,13 @@ impl<D: Device> Forward for Decoder<D> {
                 cache,
                 &mut w.attended,
             )?;
-            device.linear(&layer.attn_output, &w.attended, &mut w.y)?;
             let residual = Residual {
                 x: &mut w.x,
-                y: &w.y,
+                y: &mut w.y,
                 normed: &mut w.normed,
             };
-            add_normed(
-                device,
-                layer.post_attn_norm.as_ref(),
-                arch.norm_eps,
-                residual,
-            )?;
+            let norm = layer.post_attn_norm.as_ref().map(|n| (n, arch.norm_eps));
+            add_product(device, &layer.attn_output, &w.attended, norm, residual)?;
             device.norm(
                 &w.x,
                 &layer.ffn_norm,
@@ -356,20 +351,14 @@ impl<D: Device> Forward for Decoder<D> {
                 Some(&layer.gate_up),
                 &mut w.normed,
             )?;
-            device.linear(&layer.gate_up, &w.normed, &mut w.gate_up)?;
-            device.gated(arch.activation, &w.gate_up, &layer.ffn_down, &mut w.gated)?;
-            device.linear(&layer.ffn_down, &w.gated, &mut w.y)?;
+            device.gated(arch.activation, &layer.gate_up, &w.normed, &mut w.gated)?;
             let residual = Residual {
                 x: &mut w.x,
-                y: &w.y,
+                y: &mut w.y,
                 normed: &mut w.normed,
             };
-            add_normed(
-                device,
-                layer.post_ffn_norm.as_ref(),
-                arch.norm_eps,
-                residual,
-            )?;
+            let norm = layer.post_ffn_norm.as_ref().map(|n| (n, arch.norm_eps));
+            add_product(device, &layer.ffn_down, &w.gated, norm, residual)?;
         }
         w.logits.clear();
         if !batch.outputs.is_empty() {
@@ -393,23 +382,25 @@ impl<D: Device> Forward for Decoder<D> {
     }
 }
 
-/// What a residual addition touches: the stream, what is added, and room for its norm.
+/// What a residual addition touches: the stream, and room for the product and its norm.
 struct Residual<'a, B> {
     x: &'a mut B,
-    y: &'a B,
+    y: &'a mut B,
     normed: &'a mut B,
 }
 
-/// `x += y`, or `x += norm(y)` for families that norm what they add.
-fn add_normed<D: Device>(
+/// `x += by matrix^T`; or that normed, for families that norm what they add.
+fn add_product<D: Device>(
     device: &mut D,
-    norm: Option<&D::Vector>,
-    eps: f32,
+    matrix: &D::Matrix,
+    by: &D::Buffer,
+    norm: Option<(&D::Vector, f32)>,
     r: Residual<D::Buffer>,
 ) -> Result<()> {
-    let Some(weight) = norm else {
-        return device.add(r.x, r.y);
+    let Some((weight, eps)) = norm else {
+        return device.linear_add(matrix, by, r.x);
     };
+    device.linear(matrix, by, r.y)?;
     device.norm(r.y, weight, eps, None, r.normed)?;
     device.add(r.x, r.normed)
 }

@@ -55,6 +55,21 @@ pub trait Device: Send + Sized {
         x: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// `out += x matrix^T + bias`
+    fn linear_add(
+        &mut self,
+        matrix: &Self::Matrix,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `out = activation(x gate^T) * (x up^T)` of a matrix with the parts gate and up, of the same size.
+    fn gated(
+        &mut self,
+        activation: Activation,
+        matrix: &Self::Matrix,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend.
     fn attention(
         &mut self,
@@ -63,14 +78,6 @@ pub trait Device: Send + Sized {
         batch: &Batch,
         qkv: &mut Self::Buffer,
         cache: &mut Self::Cache,
-        out: &mut Self::Buffer,
-    ) -> Result<()>;
-    /// `out = activation(gate) * up` of rows `[gate | up]`; `next` is the matrix that will read it.
-    fn gated(
-        &mut self,
-        activation: Activation,
-        x: &Self::Buffer,
-        next: &Self::Matrix,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `x += y`

@@ -40,8 +40,16 @@ pub struct Tensor<'a> {
     pub tensor_type: TensorType,
     pub shape: &'a [usize],
     pub data: &'a [u8],
+    /// Its rows, over all outer dimensions together, unless it is a half.
+    rows: usize,
     /// The file that `data` lies in, and where.
     place: Option<(&'a Mapped, usize)>,
+}
+
+fn rows_of(shape: &[usize]) -> usize {
+    shape
+        .split_last()
+        .map_or(1, |(_, outer)| outer.iter().product())
 }
 
 /// The files of one model, mapped, with everything in them named.
@@ -66,6 +74,7 @@ impl Weights {
             name,
             tensor_type: info.tensor_type,
             shape: &info.shape,
+            rows: rows_of(&info.shape),
             data: file.get(info.bytes.clone())?,
             place: Some((file, info.bytes.start)),
         })
@@ -248,7 +257,7 @@ impl Value {
 impl<'a> Tensor<'a> {
     /// All its numbers.
     pub fn elements(&self) -> usize {
-        self.shape.iter().product()
+        self.rows * self.cols()
     }
 
     /// Numbers in a row: the innermost dimension; 1 for a scalar.
@@ -258,9 +267,20 @@ impl<'a> Tensor<'a> {
 
     /// Rows, over all outer dimensions together: experts `[e, out, in]` have `e * out`. A vector is one row.
     pub fn rows(&self) -> usize {
-        self.shape
-            .split_last()
-            .map_or(1, |(_, outer)| outer.iter().product())
+        self.rows
+    }
+
+    /// The first half of its rows and the second, of an even number of rows.
+    pub fn halves(&self) -> [Self; 2] {
+        let (rows, bytes) = (self.rows / 2, self.data.len() / 2);
+        let (first, second) = self.data.split_at(bytes);
+        let half = |data, at| Self {
+            data,
+            rows,
+            place: self.place.map(|(file, start)| (file, start + at)),
+            ..*self
+        };
+        [half(first, 0), half(second, bytes)]
     }
 
     /// The blocks of row `i`.
@@ -490,6 +510,7 @@ mod tests {
             name: "t",
             tensor_type: TensorType::F32,
             shape: &[2, 3, 2],
+            rows: rows_of(&[2, 3, 2]),
             data: &data,
             place: None,
         };
@@ -499,13 +520,21 @@ mod tests {
         assert_eq!(row, [8.0, 9.0]);
         assert_eq!(t.dequantize()[11], 11.0);
         assert_eq!(t.row(5), &data[40..]);
+        let [_, second] = t.halves();
+        assert_eq!((second.rows(), second.elements()), (3, 6));
+        assert_eq!(second.row(1), t.row(4));
         let scalar = Tensor {
             shape: &[],
+            rows: rows_of(&[]),
             data: &data[..4],
             ..t
         };
         assert_eq!((scalar.rows(), scalar.cols(), scalar.elements()), (1, 1, 1));
-        let vector = Tensor { shape: &[12], ..t };
+        let vector = Tensor {
+            shape: &[12],
+            rows: rows_of(&[12]),
+            ..t
+        };
         assert_eq!((vector.rows(), vector.cols()), (1, 12));
     }
 

@@ -7,7 +7,7 @@ use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
 use hfcore_kernels::attention::{
     AttentionInput, AttentionPlan, AttentionShape, KvLayer, PAGE, Span, attend,
 };
-use hfcore_kernels::matmul::{Matrix, matmul};
+use hfcore_kernels::matmul::{Matrix, Store, matmul};
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::quant::TensorType;
 use hfcore_kernels::simd::Isa;
@@ -85,7 +85,7 @@ fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) 
                     blocks: &blocks,
                     supers: &blocks,
                 };
-                matmul(isa, pool, matrix, x, &mut out);
+                matmul(isa, pool, matrix, x, Store::Set, &mut out);
             }
         });
         if rows == 1 {

@@ -17,31 +17,6 @@ pub struct Twin<'a> {
     pub blocks: &'a mut [ActBlock],
 }
 
-/// Run `f(i, row)` over the rows of `out`, in parallel when there is enough to do, and quantise each row that was made.
-fn over_both(
-    isa: Isa,
-    pool: &Pool,
-    out: &mut [f32],
-    width: usize,
-    twin: Option<Twin>,
-    f: impl Fn(usize, &mut [f32]) + Sync,
-) {
-    let Some(Twin { scales, blocks }) = twin else {
-        return over_rows(pool, out, width, f);
-    };
-    let each = blocks.len() * width / out.len().max(1);
-    assert!(each * BLOCK == width, "blocks of all rows");
-    let blocks = SendPtr(blocks.as_mut_ptr());
-    over_rows(pool, out, width, |i, out| {
-        f(i, out);
-        // SAFETY: a row's blocks are its own, and inside the slice; `isa` was detected.
-        unsafe {
-            let blocks = std::slice::from_raw_parts_mut(blocks.get().add(i * each), each);
-            quantize_blocks(isa, out, scales, blocks);
-        }
-    });
-}
-
 /// Run `f(i, row)` over the rows of `out`, in parallel when there is enough to do.
 fn over_rows(pool: &Pool, out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     if out.len() < SERIAL {
@@ -96,9 +71,23 @@ pub fn rms_norm(
 ) {
     assert_eq!(x.len(), out.len());
     let width = weight.len();
-    over_both(isa, pool, out, width, twin, |i, out| {
+    let norm = |i: usize, out: &mut [f32]| {
         // SAFETY: slices; `isa` was detected.
         unsafe { rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out) }
+    };
+    let Some(Twin { scales, blocks }) = twin else {
+        return over_rows(pool, out, width, norm);
+    };
+    let each = blocks.len() * width / out.len().max(1);
+    assert!(each * BLOCK == width, "blocks of all rows");
+    let blocks = SendPtr(blocks.as_mut_ptr());
+    over_rows(pool, out, width, |i, out| {
+        norm(i, out);
+        // SAFETY: a row's blocks are its own, and inside the slice; `isa` was detected.
+        unsafe {
+            let blocks = std::slice::from_raw_parts_mut(blocks.get().add(i * each), each);
+            quantize_blocks(isa, out, scales, blocks);
+        }
     });
 }
 
@@ -157,49 +146,21 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// `out = activation(gate) * up` over rows `[gate | up]`, each `width` wide; and `out` quantised to its twin if there is one.
-///
-/// # Panics
-/// When the lengths do not agree.
-pub fn gated(
-    isa: Isa,
-    pool: &Pool,
-    activation: Activation,
-    x: &[f32],
-    width: usize,
-    out: &mut [f32],
-    twin: Option<Twin>,
-) {
-    assert_eq!(x.len(), 2 * out.len());
-    over_both(isa, pool, out, width, twin, |i, out| {
-        let (gate, up) = x[2 * i * width..2 * (i + 1) * width].split_at(width);
-        // SAFETY: slices; `isa` was detected.
-        unsafe { gated_row(isa, activation, gate, up, out) }
-    });
-}
-
-dispatch! {
-    unsafe fn gated_row<>(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) = gated_body
-}
-
+/// `activation(g) * u`.
 #[inline(always)]
-unsafe fn gated_body<S: Simd>(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    // SAFETY: `load_part` and `store_part` stay inside their slices, which are equally long.
+pub(crate) unsafe fn gate<S: Simd>(activation: Activation, g: S::F, u: S::F) -> S::F {
     unsafe {
-        for at in (0..out.len()).step_by(LANES) {
-            let (g, u) = (load_part::<S>(gate, at), load_part::<S>(up, at));
-            let exponent = match activation {
-                Activation::Silu => S::mul(g, S::splat(-1.0)),
-                Activation::GeluTanh => {
-                    // 0.5 (1 + tanh(t)) is sigmoid(2 t).
-                    let cubic = S::mul(S::mul(S::splat(0.044_715), g), g);
-                    let t = S::mul(S::splat(0.797_884_6), S::fma(cubic, g, g));
-                    S::mul(S::splat(-2.0), t)
-                }
-            };
-            let sigmoid = S::add(S::splat(1.0), S::exp(exponent));
-            store_part::<S>(out, at, S::mul(S::div(g, sigmoid), u));
-        }
+        let exponent = match activation {
+            Activation::Silu => S::mul(g, S::splat(-1.0)),
+            Activation::GeluTanh => {
+                // 0.5 (1 + tanh(t)) is sigmoid(2 t).
+                let cubic = S::mul(S::mul(S::splat(0.044_715), g), g);
+                let t = S::mul(S::splat(0.797_884_6), S::fma(cubic, g, g));
+                S::mul(S::splat(-2.0), t)
+            }
+        };
+        let sigmoid = S::add(S::splat(1.0), S::exp(exponent));
+        S::mul(S::div(g, sigmoid), u)
     }
 }
 
@@ -396,46 +357,6 @@ mod tests {
                 rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, twin);
                 quantize_rows(isa, &pool, &out, 512, scales, &mut want);
                 assert_eq!(blocks, want);
-                let (out, blocks) = (&mut out[..rows * 256], &mut blocks[..rows * 8]);
-                let twin = Some(Twin {
-                    scales,
-                    blocks: &mut *blocks,
-                });
-                gated(isa, &pool, Activation::Silu, &x, 256, out, twin);
-                quantize_rows(isa, &pool, out, 256, scales, &mut want[..rows * 8]);
-                assert_eq!(blocks, &want[..rows * 8]);
-            }
-        }
-    }
-
-    #[test]
-    fn gates_are_silu_and_gelu() {
-        let pool = Pool::new(2);
-        let x = numbers(2 * 3 * 50);
-        for activation in [Activation::Silu, Activation::GeluTanh] {
-            let got = same_on_all(|isa| {
-                let mut out = vec![0.0; 150];
-                gated(isa, &pool, activation, &x, 50, &mut out, None);
-                out
-            });
-            for row in 0..3 {
-                for i in 0..50 {
-                    let (g, u) = (
-                        f64::from(x[row * 100 + i]),
-                        f64::from(x[row * 100 + 50 + i]),
-                    );
-                    let a = match activation {
-                        Activation::Silu => g / (1.0 + (-g).exp()),
-                        Activation::GeluTanh => {
-                            0.5 * g
-                                * (1.0 + (0.7978845608028654 * (g + 0.044715 * g.powi(3))).tanh())
-                        }
-                    };
-                    assert!(
-                        (f64::from(got[row * 50 + i]) - a * u).abs() < 1e-5,
-                        "{activation:?} {g}"
-                    );
-                }
             }
         }
     }

@@ -1,10 +1,11 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
 use crate::activations::{ActBlock, Activations, Scales};
+use crate::elementwise::{Activation, gate};
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
 use crate::simd::{Isa, LANES, Simd, dispatch, prefetch_line};
-use crate::spread::{many_rows, store_out};
+use crate::spread::many_rows;
 use crate::tile::{self, BLOCK, Format, Tiles};
 
 /// From so many rows on it pays to spread tiles out.
@@ -73,37 +74,32 @@ impl Matrix {
     }
 }
 
-/// `out[row] = matrix * x[row] + bias`, `[rows][outputs]`.
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// `out = product`
+    Set,
+    /// `out += product`
+    Add,
+    /// `out = activation(out) * product`
+    Gate(Activation),
+}
+
+/// `out[row] = matrix * x[row] + bias`, `[rows][outputs]`; or that added to what is there.
 ///
 /// # Panics
 /// When the lengths do not agree.
-pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut [f32]) {
-    assert_eq!(
-        out.len(),
-        x.rows * matrix.outputs,
-        "{} rows of {}",
-        x.rows,
-        matrix.outputs
-    );
-    for (scales, blocks) in [(Scales::Block, x.blocks), (Scales::Super, x.supers)] {
-        if matrix.needs(scales) {
-            assert_eq!(
-                blocks.len() * BLOCK,
-                x.rows * matrix.inputs,
-                "quantised activations"
-            );
-        }
-    }
-    if matrix
-        .parts
-        .iter()
-        .any(|p| p.tensor_type().block_len() == 1)
-    {
-        assert_eq!(x.floats.len(), x.rows * matrix.inputs, "float activations");
-    }
+pub fn matmul(
+    isa: Isa,
+    pool: &Pool,
+    matrix: &Matrix,
+    x: Activations,
+    store: Store,
+    out: &mut [f32],
+) {
+    check(matrix, &x, matrix.outputs, out);
     let tiles: usize = matrix.parts.iter().map(Tiles::tiles).sum();
-    // Enough units that a slow thread does not hold up the others, few enough that taking one costs nothing.
-    let per_unit = tiles.div_ceil(pool.threads() * 16).max(1);
+    let per_unit = per_unit(pool, tiles);
     let base = SendPtr(out.as_mut_ptr());
     pool.run(tiles.div_ceil(per_unit), |unit| {
         let mut column = 0;
@@ -124,6 +120,7 @@ pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut 
                         .bias
                         .as_ref()
                         .map(|b| &b[first * LANES..last * LANES]),
+                    store,
                     // SAFETY: a tile's columns are inside its row of `out`, and each tile is one unit's.
                     out: unsafe { base.get().add(column + i * LANES) },
                     stride: matrix.outputs,
@@ -137,6 +134,82 @@ pub fn matmul(isa: Isa, pool: &Pool, matrix: &Matrix, x: Activations, out: &mut 
     });
 }
 
+/// `out[row] = activation(gate * x[row]) * (up * x[row])` of a matrix with the parts gate and up, `[rows][outputs / 2]`.
+///
+/// # Panics
+/// When there are not two parts of the same size, or the lengths do not agree.
+pub fn gated(
+    isa: Isa,
+    pool: &Pool,
+    matrix: &Matrix,
+    activation: Activation,
+    x: Activations,
+    out: &mut [f32],
+) {
+    let [gate, up] = &matrix.parts[..] else {
+        panic!("gate and up, got {} parts", matrix.parts.len());
+    };
+    assert_eq!(gate.rows(), up.rows(), "outputs of gate and up");
+    let width = gate.rows();
+    check(matrix, &x, width, out);
+    let per_unit = per_unit(pool, gate.tiles());
+    let base = SendPtr(out.as_mut_ptr());
+    pool.run(gate.tiles().div_ceil(per_unit), |unit| {
+        let first = unit * per_unit;
+        let count = per_unit.min(gate.tiles() - first);
+        // A unit's gates are still at hand when its ups are there.
+        for (part, before, store) in [
+            (gate, 0, Store::Set),
+            (up, gate.tiles(), Store::Gate(activation)),
+        ] {
+            let task = Task {
+                tiles: part,
+                first,
+                count,
+                inputs: matrix.inputs,
+                x,
+                bias: matrix
+                    .bias
+                    .as_ref()
+                    .map(|b| &b[(before + first) * LANES..][..count * LANES]),
+                store,
+                // SAFETY: a tile's columns are inside its row of `out`, and each tile is one unit's.
+                out: unsafe { base.get().add(first * LANES) },
+                stride: width,
+            };
+            // SAFETY: as above; lengths were checked at the top.
+            unsafe { run_tiles(isa, part.tensor_type(), &task) };
+        }
+    });
+}
+
+/// Tiles of a unit: enough units that a slow thread does not hold up the others, few enough that taking one costs nothing.
+fn per_unit(pool: &Pool, tiles: usize) -> usize {
+    tiles.div_ceil(pool.threads() * 16).max(1)
+}
+
+/// # Panics
+/// When the lengths do not agree.
+fn check(matrix: &Matrix, x: &Activations, width: usize, out: &[f32]) {
+    assert_eq!(out.len(), x.rows * width, "{} rows of {width}", x.rows);
+    for (scales, blocks) in [(Scales::Block, x.blocks), (Scales::Super, x.supers)] {
+        if matrix.needs(scales) {
+            assert_eq!(
+                blocks.len() * BLOCK,
+                x.rows * matrix.inputs,
+                "quantised activations"
+            );
+        }
+    }
+    if matrix
+        .parts
+        .iter()
+        .any(|p| p.tensor_type().block_len() == 1)
+    {
+        assert_eq!(x.floats.len(), x.rows * matrix.inputs, "float activations");
+    }
+}
+
 /// Some tiles of one part times all rows.
 pub(crate) struct Task<'a> {
     pub tiles: &'a Tiles,
@@ -145,6 +218,7 @@ pub(crate) struct Task<'a> {
     pub inputs: usize,
     pub x: Activations<'a>,
     bias: Option<&'a [f32]>,
+    store: Store,
     /// The first tile's outputs of the first row; those of the next row are `stride` further.
     pub out: *mut f32,
     pub stride: usize,
@@ -413,6 +487,31 @@ pub(crate) unsafe fn start<S: Simd>(bias: Option<&[f32]>) -> S::F {
     }
 }
 
+/// What a tile's outputs of a row become.
+#[inline(always)]
+pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32, total: S::F) {
+    unsafe {
+        let width = task.width(tile);
+        let mut part = [0f32; LANES];
+        let to = match width {
+            LANES => out,
+            _ => part.as_mut_ptr(),
+        };
+        if width < LANES && task.store != Store::Set {
+            std::ptr::copy_nonoverlapping(out, to, width);
+        }
+        let total = match task.store {
+            Store::Set => total,
+            Store::Add => S::add(S::load_f32(to), total),
+            Store::Gate(activation) => gate::<S>(activation, S::load_f32(to), total),
+        };
+        S::store(to, total);
+        if width < LANES {
+            std::ptr::copy_nonoverlapping(to, out, width);
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn finish<S: Simd, const M: usize>(task: &Task, tile: usize, row: usize, total: [S::F; M]) {
     unsafe {
@@ -610,7 +709,7 @@ mod tests {
             };
             let size = want.iter().fold(0f64, |a, b| a.max(b.abs()));
             let mut scalar = vec![0.0; want.len()];
-            matmul(Isa::SCALAR, &pool, &matrix, x, &mut scalar);
+            matmul(Isa::SCALAR, &pool, &matrix, x, Store::Set, &mut scalar);
             for (got, want) in scalar.iter().zip(&want) {
                 assert!(
                     (f64::from(*got) - want).abs() < 1e-5 * size,
@@ -619,7 +718,7 @@ mod tests {
             }
             for isa in Isa::available() {
                 let mut fast = vec![0.0; want.len()];
-                matmul(isa, &pool, &matrix, x, &mut fast);
+                matmul(isa, &pool, &matrix, x, Store::Set, &mut fast);
                 assert_eq!(fast, scalar, "{t:?} on {}", isa.name());
             }
         }
@@ -646,6 +745,7 @@ mod tests {
                     blocks: &blocks[0],
                     supers: &blocks[1],
                 },
+                Store::Set,
                 &mut together,
             );
             for row in 0..rows {
@@ -657,7 +757,7 @@ mod tests {
                     blocks: &blocks[0][row * n..][..n],
                     supers: &blocks[1][row * n..][..n],
                 };
-                matmul(isa, &pool, &matrix, one, &mut alone);
+                matmul(isa, &pool, &matrix, one, Store::Set, &mut alone);
                 assert_eq!(
                     alone,
                     together[row * outputs..][..outputs],
@@ -697,6 +797,7 @@ mod tests {
             &pool,
             &Matrix::new(tiles, Some(&bias)),
             acts,
+            Store::Set,
             &mut all,
         );
         let mut column = 0;
@@ -715,6 +816,64 @@ mod tests {
                 }
             }
             column += n;
+        }
+    }
+
+    #[test]
+    fn products_are_added_and_gated_as_they_are_stored() {
+        let r = &mut Random(5);
+        let pool = Pool::new(2);
+        // Gate and up of different types; widths that are not whole tiles; more inputs than a segment has.
+        let (inputs, outputs) = (2560, 53);
+        let types = [TensorType::Q4_K, TensorType::Q6_K];
+        let data = types.map(|t| random_blocks(t, outputs, inputs, r));
+        let pack = |i: usize| Tiles::pack(types[i], outputs, inputs, &data[i], &pool);
+        let bias: Vec<f32> = (0..2 * outputs).map(|_| r.float()).collect();
+        let both = Matrix::new(vec![pack(0), pack(1)], Some(&bias));
+        let alone =
+            [0, 1].map(|i| Matrix::new(vec![pack(i)], Some(&bias[i * outputs..][..outputs])));
+        for rows in [1, 7, 40] {
+            let (x, blocks) = activations(rows, inputs, r);
+            let x = Activations {
+                rows,
+                floats: &x,
+                blocks: &blocks[0],
+                supers: &blocks[1],
+            };
+            let mut want = vec![0.0; rows * outputs];
+            let mut up = want.clone();
+            let isa = Isa::SCALAR;
+            matmul(isa, &pool, &alone[0], x, Store::Set, &mut want);
+            matmul(isa, &pool, &alone[1], x, Store::Set, &mut up);
+            let sum: Vec<f32> = want.iter().zip(&up).map(|(g, u)| g + u).collect();
+            for isa in Isa::available() {
+                let mut added = want.clone();
+                matmul(isa, &pool, &alone[1], x, Store::Add, &mut added);
+                assert_eq!(added, sum, "{} of {rows} rows", isa.name());
+            }
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                let mut first = None;
+                for isa in Isa::available() {
+                    let mut out = vec![0.0; rows * outputs];
+                    gated(isa, &pool, &both, activation, x, &mut out);
+                    for ((got, g), u) in out.iter().zip(&want).zip(&up) {
+                        let (g, u) = (f64::from(*g), f64::from(*u));
+                        let gate = match activation {
+                            Activation::Silu => 1.0 / (1.0 + (-g).exp()),
+                            Activation::GeluTanh => {
+                                let t = 0.7978845608028654 * (g + 0.044715 * g.powi(3));
+                                0.5 * (1.0 + t.tanh())
+                            }
+                        };
+                        let error = (f64::from(*got) - g * gate * u).abs();
+                        assert!(
+                            error <= 1e-6 * (g * u).abs(),
+                            "{activation:?} {g} {u}: {got}"
+                        );
+                    }
+                    assert_eq!(first.get_or_insert(out.clone()), &out, "{}", isa.name());
+                }
+            }
         }
     }
 

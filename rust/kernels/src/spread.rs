@@ -4,7 +4,7 @@
 use std::mem::MaybeUninit;
 
 use crate::activations::ActBlock;
-use crate::matmul::{Task, each_row, scaled};
+use crate::matmul::{Task, each_row, scaled, store_out};
 use crate::simd::{LANES, Simd, prefetch_line};
 use crate::tile::{BLOCK, Format, super_bytes};
 
@@ -15,7 +15,7 @@ const MOST: usize = BLOCK * LANES + 4 * 4 * LANES;
 /// Tiles that share the reading of a row, at most.
 const TILES: usize = 2;
 
-/// Rows that go over all tiles of a task before the next rows do: their codes of a segment stay in the second cache.
+/// Rows that go over a task's tiles before the next rows do.
 const ROWS: usize = 512;
 
 /// Bytes of a vector.
@@ -23,6 +23,10 @@ const VECTOR: usize = 4 * LANES;
 
 #[repr(align(64))]
 struct Scratch([MaybeUninit<u8>; SEGMENT * TILES * MOST]);
+
+/// Sums of rows over the segments so far, `[ROWS][TILES][LANES]`.
+#[repr(align(64))]
+struct Sums([MaybeUninit<f32>; ROWS * TILES * LANES]);
 
 /// Bytes of a block of `T` tiles: codes `[8][T]`, scales `[T]` and, where there are some, offsets `[T]`, or `[2][T]` each.
 const fn block_bytes<F: Format>(tiles: usize) -> usize {
@@ -33,26 +37,24 @@ const fn block_bytes<F: Format>(tiles: usize) -> usize {
 /// All rows times the tiles of a task.
 #[inline(always)]
 pub(crate) unsafe fn many_rows<S: Simd, F: Format>(task: &Task) {
-    let blocks = task.inputs / BLOCK;
     let mut scratch = Scratch([MaybeUninit::uninit(); _]);
-    let scratch = scratch.0.as_mut_ptr().cast::<u8>();
-    for first_row in (0..task.x.rows).step_by(ROWS) {
-        let rows = first_row..task.x.rows.min(first_row + ROWS);
-        for first in (0..blocks).step_by(SEGMENT) {
-            let segment = first..blocks.min(first + SEGMENT);
-            let mut tile = 0;
-            // SAFETY: the caller's; `scratch` holds a segment of as many tiles as `Simd::MANY_TILES` says at most.
-            unsafe {
-                if const { S::MANY_TILES > 1 } {
-                    while task.count - tile >= 2 {
-                        tiles::<S, F, 2>(task, tile, &rows, &segment, scratch);
-                        tile += 2;
-                    }
+    let mut sums = Sums([MaybeUninit::uninit(); _]);
+    let scratch = scratch.0.as_mut_ptr().cast();
+    let sums = sums.0.as_mut_ptr().cast();
+    for first in (0..task.x.rows).step_by(ROWS) {
+        let rows = first..task.x.rows.min(first + ROWS);
+        let mut tile = 0;
+        // SAFETY: the caller's; there is room for as many tiles as `Simd::MANY_TILES` says at most.
+        unsafe {
+            if const { S::MANY_TILES > 1 } {
+                while task.count - tile >= 2 {
+                    tiles::<S, F, 2>(task, tile, &rows, scratch, sums);
+                    tile += 2;
                 }
-                while tile < task.count {
-                    tiles::<S, F, 1>(task, tile, &rows, &segment, scratch);
-                    tile += 1;
-                }
+            }
+            while tile < task.count {
+                tiles::<S, F, 1>(task, tile, &rows, scratch, sums);
+                tile += 1;
             }
         }
     }
@@ -60,34 +62,44 @@ pub(crate) unsafe fn many_rows<S: Simd, F: Format>(task: &Task) {
 
 type Range = std::ops::Range<usize>;
 
-/// Rows times a segment of `T` tiles.
+/// Rows times `T` tiles.
 #[inline(always)]
 unsafe fn tiles<S: Simd, F: Format, const T: usize>(
     task: &Task,
     tile: usize,
     rows: &Range,
-    segment: &Range,
     scratch: *mut u8,
+    sums: *mut f32,
 ) {
-    unsafe {
-        for t in 0..T {
-            spread::<S, F, T>(task.tiles.tile(task.first + tile + t), segment, t, scratch);
-        }
-        let mut row = rows.start;
-        while row < rows.end {
-            // The next rows' outputs lie far apart: nobody but us knows that they come.
-            for row in row + S::MANY_ROWS..rows.end.min(row + 2 * S::MANY_ROWS) {
-                let out = task.out.add(row * task.stride + tile * LANES).cast::<u8>();
-                for line in 0..T + 1 {
-                    prefetch_line(out.wrapping_add(64 * line));
+    let blocks = task.inputs / BLOCK;
+    for first in (0..blocks).step_by(SEGMENT) {
+        let segment = first..blocks.min(first + SEGMENT);
+        unsafe {
+            for t in 0..T {
+                spread::<S, F, T>(task.tiles.tile(task.first + tile + t), &segment, t, scratch);
+            }
+            let mut row = rows.start;
+            while row < rows.end {
+                // The next rows' outputs lie far apart: nobody but us knows that they come.
+                for row in row + S::MANY_ROWS..rows.end.min(row + 2 * S::MANY_ROWS) {
+                    let out = task.out.add(row * task.stride + tile * LANES).cast::<u8>();
+                    for line in 0..T + 1 {
+                        prefetch_line(out.wrapping_add(64 * line));
+                    }
                 }
+                let group = Group {
+                    tile,
+                    row,
+                    rows,
+                    segment: &segment,
+                };
+                match S::MANY_ROWS {
+                    6 => group.run::<S, F, 6, T>(task, scratch, sums),
+                    4 => group.run::<S, F, 4, T>(task, scratch, sums),
+                    _ => group.run::<S, F, 1, T>(task, scratch, sums),
+                }
+                row += S::MANY_ROWS;
             }
-            match S::MANY_ROWS {
-                6 => group::<S, F, 6, T>(task, tile, row, rows.end - 1, segment, scratch),
-                4 => group::<S, F, 4, T>(task, tile, row, rows.end - 1, segment, scratch),
-                _ => group::<S, F, 1, T>(task, tile, row, rows.end - 1, segment, scratch),
-            }
-            row += S::MANY_ROWS;
         }
     }
 }
@@ -130,65 +142,79 @@ unsafe fn spread<S: Simd, F: Format, const T: usize>(
     }
 }
 
-/// `M` rows from `row` on times a segment of `T` tiles; rows beyond `last` are `last` again.
-#[inline(always)]
-unsafe fn group<S: Simd, F: Format, const M: usize, const T: usize>(
-    task: &Task,
+/// Some rows from `row` on times a segment of some tiles; rows beyond the last are the last again.
+struct Group<'a> {
     tile: usize,
     row: usize,
-    last: usize,
-    segment: &Range,
-    scratch: *const u8,
-) {
-    unsafe {
-        let blocks = task.inputs / BLOCK;
-        let acts = match F::SUPER {
-            1 => task.x.blocks,
-            _ => task.x.supers,
-        };
-        let mut x = [std::ptr::null::<ActBlock>(); M];
-        let mut out = [std::ptr::null_mut::<f32>(); M];
-        let mut total = [[S::splat(0.0); T]; M];
-        each_row!(M, i, {
-            let row = last.min(row + i);
-            x[i] = acts.as_ptr().add(row * blocks + segment.start);
-            out[i] = task.out.add(row * task.stride + tile * LANES);
-        });
-        for i in 0..M {
-            for t in 0..T {
-                if segment.start > 0 {
-                    total[i][t] = load_out::<S>(task, tile + t, out[i].add(t * LANES));
+    rows: &'a Range,
+    segment: &'a Range,
+}
+
+impl Group<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, F: Format, const M: usize, const T: usize>(
+        &self,
+        task: &Task,
+        scratch: *const u8,
+        sums: *mut f32,
+    ) {
+        unsafe {
+            let (tile, segment) = (self.tile, self.segment);
+            let blocks = task.inputs / BLOCK;
+            let acts = match F::SUPER {
+                1 => task.x.blocks,
+                _ => task.x.supers,
+            };
+            let row = |i: usize| (self.row + i).min(self.rows.end - 1);
+            let mut x = [std::ptr::null::<ActBlock>(); M];
+            let mut total = [[S::splat(0.0); T]; M];
+            for i in 0..M {
+                x[i] = acts.as_ptr().add(row(i) * blocks + segment.start);
+                for t in 0..T {
+                    if segment.start > 0 {
+                        total[i][t] =
+                            S::load_f32(sums.add(((row(i) - self.rows.start) * T + t) * LANES));
+                    }
                 }
             }
-        }
-        let mut p = scratch;
-        if F::SUPER == 1 {
-            for b in 0..segment.len() {
-                block::<S, F, M, T>(p, &x, b, &mut total);
-                p = p.add(block_bytes::<F>(T));
-            }
-        } else {
-            for b in (0..segment.len()).step_by(8) {
-                let mut sum = [[S::splat(0.0); T]; M];
-                for b in b..b + 8 {
-                    block::<S, F, M, T>(p, &x, b, &mut sum);
+            let mut p = scratch;
+            if F::SUPER == 1 {
+                for b in 0..segment.len() {
+                    block::<S, F, M, T>(p, &x, b, &mut total);
                     p = p.add(block_bytes::<F>(T));
                 }
-                each_row!(M, i, {
-                    let scale = S::splat((*x[i].add(b)).scale);
-                    each_row!(T, at most 2, t, {
-                        total[i][t] = S::fma(sum[i][t], scale, total[i][t]);
+            } else {
+                for b in (0..segment.len()).step_by(8) {
+                    let mut sum = [[S::splat(0.0); T]; M];
+                    for b in b..b + 8 {
+                        block::<S, F, M, T>(p, &x, b, &mut sum);
+                        p = p.add(block_bytes::<F>(T));
+                    }
+                    each_row!(M, i, {
+                        let scale = S::splat((*x[i].add(b)).scale);
+                        each_row!(T, at most 2, t, {
+                            total[i][t] = S::fma(sum[i][t], scale, total[i][t]);
+                        });
                     });
-                });
-            }
-        }
-        for i in 0..M {
-            for t in 0..T {
-                let mut total = total[i][t];
-                if segment.end == blocks {
-                    total = scaled::<S, F>(task, tile + t, &*x[i], total);
                 }
-                store_out::<S>(task, tile + t, out[i].add(t * LANES), total);
+            }
+            for i in 0..M {
+                // Rows that are there twice are stored once: what is added would be added twice.
+                if self.row + i >= self.rows.end {
+                    continue;
+                }
+                for t in 0..T {
+                    if segment.end < blocks {
+                        S::store(
+                            sums.add(((row(i) - self.rows.start) * T + t) * LANES),
+                            total[i][t],
+                        );
+                        continue;
+                    }
+                    let out = task.out.add(row(i) * task.stride + (tile + t) * LANES);
+                    let total = scaled::<S, F>(task, tile + t, &*x[i], total[i][t]);
+                    store_out::<S>(task, tile + t, out, total);
+                }
             }
         }
     }
@@ -316,32 +342,5 @@ unsafe fn steps<
                 });
             }
         });
-    }
-}
-
-/// Outputs of a row so far.
-#[inline(always)]
-unsafe fn load_out<S: Simd>(task: &Task, tile: usize, out: *const f32) -> S::F {
-    unsafe {
-        let width = task.width(tile);
-        if width == LANES {
-            return S::load_f32(out);
-        }
-        let mut lanes = [0f32; LANES];
-        std::ptr::copy_nonoverlapping(out, lanes.as_mut_ptr(), width);
-        S::load_f32(lanes.as_ptr())
-    }
-}
-
-#[inline(always)]
-pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32, total: S::F) {
-    unsafe {
-        let width = task.width(tile);
-        if width == LANES {
-            return S::store(out, total);
-        }
-        let mut lanes = [0f32; LANES];
-        S::store(lanes.as_mut_ptr(), total);
-        std::ptr::copy_nonoverlapping(lanes.as_ptr(), out, width);
     }
 }
