@@ -19,6 +19,10 @@ pub(crate) trait Simd: Copy {
 
     /// Rows of activations that a multiplication takes at once, at most: as many as its registers hold sums for.
     const ROWS: usize;
+    /// Queries that attention takes at once, at most.
+    const QUERIES: usize;
+    /// Sums that attention keeps in registers, at most.
+    const SUMS: usize;
 
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn and(a: Self::I, mask: u8) -> Self::I;
@@ -62,6 +66,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(p: *mut f32, a: Self::F);
     /// To f16 bits, to nearest even; beyond f16's range its largest number. NaN stays NaN.
     unsafe fn store_f16(p: *mut u16, a: Self::F);
+    /// 2 to the `a`, which is not above 0: see `elementwise::exp2`, whose bits it gives.
+    unsafe fn exp2(a: Self::F) -> Self::F;
 }
 
 /// Sixteen floats of `x` from `at` on; beyond its end 0.
