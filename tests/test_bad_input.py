@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 
-from hfcore import ChatHuggingFace, ChatTemplate, Engine, HuggingFacePipeline, Tokenizer
+from hfcore import (
+    ChatHuggingFace,
+    ChatTemplate,
+    Engine,
+    HuggingFacePipeline,
+    Tokenizer,
+    _core,
+)
 from hfcore import errors as e
 from hfcore.testing import tiny_model
 
@@ -175,6 +182,10 @@ OPENINGS: list[tuple[str, Callable[[Path], Any], type[e.HfcoreError], str]] = [
     ("no threads", lambda p: Engine(p, threads=0), e.InvalidRequestError, "threads.*0"),
     ("a typo", lambda p: Engine(p, thread=2), e.UnknownOptionError, "did you mean 'threads'"),
     ("two names", lambda p: Engine(p, n_ctx=1, context_size=2), e.InvalidRequestError, "same opt"),
+    ("cache", lambda p: Engine(p, kv_cache_dtype="fp8"), e.InvalidRequestError, "'int8', got 'fp"),
+    ("at the door", lambda p: _core.Engine(p, kv_cache_dtype="fp8"), e.InvalidRequestError, "int8"),
+    ("reference", lambda p: Engine(p, device="reference", kv_cache_dtype="int8"),
+     e.InvalidRequestError, "must be f16 on the reference device"),
     ("memory", lambda p: Engine(p, kv_cache_bytes=1 << 60), e.ModelTooLargeError, "bytes"),
     ("template", lambda p: Engine(p, chat_template=BROKEN_TEMPLATE), e.TemplateError, "line"),
 ]  # fmt: skip

@@ -165,3 +165,13 @@ def test_the_package_is_light_to_import() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.split("\n")[:2] == ["[]", "False"], result.stderr
+
+
+def test_the_type_of_the_cache_reaches_the_engine(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = ["chat", str(tiny), "Hello", *SHORT, "--kv-cache-dtype"]
+    assert cli.main([*chat, "int8"]) == 0
+    capsys.readouterr()
+    assert cli.main([*chat, "fp8"]) == 2
+    assert "one of 'f16', 'int8', got 'fp8'" in capsys.readouterr().err

@@ -211,6 +211,29 @@ def test_a_loop_that_cannot_watch_descriptors_works_too(engine: Engine) -> None:
     assert done.text == engine.generate("Hello", max_tokens=5, temperature=0).text
 
 
+def test_an_int8_cache_takes_little_more_than_half_and_answers_nearly_the_same(tiny: Path) -> None:
+    ids = list(range(40))
+    found = []
+    for dtype in ("f16", "int8"):
+        with Engine(tiny, kv_cache_dtype=dtype, context_size=512, max_sequences=1) as engine:
+            assert engine.info["kv_cache_dtype"] == dtype
+            found.append((engine.logits(ids), engine.info["kv_cache_bytes"]))
+    (f16, large), (int8, small) = found
+    assert 0.5 * large < small < 0.65 * large
+    apart = abs(f16 - int8).max()
+    assert 0 < apart < 0.05 * abs(f16).max()
+    with Engine(tiny, device="reference") as engine:
+        assert engine.info["kv_cache_dtype"] == "f32"
+
+
+def test_twice_as_many_tokens_fit_an_int8_cache_of_the_same_bytes(tiny: Path) -> None:
+    sizes = []
+    for dtype in ("f16", "int8"):
+        with Engine(tiny, type_k=dtype, kv_cache_bytes=1 << 17) as engine:
+            sizes.append(engine.info["context_size"])
+    assert 1.5 * sizes[0] < sizes[1] <= 2 * sizes[0]
+
+
 # shared engines
 
 
@@ -264,8 +287,9 @@ def test_identity_tells_files_and_openings_apart(tiny: Path, tmp_path: Path) -> 
     identities = [
         shared_engine(tiny).identity(), shared_engine(copied).identity(),
         shared_engine(tiny, context_size=64).identity(),
+        shared_engine(tiny, kv_cache_dtype="int8").identity(),
     ]  # fmt: skip
-    assert len({str(identity) for identity in identities}) == 3
+    assert len({str(identity) for identity in identities}) == 4
     os.utime(copied, ns=(1, 1))
     assert shared_engine(copied).identity() != identities[1]
     assert shared_engine("owner/none").identity() == {"model": "owner/none"}

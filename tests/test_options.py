@@ -114,3 +114,26 @@ def test_cuda_is_another_package(value: object) -> None:
 def test_other_devices_are_unknown(value: object) -> None:
     with pytest.raises(UnsupportedModelError, match="unsupported device"):
         options.device(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("f16", "f16"), ("fp16", "f16"), ("auto", "f16"), (1, "f16"),
+        ("int8", "int8"), ("q8_0", "int8"), (8, "int8"),
+    ],
+)  # fmt: skip
+def test_the_type_of_the_cache_goes_by_other_libraries_names(value: object, name: str) -> None:
+    both = {"type_k": value, "type_v": name}
+    assert options.canonical(both, options.MODEL) == {"kv_cache_dtype": name}
+
+
+@pytest.mark.parametrize("value", ["fp8", "", 2, True, 8.0, ["int8"]])
+def test_other_types_of_the_cache_are_refused_with_the_known_ones(value: object) -> None:
+    with pytest.raises(InvalidRequestError, match="one of 'f16', 'int8', got"):
+        options.canonical({"kv_cache_dtype": value}, options.MODEL)
+
+
+def test_keys_and_values_are_of_one_type() -> None:
+    with pytest.raises(InvalidRequestError, match="the same option, kv_cache_dtype"):
+        options.canonical({"type_k": 8, "type_v": 1}, options.MODEL)

@@ -307,6 +307,7 @@ class Engine:
         threads: int | None = None,
         chat_template: str | None = None,
         kv_cache_bytes: int | None = None,
+        kv_cache_dtype: str = "f16",
         max_sequences: int | None = None,
         forced_tokens: bool = True,
         progress: Callable[[int, int], object] | None = None,
@@ -321,6 +322,8 @@ class Engine:
             threads: Compute threads; None is the cores that this process may use.
             chat_template: Jinja text to use in place of the model's own.
             kv_cache_bytes: Memory for keys and values; None chooses by what is free.
+            kv_cache_dtype: What keys and values are kept as: `"f16"`, or `"int8"`, which takes
+                about half the memory.
             forced_tokens: Whether tokens that a grammar forces run as one step.
             max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 QUESTION = "Name three rivers of Europe."
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "timeout")
-_OPENING = ("device", "context_size", "threads")
+_OPENING = ("device", "context_size", "threads", "kv_cache_dtype")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +108,7 @@ def _takes_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", metavar="NAME", help="cpu or reference; default: cpu")
     add("--context-size", type=int, metavar="N")
     add("--threads", type=int, metavar="N")
+    add("--kv-cache-dtype", metavar="TYPE", help="f16 or int8, in half the memory; default: f16")
 
 
 def _chat(parsed: argparse.Namespace) -> None:

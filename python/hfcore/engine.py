@@ -184,6 +184,8 @@ class Engine:
         chat_template: Jinja source to use instead of the model's own.
         kv_cache_bytes: memory for the cache; None: at most a quarter of what is free.
             The system gives it as it is first used.
+        kv_cache_dtype: what the cache keeps: "f16", the default, or "int8", which takes about half
+            the memory and the reading, and changes answers a little.
         max_sequences: most requests decoded together; more wait their turn.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
@@ -216,6 +218,7 @@ class Engine:
         threads: int | None = None,
         chat_template: str | None = None,
         kv_cache_bytes: int | None = None,
+        kv_cache_dtype: str | int | None = None,
         max_sequences: int = 32,
         quantization: str | None = None,
         revision: str | None = None,
@@ -227,8 +230,9 @@ class Engine:
     ) -> None:
         given: dict[str, Any] = {
             "context_size": context_size, "threads": threads, "chat_template": chat_template,
-            "kv_cache_bytes": kv_cache_bytes, "quantization": quantization, "revision": revision,
-            "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+            "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
+            "quantization": quantization, "revision": revision, "cache_dir": cache_dir,
+            "token": token, "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
         path = hub.resolve(model, **{n: opening.pop(n) for n in _HUB if n in opening})
@@ -414,7 +418,7 @@ class SharedEngine:
         return {"model": self.model, "options": self.options, "_engine": None, "_pid": 0}
 
 
-_SHAPES_ANSWERS = ("device", "context_size", "chat_template")
+_SHAPES_ANSWERS = ("device", "context_size", "chat_template", "kv_cache_dtype")
 
 
 def shared_engine(model: str | os.PathLike[str], **opening: Any) -> SharedEngine:

@@ -46,7 +46,8 @@ class HuggingFacePipeline(BaseLLM):
         task: "text-generation", the only one.
         device: None, -1 or "cpu". device_map: None, "auto" or "cpu".
         model_kwargs: how to open the model: context_size, threads, chat_template, revision,
-            cache_dir, token, local_files_only, quantization, kv_cache_bytes, max_sequences.
+            cache_dir, token, local_files_only, quantization, kv_cache_bytes, kv_cache_dtype,
+            max_sequences.
         pipeline_kwargs: options of every request: max_new_tokens, temperature, top_p, stop, ...
             (all of `hfcore.options`), and return_full_text (or skip_prompt, its opposite): whether
             the answer begins with the prompt, default False.

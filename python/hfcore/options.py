@@ -50,8 +50,8 @@ REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs",
 """Everything that one request may carry. `timeout`: seconds for the whole request."""
 
 MODEL = (
-    "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "max_sequences",
-    "quantization", "revision", "cache_dir", "token", "local_files_only",
+    "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
+    "max_sequences", "quantization", "revision", "cache_dir", "token", "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 
@@ -76,6 +76,10 @@ ALIASES = {
     "num_ctx": "context_size",
     "n_threads": "threads",
     "num_threads": "threads",
+    "type_k": "kv_cache_dtype",
+    "type_v": "kv_cache_dtype",
+    "cache_type_k": "kv_cache_dtype",
+    "cache_type_v": "kv_cache_dtype",
     "cache_folder": "cache_dir",
     "huggingfacehub_api_token": "token",
     "use_auth_token": "token",
@@ -134,7 +138,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "pad_token_id": ((), _FREE_OF_PAD),
     "use_cache": ((True,), "there is always a cache"),
-    "cache_implementation": ((), "there is one cache"),
+    "cache_implementation": ((), "there is one cache; kv_cache_dtype is its type"),
     "truncate": ((), "prompts are never cut; shorten it yourself"),
     "truncation": ((False,), "prompts are never cut; shorten it yourself"),
     "padding": ((False,), _FREE_OF_PAD),
@@ -184,6 +188,7 @@ def canonical(options: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dic
         if value is None:
             continue
         value = _stops(value) if option == "stop" else value
+        value = kv_cache_dtype(value) if option == "kv_cache_dtype" else value
         if option in result and not _same(result[option], value):
             raise InvalidRequestError(
                 f"{given_as[option]}={result[option]!r} and {name}={value!r}"
@@ -324,6 +329,27 @@ def device(value: object) -> str:
     raise UnsupportedModelError(
         f"unsupported device {name!r}; supported: 'cpu', 'reference'", what="device", name=name
     )
+
+
+_KV_CACHE_DTYPES = {
+    "f16": "f16", "fp16": "f16", "float16": "f16", "half": "f16", "auto": "f16", 1: "f16",
+    "int8": "int8", "q8_0": "int8", 8: "int8",
+}  # fmt: skip
+"""What the cache's types are called elsewhere; numbers are GGML's."""
+
+
+def kv_cache_dtype(value: object) -> str:
+    """The type of the cache as other libraries write it -> ours.
+
+    >>> kv_cache_dtype("q8_0"), kv_cache_dtype("auto")
+    ('int8', 'f16')
+    """
+    plain = isinstance(value, (str, int)) and not isinstance(value, bool)
+    name = _KV_CACHE_DTYPES.get(value) if plain else None
+    if name is None:
+        known = ", ".join(map(repr, dict.fromkeys(_KV_CACHE_DTYPES.values())))
+        raise InvalidRequestError(f"kv_cache_dtype must be one of {known}, got {value!r:.200}")
+    return name
 
 
 def _refuse(name: str, option: str, value: object, known: tuple[str, ...]) -> None:

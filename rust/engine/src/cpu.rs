@@ -1,7 +1,7 @@
-//! [`Device`] over the kernels crate: f32 activations, weights in tiles, a cache of f16 pages, threads of its own.
+//! [`Device`] over the kernels crate: f32 activations, weights in tiles, a cache in pages, threads of its own.
 
 use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
-use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, attend};
+use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, KvType, attend};
 use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
 use hfcore_kernels::matmul::{Matrix, Store, gated, matmul};
 use hfcore_kernels::mmap::Arena;
@@ -23,6 +23,7 @@ pub struct Cpu {
     /// Activations quantised in blocks, and in super-blocks.
     blocks: [Vec<ActBlock>; 2],
     plan: AttentionPlan,
+    kv_type: KvType,
     /// Where weights are packed into.
     arena: Arena,
 }
@@ -75,8 +76,14 @@ impl Cpu {
             angles: Vec::new(),
             blocks: Default::default(),
             plan: AttentionPlan::default(),
+            kv_type: KvType::default(),
             arena: Arena::default(),
         }
+    }
+
+    /// The same, with keys and values kept as `kv_type`.
+    pub fn with_kv_type(self, kv_type: KvType) -> Self {
+        Self { kv_type, ..self }
     }
 
     /// Its instruction set and threads, for reports.
@@ -85,10 +92,10 @@ impl Cpu {
     }
 
     /// Bytes that a page takes over all layers.
-    pub fn page_bytes(shapes: &[AttentionShape]) -> usize {
+    pub fn page_bytes(kv_type: KvType, shapes: &[AttentionShape]) -> usize {
         shapes
             .iter()
-            .map(|s| KvLayer::page_bytes(s.kv_heads, s.head_dim))
+            .map(|s| KvLayer::page_bytes(kv_type, s.kv_heads, s.head_dim))
             .sum()
     }
 }
@@ -159,7 +166,7 @@ impl Device for Cpu {
     fn cache(&self, pages: usize, shapes: &[AttentionShape]) -> Result<Vec<KvLayer>> {
         Ok(shapes
             .iter()
-            .map(|s| KvLayer::new(pages, s.kv_heads, s.head_dim))
+            .map(|s| KvLayer::new(self.kv_type, pages, s.kv_heads, s.head_dim))
             .collect())
     }
 

@@ -3,7 +3,7 @@
 use hfcore_kernels::elementwise::Activation;
 use hfcore_kernels::elementwise::Pairing;
 
-pub use hfcore_kernels::attention::AttentionShape;
+pub use hfcore_kernels::attention::{AttentionShape, KvType};
 
 use crate::arch::Rope;
 use crate::batch::Batch;

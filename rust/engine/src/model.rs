@@ -16,6 +16,7 @@ use crate::candle::Candle;
 use crate::constraint::{Constraint, Grammars, Rule};
 use crate::cpu::Cpu;
 use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
+use crate::device::KvType;
 use crate::engine::{Engine, EngineConfig, Factory, Request};
 use crate::error::{Error, Result};
 use crate::memory;
@@ -56,6 +57,20 @@ impl FromStr for DeviceKind {
     }
 }
 
+/// The type of the cache's numbers that is called so.
+///
+/// # Errors
+/// When none is.
+pub fn kv_cache_dtype(name: &str) -> Result<KvType> {
+    let known = KvType::NAMES.iter().find(|(known, _)| *known == name);
+    known.map(|(_, kv_type)| *kv_type).ok_or_else(|| {
+        let names = KvType::NAMES.map(|(name, _)| name).join(", ");
+        Error::InvalidRequest(format!(
+            "kv_cache_dtype must be one of {names}, got {name:?}"
+        ))
+    })
+}
+
 /// How to load a model.
 #[derive(Debug, Clone)]
 pub struct ModelOptions {
@@ -69,6 +84,8 @@ pub struct ModelOptions {
     /// Memory for keys and values; none: a quarter of what is free once the weights are in, and never more than
     /// `max_sequences` whole contexts need. It is taken from the system as it is first used.
     pub kv_cache_bytes: Option<u64>,
+    /// What the CPU keeps keys and values as; the reference keeps f32 and takes no other wish than the default.
+    pub kv_cache_dtype: KvType,
     /// Requests that run at a time.
     pub max_sequences: usize,
     /// Whether tokens that a grammar forces run together, not one by one. Off only to compare.
@@ -83,6 +100,7 @@ impl Default for ModelOptions {
             threads: None,
             chat_template: None,
             kv_cache_bytes: None,
+            kv_cache_dtype: KvType::default(),
             max_sequences: 32,
             forced_tokens: true,
         }
@@ -529,6 +547,12 @@ fn check_options(options: &ModelOptions) -> Result<()> {
     at_least_one("context_size", options.context_size)?;
     at_least_one("max_sequences", Some(options.max_sequences))?;
     hfcore_kernels::simd::Isa::forced().map_err(Error::InvalidRequest)?;
+    if options.device == DeviceKind::Reference && options.kv_cache_dtype != KvType::default() {
+        return Err(Error::InvalidRequest(
+            "kv_cache_dtype must be f16 on the reference device, which keeps f32, got int8"
+                .to_string(),
+        ));
+    }
     match options.threads {
         Some(n) if n > 1024 => Err(Error::InvalidRequest(format!(
             "threads must be at most 1024, got {n}"
@@ -628,13 +652,14 @@ fn plan_memory(
         .values()
         .map(|t| t.shape.iter().product::<usize>() as u64)
         .sum();
+    let shapes = attention_shapes(arch);
     let (resident, page_bytes) = match options.device {
         // Tiles are at most 4 % larger than the file's blocks.
         DeviceKind::Cpu => (
             weights.total_bytes() / 100 * 104,
-            Cpu::page_bytes(&attention_shapes(arch)),
+            Cpu::page_bytes(options.kv_cache_dtype, &shapes),
         ),
-        DeviceKind::Reference => (4 * numbers, 2 * Cpu::page_bytes(&attention_shapes(arch))),
+        DeviceKind::Reference => (4 * numbers, 2 * Cpu::page_bytes(KvType::F16, &shapes)),
     };
     let page_bytes = page_bytes as u64;
     let whole = wanted.div_ceil(PAGE) as u64;
@@ -685,10 +710,10 @@ fn load(
     pages: usize,
     progress: Progress,
 ) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
-    let threads = options.threads;
+    let (threads, kv_type) = (options.threads, options.kv_cache_dtype);
     match options.device {
         DeviceKind::Cpu => load_on(
-            move || Ok(Cpu::new(threads)),
+            move || Ok(Cpu::new(threads).with_kv_type(kv_type)),
             arch,
             weights,
             pages,
@@ -754,6 +779,11 @@ fn info(
         "parameters": parameters,
         "bytes": weights.total_bytes(),
         "kv_cache_bytes": plan.kv_cache_bytes,
+        "kv_cache_dtype": match (options.device, options.kv_cache_dtype) {
+            (DeviceKind::Reference, _) => "f32",
+            (DeviceKind::Cpu, KvType::F16) => "f16",
+            (DeviceKind::Cpu, KvType::Int8) => "int8",
+        },
         "device": match options.device { DeviceKind::Cpu => "cpu", DeviceKind::Reference => "reference" },
         "instruction_set": hfcore_kernels::simd::Isa::detect().name(),
         "threads": options.threads.unwrap_or_else(hfcore_kernels::pool::Pool::available),

@@ -10,6 +10,7 @@ use hfcore_engine::candle::Candle;
 use hfcore_engine::cpu::Cpu;
 use hfcore_engine::decoder::{Decoder, Resident};
 use hfcore_engine::device::Device;
+use hfcore_engine::device::KvType;
 use hfcore_engine::files;
 use hfcore_engine::weights::Weights;
 use serde_json::{Value as Json, json};
@@ -159,6 +160,12 @@ fn the_cpu_device_is_near_transformers() {
 }
 
 #[test]
+fn the_cpu_device_is_near_transformers_with_int8_pages_too() {
+    let cpu = || Cpu::new(Some(2)).with_kv_type(KvType::Int8);
+    check(cpu, 2e-2, Chunks::NoBit);
+}
+
+#[test]
 fn the_candle_device_is_transformers() {
     check(Candle::cpu, 1e-9, Chunks::Rounding);
 }
@@ -294,6 +301,8 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
         let dir = std::env::temp_dir().join(format!("hfcore-ragged-{name}-{}", std::process::id()));
         write_model(&dir, &config(own));
         let cpu = ragged(&mut decoder(|| Cpu::new(Some(2)), &dir));
+        let int8 = || Cpu::new(Some(2)).with_kv_type(KvType::Int8);
+        let int8 = ragged(&mut decoder(int8, &dir));
         let candle = ragged(&mut decoder(Candle::cpu, &dir));
         std::fs::remove_dir_all(&dir).unwrap();
         assert_eq!(cpu.len(), 22 * 80);
@@ -304,13 +313,18 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
                 .fold(0.0, f32::max)
         };
         let largest = apart(&candle, &vec![0.0; candle.len()]);
-        let apart = apart(&cpu, &candle);
-        println!("{name:60} logits up to {largest:.2}, apart {apart:.2e}");
+        let (apart, int8) = (apart(&cpu, &candle), apart(&int8, &candle));
+        println!("{name:60} logits up to {largest:.2}, apart {apart:.2e}, with int8 {int8:.2e}");
         // The CPU keeps keys and values in f16: measured 3e-4 to 1.3e-3 of the largest logit, and below 5e-5 with
-        // candle made to round them too. A rope, window, norm or softcap gone wrong is at least 0.13 of it.
+        // candle made to round them too; in int8 6e-3 to 1.6e-2. A rope, window, norm or softcap gone wrong is at
+        // least 0.13 of it.
         assert!(
             largest > 1.0 && apart < 5e-3 * largest,
             "{name}: {apart:.2e} of {largest:.2}"
+        );
+        assert!(
+            apart < int8 && int8 < 5e-2 * largest,
+            "{name} with int8: {int8:.2e} of {largest:.2}"
         );
     }
 }

@@ -1,11 +1,12 @@
 //! What the kernels do of what the machine could: `cargo bench -p hfcore-kernels [-- FILTER]`, 2 threads unless
-//! HFCORE_THREADS says otherwise. Best of several runs; a probe, not a report: that is `hfcore bench`.
+//! HFCORE_THREADS says otherwise; HFCORE_ISA names another instruction set, HFCORE_INPUTS and HFCORE_OUTPUTS other sizes,
+//! HFCORE_ROWS one number of rows. Best of several runs; a probe, not a report: that is `hfcore bench`.
 
 use std::time::Instant;
 
 use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
 use hfcore_kernels::attention::{
-    AttentionInput, AttentionPlan, AttentionShape, KvLayer, PAGE, Span, attend,
+    AttentionInput, AttentionPlan, AttentionShape, KvLayer, KvType, PAGE, Span, attend,
 };
 use hfcore_kernels::matmul::{Matrix, Store, matmul};
 use hfcore_kernels::pool::Pool;
@@ -101,7 +102,12 @@ fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) 
     println!("{line}");
 }
 
-fn attention(isa: Isa, pool: &Pool, heads: usize, kv_heads: usize, head_dim: usize) {
+fn attention(
+    isa: Isa,
+    pool: &Pool,
+    kind: KvType,
+    (heads, kv_heads, head_dim): (usize, usize, usize),
+) {
     let mut random = Random(3);
     let shape = AttentionShape {
         heads,
@@ -112,14 +118,14 @@ fn attention(isa: Isa, pool: &Pool, heads: usize, kv_heads: usize, head_dim: usi
         window: None,
     };
     let width = (heads + 2 * kv_heads) * head_dim;
-    let mut line = format!("attention {heads}/{kv_heads} x {head_dim}:");
+    let mut line = format!("attention {heads}/{kv_heads}x{head_dim} {kind:?}:");
     for (start, rows) in [(0usize, 512usize), (3584, 512), (512, 1), (4095, 1)] {
         let length = start + rows;
         let pages: Vec<u32> = (0..length.div_ceil(PAGE) as u32).collect();
         // Several layers, that decode reads from memory as a model's would be.
         let layers = if rows == 1 { 16 } else { 1 };
         let mut caches: Vec<KvLayer> = (0..layers)
-            .map(|_| KvLayer::new(pages.len(), kv_heads, head_dim))
+            .map(|_| KvLayer::new(kind, pages.len(), kv_heads, head_dim))
             .collect();
         let all: Vec<f32> = (0..length * width).map(|_| random.float()).collect();
         let span = |start, rows| Span {
@@ -155,7 +161,7 @@ fn attention(isa: Isa, pool: &Pool, heads: usize, kv_heads: usize, head_dim: usi
             }
         }) / layers as f64;
         if rows == 1 {
-            let bytes = length * kv_heads * head_dim * 4;
+            let bytes = pages.len() * KvLayer::page_bytes(kind, kv_heads, head_dim);
             let rate = bytes as f64 / time / 1e9;
             line += &format!(" decode at {start}: {:.0} us, {rate:.1} GB/s;", 1e6 * time);
         } else {
@@ -192,10 +198,12 @@ fn main() {
     let isa = Isa::detect();
     let wanted = |name: &str| filter.is_empty() || filter.iter().any(|f| name.contains(f.as_str()));
     println!("{} on {} threads", isa.name(), pool.threads());
-    if wanted("attention") {
-        attention(isa, &pool, 9, 3, 64);
-        attention(isa, &pool, 4, 1, 256);
-        attention(isa, &pool, 32, 8, 128);
+    for (heads, kv_heads, head_dim) in [(9, 3, 64), (4, 1, 256), (32, 8, 64), (32, 8, 128)] {
+        for kind in [KvType::F16, KvType::Int8] {
+            if wanted(&format!("attention {heads}/{kv_heads}x{head_dim} {kind:?}")) {
+                attention(isa, &pool, kind, (heads, kv_heads, head_dim));
+            }
+        }
     }
     if wanted("quantize") {
         quantising(isa, &pool);

@@ -1,4 +1,4 @@
-//! Attention over a paged cache of f16 keys and values, in chunks of positions.
+//! Attention over a paged cache of keys and values, in chunks of positions.
 //!
 //! Each chunk is softened by itself, and chunks are added up in order (Milakov and Gimelshein 2018, arXiv:1805.02867).
 //! They lie at fixed positions: a query's bits depend on nothing but itself, neither on who else is in the step nor on
@@ -9,22 +9,27 @@
     reason = "one index runs over several register arrays at once"
 )]
 
-use crate::elementwise::exp;
+use std::mem::MaybeUninit;
+
+use crate::elementwise::{LOG2_E, exp, exp2};
 use crate::pool::{Pool, SendPtr};
-use crate::quant::f16_to_f32;
-use crate::simd::{Isa, LANES, Simd, dispatch, prefetch, store_part};
+use crate::simd::{Isa, LANES, Simd, dispatch, load_part, prefetch, store_part};
 
-pub use crate::kv::{KvLayer, PAGE, Span};
+use crate::kv::{F16, I8, Stored};
+pub use crate::kv::{KvLayer, KvType, PAGE, Span};
 
-/// Queries that share the reading of keys and values; also the most that one call of the kernel takes.
-const GROUP: usize = 8;
+/// Queries of one unit of work, at most: their weights of a chunk take half of the nearest cache.
+const GROUP: usize = 24;
+
+/// Head dimensions of a query that lie together.
+const SEGMENT: usize = 64;
 
 /// Pages and positions of a chunk.
 const PAGES: usize = 16;
 const CHUNK: usize = PAGES * PAGE;
 
-/// Pages that are fetched ahead where every key is read once: pages of one head do not lie side by side, so that the
-/// CPU's own prefetching does not see the next one coming.
+/// Pages that are fetched ahead: pages of one head do not lie side by side, so that the CPU's own prefetching does not see
+/// the next one coming.
 const AHEAD: usize = 2;
 
 /// What a layer's attention is.
@@ -84,17 +89,25 @@ pub struct AttentionPlan {
 impl AttentionPlan {
     fn fill(&mut self, shape: &AttentionShape, cache: &KvLayer, spans: &[Span], threads: usize) {
         self.units.clear();
-        let groups = |span: &Span| (span.rows * shape.group()).div_ceil(GROUP);
+        let queries = |span: &Span| span.rows * shape.group();
+        let all = spans.iter().map(queries).sum::<usize>() * shape.kv_heads;
+        // Smaller groups rather than threads without one.
+        let size = if all < 4 * threads * GROUP {
+            GROUP / 2
+        } else {
+            GROUP
+        };
+        let groups = |span: &Span| queries(span).div_ceil(size);
         let groups: usize = spans.iter().map(groups).sum::<usize>() * shape.kv_heads;
         // Enough units for the threads: where there are few queries, they share one's chunks.
         let parts = (4 * threads).div_ceil(groups.max(1));
         let parts = if threads == 1 { 1 } else { parts };
         let mut sums = 0;
         for (i, span) in spans.iter().enumerate() {
-            let queries = span.rows * shape.group();
+            let queries = queries(span);
             for kv_head in 0..shape.kv_heads {
-                for first in (0..queries).step_by(GROUP) {
-                    let count = GROUP.min(queries - first);
+                for first in (0..queries).step_by(size) {
+                    let count = size.min(queries - first);
                     let row = |query: usize| span.start + query / shape.group();
                     let seen = (
                         shape.visible(row(first)).start / CHUNK,
@@ -170,9 +183,16 @@ pub fn attend(
         cache,
         input,
     };
+    // The last first: later queries see more, and what is long should not begin when all else is done.
     pool.run(units.len(), |i| {
+        let unit = units[units.len() - 1 - i];
         // SAFETY: bounds were checked above; a unit's queries, or its chunks of them, are its own.
-        unsafe { attend_unit(isa, &task, units[i], sums.get(), out.get()) }
+        unsafe {
+            match cache.kind {
+                KvType::F16 => attend_unit::<F16>(isa, &task, unit, sums.get(), out.get()),
+                KvType::Int8 => attend_unit::<I8>(isa, &task, unit, sums.get(), out.get()),
+            }
+        }
     });
     // The queries whose chunks were shared: few, and short work.
     for unit in units
@@ -207,23 +227,7 @@ impl Task<'_> {
 }
 
 dispatch! {
-    unsafe fn attend_unit<>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) = unit_body
-}
-
-#[inline(always)]
-unsafe fn unit_body<S: Simd>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) {
-    unsafe {
-        match unit.count {
-            1 => queries::<S, 1>(task, unit, sums, out),
-            2 => queries::<S, 2>(task, unit, sums, out),
-            3 => queries::<S, 3>(task, unit, sums, out),
-            4 => queries::<S, 4>(task, unit, sums, out),
-            5 => queries::<S, 5>(task, unit, sums, out),
-            6 => queries::<S, 6>(task, unit, sums, out),
-            7 => queries::<S, 7>(task, unit, sums, out),
-            _ => queries::<S, GROUP>(task, unit, sums, out),
-        }
-    }
+    unsafe fn attend_unit<K: Stored>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) = unit_body
 }
 
 dispatch! {
@@ -248,11 +252,11 @@ unsafe fn add_chunks_body<S: Simd>(task: &Task, unit: Unit, sums: *const f32, ou
                     sum: *from.add(padded),
                     max: *from.add(padded + 1),
                 };
-                add_chunk::<S>(&mut running, &mut total, of, from);
+                add_chunk::<S>(&mut running, total.as_mut_ptr(), padded, of, from);
             }
         }
         // SAFETY: a query's outputs are its own.
-        unsafe { finish::<S>(task, &unit, i, &running, &total, out) };
+        unsafe { finish::<S>(task, &unit, i, &running, total.as_ptr(), out) };
     }
 }
 
@@ -272,35 +276,37 @@ impl Default for Running {
     }
 }
 
-/// Add a chunk's sums to those of the chunks before it. A chunk that a query does not see changes no bit.
+/// Add a chunk's sums to those of the chunks before it, if there are any: else `total` is written, not read. A chunk that
+/// a query does not see changes no bit.
 #[inline(always)]
 unsafe fn add_chunk<S: Simd>(
     running: &mut Running,
-    total: &mut [f32],
+    total: *mut f32,
+    padded: usize,
     of: Running,
     values: *const f32,
 ) {
     if of.sum == 0.0 {
         return;
     }
+    if running.sum == 0.0 {
+        *running = of;
+        // SAFETY: both have `padded` floats.
+        return unsafe { total.copy_from_nonoverlapping(values, padded) };
+    }
     let max = if of.max > running.max {
         of.max
     } else {
         running.max
     };
-    // The first chunk has nothing before it: exp would make 0 times infinity of it.
-    let old = if running.sum == 0.0 {
-        0.0
-    } else {
-        exp(running.max - max)
-    };
-    let new = exp(of.max - max);
+    let old = exp2(running.max - max);
+    let new = exp2(of.max - max);
     running.max = max;
     running.sum = new.mul_add(of.sum, running.sum * old);
-    for c in (0..total.len()).step_by(LANES) {
+    for c in (0..padded).step_by(LANES) {
         // SAFETY: both have whole vectors.
         unsafe {
-            let to = total.as_mut_ptr().add(c);
+            let to = total.add(c);
             let before = S::mul(S::load_f32(to), S::splat(old));
             S::store(
                 to,
@@ -316,7 +322,7 @@ unsafe fn finish<S: Simd>(
     unit: &Unit,
     i: usize,
     running: &Running,
-    total: &[f32],
+    total: *const f32,
     out: *mut f32,
 ) {
     let (row, head, _) = task.query(unit, i);
@@ -326,229 +332,390 @@ unsafe fn finish<S: Simd>(
         let out = out.add((row * task.shape.heads + head) * dim);
         let out = std::slice::from_raw_parts_mut(out, dim);
         for at in (0..dim).step_by(LANES) {
-            let x = S::div(S::load_f32(total.as_ptr().add(at)), S::splat(running.sum));
+            let x = S::div(S::load_f32(total.add(at)), S::splat(running.sum));
             store_part::<S>(out, at, x);
         }
     }
 }
 
-/// `Q` queries of one kv head against the pages of the unit's chunks that any of them sees. A page that one of them does
-/// not see leaves its bits alone: its weights there are exactly zero, and the cache holds only finite numbers.
+/// What a unit works in, on the stack for ordinary heads.
+struct Work {
+    /// Queries times the scale, `[segment][query][SEGMENT]`: rows at constant distances, one pointer to all.
+    q: *mut f32,
+    /// Scores, then weights, of a chunk: `[query][CHUNK]`.
+    weights: *mut f32,
+    /// Sums of values of a chunk and of all: `[query][padded]`.
+    acc: *mut f32,
+    total: *mut f32,
+}
+
+/// Head dimensions whose units find room on the stack.
+const ORDINARY: usize = 256;
+
+/// The queries of one unit against the pages of its chunks that any of them sees. A page that one of them does not see
+/// leaves its bits alone: its weights there are exactly zero, and the cache holds only finite values.
 #[inline(always)]
-unsafe fn queries<S: Simd, const Q: usize>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) {
+unsafe fn unit_body<S: Simd, K: Stored>(task: &Task, unit: Unit, sums: *mut f32, out: *mut f32) {
+    let padded = task.cache.padded;
+    let room = |padded: usize| GROUP * (3 * padded.next_multiple_of(SEGMENT) + CHUNK);
+    let mut small = [const { MaybeUninit::<f32>::uninit() }; GROUP * (3 * ORDINARY + CHUNK)];
+    let mut large = Vec::new();
+    let memory = if padded <= ORDINARY {
+        small.as_mut_ptr()
+    } else {
+        large.resize(room(padded), MaybeUninit::uninit());
+        large.as_mut_ptr()
+    };
+    // SAFETY: three times `GROUP` rows of a head's numbers and `GROUP` of a chunk's weights have room.
+    unsafe {
+        let memory = memory.cast::<f32>();
+        let each = GROUP * padded.next_multiple_of(SEGMENT);
+        let work = Work {
+            weights: memory,
+            q: memory.add(GROUP * CHUNK),
+            acc: memory.add(GROUP * CHUNK + each),
+            total: memory.add(GROUP * CHUNK + 2 * each),
+        };
+        unit_in::<S, K>(task, unit, &work, sums, out);
+    }
+}
+
+#[inline(always)]
+unsafe fn unit_in<S: Simd, K: Stored>(
+    task: &Task,
+    unit: Unit,
+    work: &Work,
+    sums: *mut f32,
+    out: *mut f32,
+) {
     let Task {
         shape,
         cache,
         input,
     } = task;
-    let (dim, padded) = (shape.head_dim, cache.padded);
+    let (dim, padded, count) = (shape.head_dim, cache.padded, unit.count);
     let span = &input.spans[unit.span];
-    let mut q = [std::ptr::null::<f32>(); Q];
-    let mut position = [0usize; Q];
-    for i in 0..Q {
+    let mut position = [0; GROUP];
+    // Weights are powers of two, which are simpler than those of e.
+    let scale = shape.softcap.map_or(LOG2_E * shape.scale, |_| shape.scale);
+    for i in 0..count {
         let (row, head, at) = task.query(&unit, i);
         position[i] = at;
-        // SAFETY: rows and heads are inside `q`, checked by `attend`.
-        q[i] = unsafe { input.q.as_ptr().add(row * input.width + head * dim) };
+        let q = &input.q[row * input.width + head * dim..][..dim];
+        for (segment, q) in q.chunks(SEGMENT).enumerate() {
+            for at in (0..q.len()).step_by(LANES) {
+                // SAFETY: `work.q` has whole segments.
+                unsafe {
+                    let x = S::mul(load_part::<S>(q, at), S::splat(scale));
+                    S::store(work.q.add((segment * GROUP + i) * SEGMENT + at), x);
+                }
+            }
+        }
     }
     let first_page = shape.visible(position[0]).start / PAGE;
-    let last_page = position[Q - 1] / PAGE;
-    // Sums of values of a chunk and of all, `[query][padded]`: on the stack for ordinary heads.
-    let mut small = [0f32; 2 * GROUP * 256];
-    let mut large = Vec::new();
-    let memory: &mut [f32] = if 2 * Q * padded <= small.len() {
-        &mut small[..2 * Q * padded]
-    } else {
-        large.resize(2 * Q * padded, 0.0);
-        &mut large
-    };
-    let (acc, total) = memory.split_at_mut(Q * padded);
-    let mut running = [Running::default(); Q];
-    let mut weights = [[0f32; CHUNK]; Q];
+    let last_page = position[count - 1] / PAGE;
+    let mut running = [Running::default(); GROUP];
+    let mut of = [Running::default(); GROUP];
     for chunk in unit.chunks.0..unit.chunks.1 {
         let from = first_page.max(chunk * PAGES);
         let to = (last_page + 1).min((chunk + 1) * PAGES);
+        let at = (from % PAGES) * PAGE;
         let number = |page: usize| input.pages[span.first_page + page] as usize;
-        // Where all is read once, fetch ahead.
-        let ahead =
-            |page: usize| (span.rows == 1 && page + AHEAD < to).then(|| number(page + AHEAD));
-        for page in from..to {
-            if let Some(next) = ahead(page) {
-                prefetch(cache.keys(next, unit.kv_head));
-            }
-            // SAFETY: a page's keys are `dim * PAGE`, and its scores have room in `weights`.
-            unsafe {
-                let keys = cache.keys(number(page), unit.kv_head).as_ptr();
-                scores::<S, Q>(
-                    &q,
-                    keys,
-                    dim,
-                    shape.scale,
-                    (page % PAGES) * PAGE,
-                    &mut weights,
-                );
-            }
+        let keys_of = |page: usize| cache.keys(number(page), unit.kv_head);
+        let mut keys: [&[u8]; PAGES] = [&[]; PAGES];
+        let mut values: [&[u8]; PAGES] = [&[]; PAGES];
+        for (i, page) in (from..to).enumerate() {
+            keys[i] = keys_of(page);
+            values[i] = cache.values(number(page), unit.kv_head);
         }
-        let mut of = [Running::default(); Q];
-        for i in 0..Q {
-            let seen = &mut weights[i][(from % PAGES) * PAGE..][..(to - from) * PAGE];
-            // SAFETY: slices.
-            of[i] = unsafe { soften::<S>(shape, seen, from * PAGE, shape.visible(position[i])) };
+        let (keys, values) = (&keys[..to - from], &values[..to - from]);
+        let (position, of) = (&position[..count], &mut of[..count]);
+        // SAFETY: pages have room for `dim` keys and `padded` values of each position; the blocks lie inside `work`.
+        unsafe {
+            score_pages::<S, K>(work.q, count, keys, dim, work.weights.add(at));
+            values.iter().take(AHEAD).for_each(|next| prefetch(next));
+            let weights = work.weights.add(at);
+            soften::<S, K>(shape, weights, from * PAGE, values, position, of);
+            (to..(last_page + 1).min(to + AHEAD)).for_each(|next| prefetch(keys_of(next)));
+            add_pages::<S, K>(weights, count, values, padded, work.acc);
         }
-        acc.fill(0.0);
-        for page in from..to {
-            if let Some(next) = ahead(page) {
-                prefetch(cache.values(next, unit.kv_head));
-            }
-            // SAFETY: a page's values are `PAGE * padded`; `acc` is `Q * padded` long.
+        for i in 0..count {
+            // SAFETY: `add_pages` wrote `padded` floats of each query; `fill` made room for all chunks of all queries,
+            // and this chunk is this unit's.
             unsafe {
-                let values = cache.values(number(page), unit.kv_head).as_ptr();
-                add_values::<S, Q>(
-                    &weights,
-                    (page % PAGES) * PAGE,
-                    values,
-                    padded,
-                    acc.as_mut_ptr(),
-                );
-            }
-        }
-        for i in 0..Q {
-            let acc = &acc[i * padded..][..padded];
-            if unit.whole() {
-                let total = &mut total[i * padded..][..padded];
-                // SAFETY: both are `padded` long.
-                unsafe { add_chunk::<S>(&mut running[i], total, of[i], acc.as_ptr()) };
-                continue;
-            }
-            let at = i * (unit.seen.1 - unit.seen.0) + chunk - unit.seen.0;
-            // SAFETY: `fill` made room for all chunks of all queries, and this chunk is this unit's.
-            unsafe {
+                let acc = work.acc.add(i * padded);
+                if unit.whole() {
+                    let total = work.total.add(i * padded);
+                    add_chunk::<S>(&mut running[i], total, padded, of[i], acc);
+                    continue;
+                }
+                let at = i * (unit.seen.1 - unit.seen.0) + chunk - unit.seen.0;
                 let to = sums.add(unit.sums + at * task.width());
-                std::ptr::copy_nonoverlapping(acc.as_ptr(), to, padded);
+                to.copy_from_nonoverlapping(acc, padded);
                 *to.add(padded) = of[i].sum;
                 *to.add(padded + 1) = of[i].max;
             }
         }
     }
     if unit.whole() {
-        for i in 0..Q {
+        for i in 0..count {
             // SAFETY: a query's outputs are its own.
-            unsafe {
-                finish::<S>(
-                    task,
-                    &unit,
-                    i,
-                    &running[i],
-                    &total[i * padded..][..padded],
-                    out,
-                )
-            };
+            unsafe { finish::<S>(task, &unit, i, &running[i], work.total.add(i * padded), out) };
         }
     }
 }
 
-/// Scaled dot products of `Q` queries with the sixteen keys of a page, to `out[..][at..]`.
+/// Turn the scores of whole pages from position `first` on into weights relative to their maximum, which is returned with
+/// their sum; invisible ones become 0. What the values are to be multiplied by is folded in. `scores` are `[query][CHUNK]`.
 #[inline(always)]
-unsafe fn scores<S: Simd, const Q: usize>(
-    q: &[*const f32; Q],
-    keys: *const u16,
-    dim: usize,
-    scale: f32,
-    at: usize,
-    out: &mut [[f32; CHUNK]; Q],
+unsafe fn soften<S: Simd, K: Stored>(
+    shape: &AttentionShape,
+    scores: *mut f32,
+    first: usize,
+    values: &[&[u8]],
+    position: &[usize],
+    of: &mut [Running],
 ) {
-    unsafe {
-        // Two chains, even and odd dimensions: one alone would wait for its own latency.
-        let mut even = [S::splat(0.0); Q];
-        let mut odd = [S::splat(0.0); Q];
-        let mut d = 0;
-        while d + 1 < dim {
-            let (k0, k1) = (
-                S::load_f16(keys.add(d * PAGE)),
-                S::load_f16(keys.add((d + 1) * PAGE)),
-            );
-            for i in 0..Q {
-                even[i] = S::fma(k0, S::splat(*q[i].add(d)), even[i]);
-                odd[i] = S::fma(k1, S::splat(*q[i].add(d + 1)), odd[i]);
+    let length = values.len() * PAGE;
+    let last = first + length;
+    // SAFETY: a row of scores for each query, says the caller.
+    let row = |i: usize| unsafe { std::slice::from_raw_parts_mut(scores.add(i * CHUNK), length) };
+    // In two rounds, so that a query's work does not wait for the latency of its own maximum.
+    for (i, of) in of.iter_mut().enumerate() {
+        let (row, visible) = (row(i), shape.visible(position[i]));
+        if let Some(cap) = shape.softcap {
+            for s in row.iter_mut() {
+                // tanh(t) = 1 - 2 / (exp(2 t) + 1)
+                *s = LOG2_E * cap * (1.0 - 2.0 / (exp(2.0 * *s / cap) + 1.0));
             }
-            d += 2;
         }
-        if d < dim {
-            let k = S::load_f16(keys.add(d * PAGE));
-            for i in 0..Q {
-                even[i] = S::fma(k, S::splat(*q[i].add(d)), even[i]);
+        row[..visible.start.clamp(first, last) - first].fill(f32::NEG_INFINITY);
+        row[visible.end.clamp(first, last) - first..].fill(f32::NEG_INFINITY);
+        // SAFETY: whole pages, a vector each; so below.
+        unsafe {
+            let mut lanes = S::splat(f32::NEG_INFINITY);
+            for page in row.chunks_exact(LANES) {
+                lanes = S::max(lanes, S::load_f32(page.as_ptr()));
             }
+            of.max = S::largest(lanes);
+        }
+    }
+    for (i, of) in of.iter_mut().enumerate() {
+        let row = row(i);
+        // SAFETY: as above.
+        unsafe {
+            let mut sums = S::splat(0.0);
+            for (page, values) in row.chunks_exact_mut(LANES).zip(values) {
+                let s = S::load_f32(page.as_ptr());
+                let weight = S::exp2(S::add(s, S::splat(-of.max)));
+                let weight = S::keep_unequal(weight, s, S::splat(f32::NEG_INFINITY));
+                sums = S::add(sums, weight);
+                S::store(page.as_mut_ptr(), scaled::<S, K>(weight, values));
+            }
+            of.sum = S::sum(sums);
+        }
+    }
+}
+
+/// Times the scales of a page's positions, if its type has any.
+#[inline(always)]
+unsafe fn scaled<S: Simd, K: Stored>(x: S::F, page: &[u8]) -> S::F {
+    if K::SCALES == 0 {
+        return x;
+    }
+    // SAFETY: a page begins with a scale for each position.
+    unsafe { S::mul(x, S::load_f32(page.as_ptr().cast())) }
+}
+
+/// `sized!(S, K, count, f(..))` is `f::<S, K, count, n>(..)` with the largest `n` of 4, 2, 1 whose `count * n` sums fit
+/// the registers: what is read of a query or weight then serves `n` vectors of keys or values.
+macro_rules! sized {
+    ($S:ident, $K:ident, $count:expr, $f:ident($($arg:expr),*)) => {
+        sized!(@ $S, $K, $count, $f($($arg),*), 1 2 3 4 5 6 7 8 9 10 11; 12)
+    };
+    (@ $S:ident, $K:ident, $count:expr, $f:ident $args:tt, $($n:literal)*; $last:literal) => {
+        match $count {
+            $($n => sized!(# $S, $K, $n, $f $args),)*
+            _ => sized!(# $S, $K, $last, $f $args),
+        }
+    };
+    (# $S:ident, $K:ident, $n:literal, $f:ident($($arg:expr),*)) => {
+        if $n * 4 <= $S::SUMS {
+            $f::<$S, $K, $n, 4>($($arg),*)
+        } else if $n * 2 <= $S::SUMS {
+            $f::<$S, $K, $n, 2>($($arg),*)
+        } else if $n <= $S::QUERIES {
+            $f::<$S, $K, $n, 1>($($arg),*)
+        }
+    };
+}
+
+/// Scores of `count` queries with the keys of all pages.
+#[inline(always)]
+unsafe fn score_pages<S: Simd, K: Stored>(
+    q: *const f32,
+    count: usize,
+    keys: &[&[u8]],
+    dim: usize,
+    out: *mut f32,
+) {
+    for first in (0..count).step_by(S::QUERIES) {
+        // SAFETY: rows of `count` queries.
+        unsafe {
+            let (q, out) = (q.add(first * SEGMENT), out.add(first * CHUNK));
+            sized!(
+                S,
+                K,
+                S::QUERIES.min(count - first),
+                score_block(q, keys, dim, out)
+            );
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn score_block<S: Simd, K: Stored, const Q: usize, const N: usize>(
+    q: *const f32,
+    keys: &[&[u8]],
+    dim: usize,
+    out: *mut f32,
+) {
+    let (whole, rest) = keys.as_chunks::<N>();
+    // SAFETY: every page has `dim` keys and its place in `out`.
+    unsafe {
+        for (i, pages) in whole.iter().enumerate() {
+            let next = &keys[(i + 1) * N..];
+            next.iter().take(N).for_each(|next| prefetch(next));
+            scores::<S, K, Q, N>(q, pages, dim, out.add(i * N * PAGE));
+        }
+        for (i, page) in rest.iter().enumerate() {
+            scores::<S, K, Q, 1>(q, &[page], dim, out.add((whole.len() * N + i) * PAGE));
+        }
+    }
+}
+
+/// Dot products of `Q` queries with the keys of `N` pages, to `out[query][page][..]`. One sum each, in order of
+/// dimensions: how many are made at once changes no bit.
+#[inline(always)]
+unsafe fn scores<S: Simd, K: Stored, const Q: usize, const N: usize>(
+    mut q: *const f32,
+    pages: &[&[u8]; N],
+    dim: usize,
+    out: *mut f32,
+) {
+    // SAFETY: `Q` queries in whole segments, `dim` keys in each page, and `Q` rows of `out`.
+    unsafe {
+        let mut sums = [[S::splat(0.0); N]; Q];
+        let mut keys = pages.map(|page| page.as_ptr().add(K::SCALES));
+        let mut left = dim;
+        while left > 0 {
+            let n = left.min(SEGMENT);
+            for d in 0..n {
+                let mut k = [S::splat(0.0); N];
+                for p in 0..N {
+                    k[p] = K::load::<S>(keys[p].add(d * PAGE * K::BYTES));
+                }
+                for i in 0..Q {
+                    let x = S::splat(*q.add(i * SEGMENT + d));
+                    for p in 0..N {
+                        sums[i][p] = S::fma(k[p], x, sums[i][p]);
+                    }
+                }
+            }
+            for p in 0..N {
+                keys[p] = keys[p].add(n * PAGE * K::BYTES);
+            }
+            q = q.add(GROUP * SEGMENT);
+            left -= n;
         }
         for i in 0..Q {
-            let sum = S::mul(S::add(even[i], odd[i]), S::splat(scale));
-            S::store(out[i].as_mut_ptr().add(at), sum);
+            for p in 0..N {
+                let sum = scaled::<S, K>(sums[i][p], pages[p]);
+                S::store(out.add(i * CHUNK + p * PAGE), sum);
+            }
         }
     }
 }
 
-/// Turn the scores of whole pages from position `first` on into weights relative to their maximum; invisible ones become 0.
+/// `acc = weights * values` of `count` queries over all pages.
 #[inline(always)]
-unsafe fn soften<S: Simd>(
-    shape: &AttentionShape,
-    scores: &mut [f32],
-    first: usize,
-    visible: std::ops::Range<usize>,
-) -> Running {
-    if let Some(cap) = shape.softcap {
-        for s in scores.iter_mut() {
-            // tanh(t) = 1 - 2 / (exp(2 t) + 1)
-            *s = cap * (1.0 - 2.0 / (exp(2.0 * *s / cap) + 1.0));
-        }
-    }
-    let seen = |position: usize| position.clamp(first, first + scores.len()) - first;
-    let (from, to) = (seen(visible.start), seen(visible.end));
-    scores[..from].fill(f32::NEG_INFINITY);
-    scores[to..].fill(f32::NEG_INFINITY);
-    // SAFETY: whole pages, a vector each.
-    unsafe {
-        let mut lanes = S::splat(f32::NEG_INFINITY);
-        for page in scores.chunks_exact(LANES) {
-            lanes = S::max(lanes, S::load_f32(page.as_ptr()));
-        }
-        let max = S::largest(lanes);
-        let mut sums = S::splat(0.0);
-        for page in scores.chunks_exact_mut(LANES) {
-            let s = S::load_f32(page.as_ptr());
-            let weight = S::exp(S::add(s, S::splat(-max)));
-            let weight = S::keep_unequal(weight, s, S::splat(f32::NEG_INFINITY));
-            sums = S::add(sums, weight);
-            S::store(page.as_mut_ptr(), weight);
-        }
-        Running {
-            sum: S::sum(sums),
-            max,
-        }
-    }
-}
-
-/// `acc += weights[..][at..] * values`, sixteen dimensions at a time.
-#[inline(always)]
-unsafe fn add_values<S: Simd, const Q: usize>(
-    weights: &[[f32; CHUNK]; Q],
-    at: usize,
-    values: *const u16,
+unsafe fn add_pages<S: Simd, K: Stored>(
+    weights: *const f32,
+    count: usize,
+    values: &[&[u8]],
     padded: usize,
     acc: *mut f32,
 ) {
+    for first in (0..count).step_by(S::QUERIES) {
+        // SAFETY: rows of `count` queries.
+        unsafe {
+            let (weights, acc) = (weights.add(first * CHUNK), acc.add(first * padded));
+            sized!(
+                S,
+                K,
+                S::QUERIES.min(count - first),
+                add_block(weights, values, padded, acc)
+            );
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_block<S: Simd, K: Stored, const Q: usize, const N: usize>(
+    weights: *const f32,
+    values: &[&[u8]],
+    padded: usize,
+    acc: *mut f32,
+) {
+    let mut c = 0;
+    // SAFETY: `acc` has `padded` floats for each query, every page as many values for each position.
     unsafe {
-        for c in (0..padded).step_by(LANES) {
-            let mut sums = [S::splat(0.0); Q];
-            for i in 0..Q {
-                sums[i] = S::load_f32(acc.add(i * padded + c));
+        while c + N * LANES <= padded {
+            add_values::<S, K, Q, N>(weights, values, padded, c, acc);
+            c += N * LANES;
+        }
+        while c < padded {
+            add_values::<S, K, Q, 1>(weights, values, padded, c, acc);
+            c += LANES;
+        }
+    }
+}
+
+/// `acc[..][c..] = weights * values` for `N` vectors of dimensions from `c` on: the sums stay in registers.
+#[inline(always)]
+unsafe fn add_values<S: Simd, K: Stored, const Q: usize, const N: usize>(
+    mut weights: *const f32,
+    values: &[&[u8]],
+    padded: usize,
+    c: usize,
+    acc: *mut f32,
+) {
+    let (from, size) = (K::SCALES + c * PAGE * K::BYTES, N * LANES * PAGE * K::BYTES);
+    // SAFETY: `Q` rows of weights and of sums, the latter `padded` long, as each page's values are.
+    unsafe {
+        let mut sums = [[S::splat(0.0); N]; Q];
+        for (page, of) in values.iter().enumerate() {
+            if let Some(next) = values.get(page + AHEAD) {
+                prefetch(&next[from..from + size]);
             }
+            let of = of.as_ptr().add(from);
             for j in 0..PAGE {
-                let v = S::load_f16(values.add(j * padded + c));
+                let mut v = [S::splat(0.0); N];
+                for n in 0..N {
+                    v[n] = K::load::<S>(of.add((n * PAGE + j) * LANES * K::BYTES));
+                }
                 for i in 0..Q {
-                    sums[i] = S::fma(v, S::splat(*weights[i].as_ptr().add(at + j)), sums[i]);
+                    let weight = S::splat(*weights.add(i * CHUNK + j));
+                    for n in 0..N {
+                        sums[i][n] = S::fma(v[n], weight, sums[i][n]);
+                    }
                 }
             }
-            for i in 0..Q {
-                S::store(acc.add(i * padded + c), sums[i]);
+            weights = weights.add(PAGE);
+        }
+        for i in 0..Q {
+            for n in 0..N {
+                S::store(acc.add(i * padded + c + n * LANES), sums[i][n]);
             }
         }
     }
@@ -567,14 +734,11 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
             let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
             for head in 0..shape.heads {
                 let q = &input.q[row * input.width + head * dim..][..dim];
-                let key =
-                    |p: usize, d: usize| cache.keys(page(p), head / group)[d * PAGE + p % PAGE];
-                let value = |p: usize, d: usize| {
-                    cache.values(page(p), head / group)[p % PAGE * cache.padded + d]
-                };
+                let key = |p: usize, d: usize| cache.key(page(p), head / group, p % PAGE, d);
+                let value = |p: usize, d: usize| cache.value(page(p), head / group, p % PAGE, d);
                 let score = |p: usize| {
                     let dot: f64 = (0..dim)
-                        .map(|d| f64::from(q[d]) * f64::from(f16_to_f32(key(p, d))))
+                        .map(|d| f64::from(q[d]) * f64::from(key(p, d)))
                         .sum();
                     let s = dot * f64::from(shape.scale);
                     shape
@@ -587,7 +751,7 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
                 for (p, s) in (first..=position).zip(&scores) {
                     for d in 0..dim {
                         out[(row * shape.heads + head) * dim + d] +=
-                            (s - max).exp() / sum * f64::from(f16_to_f32(value(p, d)));
+                            (s - max).exp() / sum * f64::from(value(p, d));
                     }
                 }
             }
@@ -617,6 +781,7 @@ mod tests {
 
     /// Two sequences, one with a past, whose pages lie scattered; keys and values of all positions stored.
     fn case(
+        kind: KvType,
         heads: usize,
         kv_heads: usize,
         dim: usize,
@@ -627,11 +792,11 @@ mod tests {
             heads,
             kv_heads,
             head_dim: dim,
-            scale: 0.3,
+            scale: 1.0 / (dim as f32).sqrt(),
             softcap,
             window,
         };
-        let mut cache = KvLayer::new(16, kv_heads, dim);
+        let mut cache = KvLayer::new(kind, 16, kv_heads, dim);
         let width = (heads + 2 * kv_heads) * dim;
         let pages: Vec<u32> = vec![3, 9, 1, 7, 15, 0, 2, 4, 6];
         let pool = Pool::new(2);
@@ -711,6 +876,8 @@ mod tests {
         out
     }
 
+    const KINDS: [KvType; 2] = [KvType::F16, KvType::Int8];
+
     #[test]
     fn attention_is_the_definition_on_every_path() {
         for (heads, kv, dim, window, softcap) in [
@@ -718,67 +885,85 @@ mod tests {
             (4, 2, 24, Some(32), None),
             (4, 1, 256, Some(7), None),
             (2, 2, 31, None, Some(5.0)),
+            (10, 1, 272, None, None),
         ] {
-            let c = case(heads, kv, dim, window, softcap);
-            let input = AttentionInput {
-                spans: &c.spans,
-                pages: &c.pages,
-                q: &c.qkv,
-                width: c.width,
-            };
-            let want = attend_naive(&c.shape, &c.cache, &input);
-            let scalar = run(&c, Isa::SCALAR, 2);
-            for (got, want) in scalar.iter().zip(&want) {
-                assert!(
-                    (f64::from(*got) - want).abs() < 2e-5,
-                    "{heads}/{kv} x {dim}: {got} for {want}"
-                );
-            }
-            for isa in Isa::available() {
-                assert_eq!(run(&c, isa, 2), scalar, "{}", isa.name());
+            for kind in KINDS {
+                let c = case(kind, heads, kv, dim, window, softcap);
+                let input = AttentionInput {
+                    spans: &c.spans,
+                    pages: &c.pages,
+                    q: &c.qkv,
+                    width: c.width,
+                };
+                let want = attend_naive(&c.shape, &c.cache, &input);
+                let scalar = run(&c, Isa::SCALAR, 2);
+                for (got, want) in scalar.iter().zip(&want) {
+                    assert!(
+                        (f64::from(*got) - want).abs() < 2e-5,
+                        "{kind:?} {heads}/{kv} x {dim}: {got} for {want}"
+                    );
+                }
+                for isa in Isa::available() {
+                    assert_eq!(run(&c, isa, 2), scalar, "{kind:?} {}", isa.name());
+                }
             }
         }
     }
 
     #[test]
+    fn int8_pages_give_nearly_what_f16_pages_give() {
+        let of = |kind| {
+            let c = case(kind, 9, 3, 64, None, None);
+            run(&c, Isa::detect(), 2)
+        };
+        let (f16, int8) = (of(KvType::F16), of(KvType::Int8));
+        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+        let apart = norm(&mut f16.iter().zip(&int8).map(|(a, b)| a - b));
+        let part = apart / norm(&mut f16.iter().copied());
+        assert!(part > 0.0 && part < 0.02, "{part} apart");
+    }
+
+    #[test]
     fn a_query_does_not_depend_on_its_company_or_on_threads() {
-        let c = case(9, 3, 64, Some(20), None);
-        let together = run(&c, Isa::detect(), 2);
-        assert_eq!(run(&c, Isa::detect(), 5), together);
-        let width = c.shape.heads * c.shape.head_dim;
-        for row in 0..21 {
-            let span = Span {
-                first_row: 0,
-                rows: 1,
-                start: 40 + row,
-                ..c.spans[0]
-            };
-            let q = &c.qkv[row * c.width..][..c.width];
-            let input = AttentionInput {
-                spans: &[span],
-                pages: &c.pages,
-                q,
-                width: c.width,
-            };
-            let mut alone = vec![0.0; width];
-            let plan = &mut AttentionPlan::default();
-            attend(
-                Isa::detect(),
-                &Pool::new(1),
-                plan,
-                &c.shape,
-                &c.cache,
-                &input,
-                &mut alone,
-            );
-            assert_eq!(alone, together[row * width..][..width], "row {row}");
+        for kind in KINDS {
+            let c = case(kind, 9, 3, 64, Some(20), None);
+            let together = run(&c, Isa::detect(), 2);
+            assert_eq!(run(&c, Isa::detect(), 5), together);
+            let width = c.shape.heads * c.shape.head_dim;
+            for row in 0..21 {
+                let span = Span {
+                    first_row: 0,
+                    rows: 1,
+                    start: 40 + row,
+                    ..c.spans[0]
+                };
+                let q = &c.qkv[row * c.width..][..c.width];
+                let input = AttentionInput {
+                    spans: &[span],
+                    pages: &c.pages,
+                    q,
+                    width: c.width,
+                };
+                let mut alone = vec![0.0; width];
+                let plan = &mut AttentionPlan::default();
+                attend(
+                    Isa::detect(),
+                    &Pool::new(1),
+                    plan,
+                    &c.shape,
+                    &c.cache,
+                    &input,
+                    &mut alone,
+                );
+                assert_eq!(alone, together[row * width..][..width], "row {row}");
+            }
         }
     }
 
     /// One sequence of 700 positions: three chunks.
-    fn long_case(window: Option<usize>) -> Case {
+    fn long_case(kind: KvType, window: Option<usize>) -> Case {
         let (heads, kv_heads, dim) = (6, 2, 32);
-        let mut cache = KvLayer::new(44, kv_heads, dim);
+        let mut cache = KvLayer::new(kind, 44, kv_heads, dim);
         let width = (heads + 2 * kv_heads) * dim;
         let pages: Vec<u32> = (0..44).map(|i| i * 13 % 44).collect();
         let span = Span {
@@ -819,8 +1004,9 @@ mod tests {
 
     #[test]
     fn chunks_give_the_definition_and_the_same_bits_shared_or_not() {
-        for window in [None, Some(300), Some(9)] {
-            let c = long_case(window);
+        let windows = [None, Some(300), Some(9)];
+        for (kind, window) in KINDS.iter().flat_map(|kind| windows.map(|w| (*kind, w))) {
+            let c = long_case(kind, window);
             let last = 690..700;
             let width = c.shape.heads * c.shape.head_dim;
             let rows = |spans: &[Span], isa, threads| {

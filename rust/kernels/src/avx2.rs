@@ -5,6 +5,7 @@
 use std::arch::x86_64::*;
 
 use crate::elementwise::{EXP_HIGH, EXP_LOW, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW, LOG2_E};
+use crate::elementwise::{EXP2_LOW, EXP2_POLYNOMIAL};
 use crate::simd::Simd;
 
 /// AVX2 + FMA + F16C; integer dots by `vpmaddubsw` or, where 8-bit codes would overflow it, by widening.
@@ -118,6 +119,22 @@ unsafe fn exp_half(a: __m256) -> __m256 {
     }
 }
 
+/// See `elementwise::exp2`.
+#[inline(always)]
+unsafe fn exp2_half(a: __m256) -> __m256 {
+    unsafe {
+        let x = _mm256_max_ps(_mm256_set1_ps(EXP2_LOW), a);
+        let n = _mm256_cvtps_epi32(x);
+        let r = _mm256_sub_ps(x, _mm256_cvtepi32_ps(n));
+        let mut p = _mm256_set1_ps(EXP2_POLYNOMIAL[0]);
+        for c in &EXP2_POLYNOMIAL[1..] {
+            p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
+        }
+        let p = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32::<23>(n));
+        _mm256_castsi256_ps(p)
+    }
+}
+
 /// Eight floats to integers, to nearest even, NaN to 0.
 #[inline(always)]
 unsafe fn round_half(a: __m256) -> __m256i {
@@ -135,6 +152,8 @@ macro_rules! implement {
             const ROWS: usize = 4;
             const MANY_ROWS: usize = 4;
             const MANY_TILES: usize = 1;
+            const QUERIES: usize = 6;
+            const SUMS: usize = 4;
 
             #[inline(always)]
             unsafe fn load(p: *const u8) -> Self::I {
@@ -370,6 +389,10 @@ macro_rules! implement {
                     _mm_storeu_si128(p.cast(), f16_half(a[0]));
                     _mm_storeu_si128(p.add(8).cast(), f16_half(a[1]));
                 }
+            }
+            #[inline(always)]
+            unsafe fn exp2(a: Self::F) -> Self::F {
+                unsafe { both!(exp2_half, a) }
             }
         }
     };

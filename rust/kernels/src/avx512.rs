@@ -5,6 +5,7 @@
 use std::arch::x86_64::*;
 
 use crate::elementwise::{EXP_HIGH, EXP_LOW, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW, LOG2_E};
+use crate::elementwise::{EXP2_LOW, EXP2_POLYNOMIAL};
 use crate::simd::Simd;
 
 /// AVX-512 F/BW/VL/DQ with VNNI.
@@ -30,6 +31,8 @@ impl Simd for Avx512 {
     const ROWS: usize = 8;
     const MANY_ROWS: usize = 6;
     const MANY_TILES: usize = 2;
+    const QUERIES: usize = 12;
+    const SUMS: usize = 24;
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> __m512i {
@@ -225,6 +228,20 @@ impl Simd for Avx512 {
             let a = _mm512_max_ps(_mm512_set1_ps(-65504.0), a);
             let a = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a);
             _mm256_storeu_si256(p.cast(), a);
+        }
+    }
+    #[inline(always)]
+    unsafe fn exp2(a: __m512) -> __m512 {
+        unsafe {
+            let x = _mm512_max_ps(_mm512_set1_ps(EXP2_LOW), a);
+            let n = _mm512_cvtps_epi32(x);
+            let r = _mm512_sub_ps(x, _mm512_cvtepi32_ps(n));
+            let mut p = _mm512_set1_ps(EXP2_POLYNOMIAL[0]);
+            for c in &EXP2_POLYNOMIAL[1..] {
+                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+            }
+            let p = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32::<23>(n));
+            _mm512_castsi512_ps(p)
         }
     }
 }

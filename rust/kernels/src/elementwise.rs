@@ -195,6 +195,30 @@ pub(crate) fn exp(x: f32) -> f32 {
     p * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
+pub(crate) const EXP2_LOW: f32 = -126.0;
+/// Of the fifth to the first power, and 1.
+pub(crate) const EXP2_POLYNOMIAL: [f32; 6] = [
+    1.330_060_5e-3,
+    9.669_691e-3,
+    5.550_558_5e-2,
+    0.240_222_83,
+    std::f32::consts::LN_2,
+    1.0,
+];
+
+/// 2 to the x for x up to 0: 2^n times a polynomial on [-1/2, 1/2], relative error below 2e-7; at least 2^-126. The
+/// definition of `Simd::exp2`.
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let x = if x < EXP2_LOW { EXP2_LOW } else { x };
+    let n = x.round_ties_even();
+    let r = x - n;
+    let [first, rest @ ..] = EXP2_POLYNOMIAL;
+    let p = rest.iter().fold(first, |p, c| p.mul_add(r, *c));
+    // NaN adds 0 here.
+    f32::from_bits(p.to_bits().wrapping_add((n as i32 as u32) << 23))
+}
+
 /// How rotary embeddings pair the numbers of a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pairing {
@@ -315,6 +339,21 @@ mod tests {
                 && exp(f32::INFINITY).is_finite()
                 && exp(f32::NAN).is_nan()
         );
+    }
+
+    #[test]
+    fn exp2_is_exp2() {
+        for i in -12600..=0 {
+            let x = i as f32 / 100.0;
+            let (got, want) = (f64::from(exp2(x)), f64::from(x).exp2());
+            assert!(
+                (got / want - 1.0).abs() < 2e-7,
+                "exp2({x}) = {got}, want {want}"
+            );
+        }
+        assert_eq!(exp2(0.0), 1.0);
+        assert_eq!(exp2(f32::NEG_INFINITY), f32::MIN_POSITIVE);
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! The cache of keys and values: f16, in pages, keys transposed inside their page. Knows nothing of attention.
+//! The cache of keys and values: f16 or int8, in pages, keys transposed inside their page. Knows nothing of attention.
 
 use crate::pool::{Pool, SendPtr};
-use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::quant::f16_to_f32;
+use crate::simd::{Isa, LANES, Simd, dispatch, load_part};
 
 /// Positions in a page: one vector of keys per head dimension.
 pub const PAGE: usize = LANES;
@@ -24,34 +25,122 @@ pub struct Span {
     pub long: bool,
 }
 
-/// The cache of one layer: keys `[page][kv_head][dim][PAGE]`, values `[page][kv_head][PAGE][dim]`, f16 bits.
+/// What the numbers of the cache are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvType {
+    #[default]
+    F16,
+    /// Whole numbers up to 127, times a scale for each position and head: the largest of its numbers / 127.
+    Int8,
+}
+
+impl KvType {
+    /// All of them, as users name them.
+    pub const NAMES: [(&str, KvType); 2] = [("f16", KvType::F16), ("int8", KvType::Int8)];
+
+    /// Bytes of one head of a page: its scales, then `dim` numbers of each position; whole cache lines.
+    const fn size(self, dim: usize) -> usize {
+        let size = match self {
+            KvType::F16 => F16::SCALES + PAGE * dim * F16::BYTES,
+            KvType::Int8 => I8::SCALES + PAGE * dim * I8::BYTES,
+        };
+        size.next_multiple_of(LINE)
+    }
+}
+
+/// Bytes of a cache line, which no vector of the cache goes beyond.
+const LINE: usize = 64;
+
+/// A [`KvType`] at compile time: how its numbers are read.
+pub(crate) trait Stored: Copy {
+    /// Bytes of a number, and of the scales before a page's numbers.
+    const BYTES: usize;
+    const SCALES: usize;
+
+    /// Sixteen numbers, without their scales.
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F;
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct F16;
+impl Stored for F16 {
+    const BYTES: usize = 2;
+    const SCALES: usize = 0;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        // SAFETY: sixteen numbers lie there, says the caller.
+        unsafe { S::load_f16(p.cast()) }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct I8;
+impl Stored for I8 {
+    const BYTES: usize = 1;
+    const SCALES: usize = 4 * PAGE;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+        // SAFETY: sixteen numbers lie there, says the caller.
+        unsafe { S::load_i8(p) }
+    }
+}
+
+/// Zeroed bytes from a cache line's beginning on.
+struct Lines {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Lines {
+    fn new(size: usize) -> Self {
+        let bytes = vec![0; size + LINE];
+        let start = bytes.as_ptr().align_offset(LINE);
+        Self { bytes, start }
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.bytes[self.start..].as_mut_ptr()
+    }
+
+    /// The `i`-th piece of `size` bytes.
+    fn piece(&self, i: usize, size: usize) -> &[u8] {
+        &self.bytes[self.start + i * size..][..size]
+    }
+}
+
+/// The cache of one layer: keys `[page][kv_head][dim][PAGE]`, values `[page][kv_head][dim / 16][PAGE][16]`, before each
+/// page's and head's the scales `[PAGE]` if the type has any, as f32.
 pub struct KvLayer {
     pages: usize,
+    pub(crate) kind: KvType,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     /// `head_dim` up to whole vectors.
     pub(crate) padded: usize,
-    keys: Vec<u16>,
-    values: Vec<u16>,
+    keys: Lines,
+    values: Lines,
 }
 
 impl KvLayer {
     /// Room for `pages` pages. Memory is taken from the system only as pages are first written.
-    pub fn new(pages: usize, kv_heads: usize, head_dim: usize) -> Self {
+    pub fn new(kind: KvType, pages: usize, kv_heads: usize, head_dim: usize) -> Self {
         let padded = head_dim.next_multiple_of(LANES);
         Self {
             pages,
+            kind,
             kv_heads,
             head_dim,
             padded,
-            keys: vec![0; pages * kv_heads * head_dim * PAGE],
-            values: vec![0; pages * kv_heads * padded * PAGE],
+            keys: Lines::new(pages * kv_heads * kind.size(head_dim)),
+            values: Lines::new(pages * kv_heads * kind.size(padded)),
         }
     }
 
     /// Bytes that one page takes in one layer.
-    pub fn page_bytes(kv_heads: usize, head_dim: usize) -> usize {
-        2 * PAGE * kv_heads * (head_dim + head_dim.next_multiple_of(LANES))
+    pub fn page_bytes(kind: KvType, kv_heads: usize, head_dim: usize) -> usize {
+        kv_heads * (kind.size(head_dim) + kind.size(head_dim.next_multiple_of(LANES)))
     }
 
     /// Write the keys and values of all rows of a step. Rows are `[.. | k | v]` with keys starting at `offset`.
@@ -81,8 +170,9 @@ impl KvLayer {
             values: SendPtr(self.values.as_mut_ptr()),
             kv_heads,
             dim: self.head_dim,
-            padded: self.padded,
+            sizes: (self.kind.size(self.head_dim), self.kind.size(self.padded)),
         };
+        let kind = self.kind;
         let store = |unit: usize| {
             let (head, block) = (unit % kv_heads, unit / kv_heads * ROWS);
             for span in spans {
@@ -95,7 +185,11 @@ impl KvLayer {
                     // SAFETY: the page is inside the cache (checked above), and each unit has rows and heads of
                     // its own, whose slots nobody else writes.
                     unsafe {
-                        store_row(isa, &to, page * kv_heads + head, position % PAGE, head, row)
+                        let (at, slot) = (page * kv_heads + head, position % PAGE);
+                        match kind {
+                            KvType::F16 => store_f16(isa, &to, at, slot, head, row),
+                            KvType::Int8 => store_int8(isa, &to, at, slot, head, row),
+                        }
                     }
                 }
             }
@@ -127,53 +221,162 @@ impl KvLayer {
         }
     }
 
-    /// The keys of a page and head, `[dim][PAGE]`.
-    pub(crate) fn keys(&self, page: usize, head: usize) -> &[u16] {
-        let size = self.head_dim * PAGE;
-        &self.keys[(page * self.kv_heads + head) * size..][..size]
+    /// The keys of a page and head: scales, then `[dim][PAGE]`.
+    pub(crate) fn keys(&self, page: usize, head: usize) -> &[u8] {
+        let size = self.kind.size(self.head_dim);
+        self.keys.piece(page * self.kv_heads + head, size)
     }
 
-    /// The values of a page and head, `[PAGE][padded]`.
-    pub(crate) fn values(&self, page: usize, head: usize) -> &[u16] {
-        let size = self.padded * PAGE;
-        &self.values[(page * self.kv_heads + head) * size..][..size]
+    /// The values of a page and head: scales, then `[padded / 16][PAGE][16]`.
+    pub(crate) fn values(&self, page: usize, head: usize) -> &[u8] {
+        let size = self.kind.size(self.padded);
+        self.values.piece(page * self.kv_heads + head, size)
+    }
+
+    /// One number of a position's key: the definition of the layout, for tests.
+    pub(crate) fn key(&self, page: usize, head: usize, slot: usize, d: usize) -> f32 {
+        self.number(self.keys(page, head), slot, d * PAGE + slot)
+    }
+
+    /// One number of a position's value.
+    pub(crate) fn value(&self, page: usize, head: usize, slot: usize, d: usize) -> f32 {
+        let at = (d / LANES * PAGE + slot) * LANES + d % LANES;
+        self.number(self.values(page, head), slot, at)
+    }
+
+    fn number(&self, piece: &[u8], slot: usize, at: usize) -> f32 {
+        match self.kind {
+            KvType::F16 => f16_to_f32(u16::from_le_bytes([piece[2 * at], piece[2 * at + 1]])),
+            KvType::Int8 => {
+                let scale = &piece[4 * slot..][..4];
+                let scale = f32::from_ne_bytes([scale[0], scale[1], scale[2], scale[3]]);
+                scale * f32::from(piece[I8::SCALES + at] as i8)
+            }
+        }
     }
 }
 
 /// Where rows are stored.
 struct Places {
-    keys: SendPtr<u16>,
-    values: SendPtr<u16>,
+    keys: SendPtr<u8>,
+    values: SendPtr<u8>,
     kv_heads: usize,
     dim: usize,
-    padded: usize,
+    /// Bytes of one head's keys of a page, and of its values.
+    sizes: (usize, usize),
 }
 
+impl Places {
+    /// The key and the value of a head in a row `[k | v]`.
+    fn split<'a>(&self, head: usize, row: &'a [f32]) -> (&'a [f32], &'a [f32]) {
+        let (k, v) = row.split_at(self.kv_heads * self.dim);
+        let of_head = |x: &'a [f32]| &x[head * self.dim..][..self.dim];
+        (of_head(k), of_head(v))
+    }
+}
+
+// Both store one head of one row `[k | v]` to slot `slot` of the `at`-th pair of page and head. A NaN in it, of the key or
+// of the value, makes NaN of the key alone: who sees the position knows of it, and who does not multiplies by a number.
 dispatch! {
-    unsafe fn store_row<>(to: &Places, at: usize, slot: usize, head: usize, row: &[f32]) = store_body
+    unsafe fn store_f16<>(to: &Places, at: usize, slot: usize, head: usize, row: &[f32]) = f16_body
+}
+dispatch! {
+    unsafe fn store_int8<>(to: &Places, at: usize, slot: usize, head: usize, row: &[f32]) = int8_body
 }
 
-/// One head of one row `[k | v]` to slot `slot` of the `at`-th pair of page and head.
 #[inline(always)]
-unsafe fn store_body<S: Simd>(to: &Places, at: usize, slot: usize, head: usize, row: &[f32]) {
-    let dim = to.dim;
-    let (k, v) = row.split_at(to.kv_heads * dim);
-    let (k, v) = (&k[head * dim..][..dim], &v[head * dim..][..dim]);
-    // SAFETY: `at` and `slot` are inside the cache, says the caller; `dim` is the length of both slices.
+unsafe fn f16_body<S: Simd>(to: &Places, at: usize, slot: usize, head: usize, row: &[f32]) {
+    let (k, v) = to.split(head, row);
+    let nan = v.iter().any(|x| x.is_nan());
+    // SAFETY: `at` and `slot` are inside the cache, says the caller; `dim` is the length of both slices. Pieces begin
+    // with cache lines, so that numbers are aligned.
     unsafe {
-        let keys = to.keys.get().add(at * dim * PAGE + slot);
-        let values = to.values.get().add((at * PAGE + slot) * to.padded);
+        let keys = to.keys.get().add(at * to.sizes.0).cast::<u16>();
+        let values = to.values.get().add(at * to.sizes.1).cast::<u16>();
         let mut codes = [0u16; LANES];
         for (c, x) in k.chunks(LANES).enumerate() {
             narrow::<S>(x, &mut codes);
             for (d, &code) in codes[..x.len()].iter().enumerate() {
-                *keys.add((c * LANES + d) * PAGE) = code;
+                *keys.add((c * LANES + d) * PAGE + slot) = code;
             }
         }
         for (c, x) in v.chunks(LANES).enumerate() {
             narrow::<S>(x, &mut codes);
-            std::ptr::copy_nonoverlapping(codes.as_ptr(), values.add(c * LANES), x.len());
+            let values = values.add((c * PAGE + slot) * LANES);
+            values.copy_from_nonoverlapping(codes.as_ptr(), x.len());
         }
+        if nan {
+            *keys.add(slot) = F16_NAN;
+            for (d, _) in v.iter().enumerate().filter(|(_, x)| x.is_nan()) {
+                *values.add((d / LANES * PAGE + slot) * LANES + d % LANES) = 0;
+            }
+        }
+    }
+}
+
+const F16_NAN: u16 = 0x7E00;
+
+#[inline(always)]
+unsafe fn int8_body<S: Simd>(to: &Places, at: usize, slot: usize, head: usize, row: &[f32]) {
+    let (k, v) = to.split(head, row);
+    let nan = row_has_nan(k, v);
+    // SAFETY: as in `f16_body`; the scales lie before the numbers.
+    unsafe {
+        let keys = to.keys.get().add(at * to.sizes.0);
+        let values = to.values.get().add(at * to.sizes.1);
+        let mut codes = [0i8; LANES];
+        let (scale, inverse) = scales::<S>(k);
+        *keys.cast::<f32>().add(slot) = if nan { f32::NAN } else { scale };
+        for (c, x) in (0..k.len()).step_by(LANES).zip(k.chunks(LANES)) {
+            round::<S>(k, c, inverse, &mut codes);
+            for (d, &code) in codes[..x.len()].iter().enumerate() {
+                *keys.add(I8::SCALES + (c + d) * PAGE + slot) = code as u8;
+            }
+        }
+        let (scale, inverse) = scales::<S>(v);
+        *values.cast::<f32>().add(slot) = scale;
+        for (c, x) in (0..v.len()).step_by(LANES).zip(v.chunks(LANES)) {
+            round::<S>(v, c, inverse, &mut codes);
+            let values = values.add(I8::SCALES + c * PAGE + slot * LANES);
+            values.copy_from_nonoverlapping(codes.as_ptr().cast(), x.len());
+        }
+    }
+}
+
+fn row_has_nan(k: &[f32], v: &[f32]) -> bool {
+    k.iter().chain(v).any(|x| x.is_nan())
+}
+
+/// The scale of a row's codes, and what its numbers are multiplied by to be codes. Both types hold the same range.
+#[inline(always)]
+unsafe fn scales<S: Simd>(x: &[f32]) -> (f32, f32) {
+    // SAFETY: slices.
+    let largest = unsafe {
+        let mut lanes = S::splat(0.0);
+        for at in (0..x.len()).step_by(LANES) {
+            lanes = S::max(lanes, S::abs(load_part::<S>(x, at)));
+        }
+        S::largest(lanes).min(LARGEST)
+    };
+    // Below this all is 0: the inverse would overflow.
+    if largest < 1e-30 {
+        return (0.0, 0.0);
+    }
+    (largest / 127.0, 127.0 / largest)
+}
+
+/// The largest number of f16.
+const LARGEST: f32 = 65504.0;
+
+/// Up to sixteen codes of `x` from `at` on, to nearest even; NaN is 0.
+#[inline(always)]
+unsafe fn round<S: Simd>(x: &[f32], at: usize, inverse: f32, codes: &mut [i8; LANES]) {
+    // SAFETY: slices.
+    unsafe {
+        let x = S::mul(load_part::<S>(x, at), S::splat(inverse));
+        let above = S::max(x, S::splat(-127.0));
+        let below = S::max(S::mul(above, S::splat(-1.0)), S::splat(-127.0));
+        S::store_i8(codes.as_mut_ptr(), S::mul(below, S::splat(-1.0)));
     }
 }
 
@@ -181,70 +384,123 @@ unsafe fn store_body<S: Simd>(to: &Places, at: usize, slot: usize, head: usize, 
 /// positions can be multiplied by zero. NaN stays NaN.
 #[inline(always)]
 unsafe fn narrow<S: Simd>(x: &[f32], out: &mut [u16; LANES]) {
-    // SAFETY: sixteen floats are read from `x` or its copy.
-    unsafe {
-        if x.len() == LANES {
-            return S::store_f16(out.as_mut_ptr(), S::load_f32(x.as_ptr()));
-        }
-        let mut whole = [0f32; LANES];
-        whole[..x.len()].copy_from_slice(x);
-        S::store_f16(out.as_mut_ptr(), S::load_f32(whole.as_ptr()));
-    }
+    // SAFETY: sixteen of each.
+    unsafe { S::store_f16(out.as_mut_ptr(), load_part::<S>(x, 0)) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const KINDS: [KvType; 2] = [KvType::F16, KvType::Int8];
+
+    /// A cache of one page with one row `[k | v]` at slot 3.
+    fn stored(kind: KvType, isa: Isa, row: &[f32]) -> KvLayer {
+        let mut cache = KvLayer::new(kind, 1, 1, row.len() / 2);
+        let span = Span {
+            first_row: 0,
+            rows: 1,
+            first_page: 0,
+            pages: 1,
+            start: 3,
+            long: false,
+        };
+        let pool = Pool::new(1);
+        cache.store(isa, &pool, &[span], &[0], row, row.len(), 0);
+        cache
+    }
+
+    fn read(cache: &KvLayer) -> (Vec<f32>, Vec<f32>) {
+        let all = 0..cache.head_dim;
+        let keys = all.clone().map(|d| cache.key(0, 0, 3, d)).collect();
+        (keys, all.map(|d| cache.value(0, 0, 3, d)).collect())
+    }
+
+    #[test]
+    fn numbers_come_back_as_near_as_their_type_allows() {
+        let row: Vec<f32> = (0..2 * 37)
+            .map(|i| ((i * 7919 % 1009) as f32 / 500.0 - 1.0) * 3.0)
+            .collect();
+        for kind in KINDS {
+            for isa in Isa::available() {
+                let cache = stored(kind, isa, &row);
+                let (keys, values) = read(&cache);
+                for (want, got) in [(&row[..37], keys), (&row[37..], values)] {
+                    let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+                    for (want, got) in want.iter().zip(got) {
+                        let near = match kind {
+                            KvType::F16 => want.abs() / 2048.0 + 1e-7,
+                            KvType::Int8 => largest / 127.0 * 0.5001,
+                        };
+                        assert!((want - got).abs() <= near, "{kind:?}: {got} for {want}");
+                    }
+                }
+                // The other slots are untouched, and all instruction sets write the same.
+                let plain = stored(kind, Isa::SCALAR, &row);
+                assert_eq!(cache.keys(0, 0), plain.keys(0, 0), "{}", isa.name());
+                assert_eq!(cache.values(0, 0), plain.values(0, 0), "{}", isa.name());
+                assert!((0..37).all(|d| cache.key(0, 0, 2, d) == 0.0));
+            }
+        }
+    }
+
     #[test]
     fn what_f16_cannot_hold_is_its_largest_number() {
         let row = [
             1e9,
             f32::NEG_INFINITY,
-            f32::NAN,
             1.0,
+            0.0,
             -65504.0,
             65519.0,
             65520.0,
             6e-8,
         ];
         for isa in Isa::available() {
-            let mut cache = KvLayer::new(1, 1, 4);
-            let span = Span {
-                first_row: 0,
-                rows: 1,
-                first_page: 0,
-                pages: 1,
-                start: 3,
-                long: false,
-            };
-            cache.store(isa, &Pool::new(1), &[span], &[0], &row, 8, 0);
-            let keys: Vec<u16> = cache
-                .keys(0, 0)
-                .iter()
-                .skip(3)
-                .step_by(PAGE)
-                .copied()
-                .collect();
-            assert_eq!(keys[..2], [0x7BFF, 0xFBFF], "{}", isa.name());
-            assert!(
-                keys[2] & 0x7FFF > 0x7C00 && keys[3] == 0x3C00,
-                "{}",
-                isa.name()
-            );
+            let (keys, values) = read(&stored(KvType::F16, isa, &row));
+            assert_eq!(keys, [65504.0, -65504.0, 1.0, 0.0], "{}", isa.name());
+            let least = 2f32.powi(-24);
             assert_eq!(
-                cache.values(0, 0)[3 * LANES..][..5],
-                [0xFBFF, 0x7BFF, 0x7BFF, 1, 0],
+                values,
+                [-65504.0, 65504.0, 65504.0, least],
                 "{}",
                 isa.name()
             );
+            let (keys, values) = read(&stored(KvType::Int8, isa, &row));
+            assert_eq!(keys, [65504.0, -65504.0, 0.0, 0.0], "{}", isa.name());
+            assert_eq!(values, [-65504.0, 65504.0, 65504.0, 0.0], "{}", isa.name());
+        }
+    }
+
+    #[test]
+    fn a_nan_is_seen_in_its_key_and_never_multiplies_a_masked_weight() {
+        let nan = f32::NAN;
+        for kind in KINDS {
+            for isa in Isa::available() {
+                for row in [[nan, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, nan]] {
+                    let (keys, values) = read(&stored(kind, isa, &row));
+                    assert!(keys.iter().sum::<f32>().is_nan(), "{kind:?} {}", isa.name());
+                    assert!(values.iter().all(|x| x.is_finite()), "{kind:?}");
+                }
+                let (keys, values) = read(&stored(kind, isa, &[0.0, -0.0, 1e-40, 0.0]));
+                assert!(keys.iter().chain(&values).all(|x| x.abs() < 1e-30));
+            }
+        }
+    }
+
+    #[test]
+    fn int8_pages_take_little_more_than_half_of_f16_ones() {
+        for dim in [64, 128, 256] {
+            let bytes = |kind| KvLayer::page_bytes(kind, 2, dim) as f64;
+            let part = bytes(KvType::Int8) / bytes(KvType::F16);
+            assert!((0.5..0.54).contains(&part), "{dim}: {part}");
         }
     }
 
     #[test]
     #[should_panic(expected = "beyond the cache")]
     fn a_page_beyond_the_cache_is_refused() {
-        let mut cache = KvLayer::new(2, 1, 16);
+        let mut cache = KvLayer::new(KvType::F16, 2, 1, 16);
         let span = Span {
             first_row: 0,
             rows: 1,

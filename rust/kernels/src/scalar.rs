@@ -1,6 +1,6 @@
 //! Sixteen lanes without SIMD: the definition of every vector operation, and the path for CPUs that have no fast twin.
 
-use crate::elementwise::exp;
+use crate::elementwise::{exp, exp2};
 use crate::quant::f16_to_f32;
 use crate::simd::{LANES, Simd};
 
@@ -32,6 +32,8 @@ impl Simd for Scalar {
     const ROWS: usize = 1;
     const MANY_ROWS: usize = 1;
     const MANY_TILES: usize = 1;
+    const QUERIES: usize = 1;
+    const SUMS: usize = 4;
 
     unsafe fn load(p: *const u8) -> Self::I {
         unsafe { p.cast::<[u8; 64]>().read_unaligned() }
@@ -158,5 +160,8 @@ impl Simd for Scalar {
             half::f16::from_f32(x).to_bits()
         });
         unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
+    unsafe fn exp2(a: Self::F) -> Self::F {
+        a.map(exp2)
     }
 }

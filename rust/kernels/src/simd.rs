@@ -22,6 +22,10 @@ pub(crate) trait Simd: Copy {
     /// The same where there are many rows: rows, and tiles that share the reading of a row.
     const MANY_ROWS: usize;
     const MANY_TILES: usize;
+    /// Queries that attention takes at once, at most.
+    const QUERIES: usize;
+    /// Sums that attention keeps in registers, at most.
+    const SUMS: usize;
 
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn and(a: Self::I, mask: u8) -> Self::I;
@@ -73,6 +77,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(p: *mut f32, a: Self::F);
     /// To f16 bits, to nearest even; beyond f16's range its largest number. NaN stays NaN.
     unsafe fn store_f16(p: *mut u16, a: Self::F);
+    /// 2 to the `a`, which is not above 0: see `elementwise::exp2`, whose bits it gives.
+    unsafe fn exp2(a: Self::F) -> Self::F;
 }
 
 /// Sixteen floats of `x` from `at` on; beyond its end 0.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use hfcore_engine::model::{DeviceKind, Model, ModelOptions, Prompt};
+use hfcore_engine::model::{DeviceKind, Model, ModelOptions, Prompt, kv_cache_dtype as kv_type};
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PySequence, PyString};
@@ -31,7 +31,8 @@ impl Engine {
     #[new]
     #[pyo3(signature = (
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
-        kv_cache_bytes = None, max_sequences = None, forced_tokens = true, progress = None
+        kv_cache_bytes = None, kv_cache_dtype = "f16", max_sequences = None, forced_tokens = true,
+        progress = None
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -45,6 +46,7 @@ impl Engine {
         threads: Option<&Bound<'_, PyAny>>,
         chat_template: Option<String>,
         kv_cache_bytes: Option<&Bound<'_, PyAny>>,
+        kv_cache_dtype: &str,
         max_sequences: Option<&Bound<'_, PyAny>>,
         forced_tokens: bool,
         progress: Option<Py<PyAny>>,
@@ -58,6 +60,7 @@ impl Engine {
             threads: to_size(threads, "threads")?,
             chat_template,
             kv_cache_bytes: to_size(kv_cache_bytes, "kv_cache_bytes")?.map(|size| size as u64),
+            kv_cache_dtype: run(py, || kv_type(kv_cache_dtype))?,
             max_sequences: to_size(max_sequences, "max_sequences")?.unwrap_or(usual.max_sequences),
             forced_tokens,
         };
