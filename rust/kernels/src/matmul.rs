@@ -241,25 +241,38 @@ unsafe fn run_tiles(isa: Isa, tensor_type: TensorType, task: &Task) {
             T::F32 => float_tiles::<F32>(isa, task),
             T::F16 => float_tiles::<F16>(isa, task),
             T::BF16 => float_tiles::<Bf16>(isa, task),
-            T::Q4_0 => quant_tiles::<tile::Q4_0>(isa, task),
-            T::Q4_1 => quant_tiles::<tile::Q4_1>(isa, task),
-            T::Q5_0 => quant_tiles::<tile::Q5_0>(isa, task),
-            T::Q5_1 => quant_tiles::<tile::Q5_1>(isa, task),
-            T::Q8_0 => quant_tiles::<tile::Q8_0>(isa, task),
-            T::Q2_K => quant_tiles::<tile::Q2K>(isa, task),
-            T::Q3_K => quant_tiles::<tile::Q3K>(isa, task),
-            T::Q4_K => quant_tiles::<tile::Q4K>(isa, task),
-            T::Q5_K => quant_tiles::<tile::Q5K>(isa, task),
-            T::Q6_K => quant_tiles::<tile::Q6K>(isa, task),
-            T::IQ4_NL => quant_tiles::<tile::Iq4Nl>(isa, task),
-            T::IQ4_XS => quant_tiles::<tile::Iq4Xs>(isa, task),
-            T::MXFP4 => quant_tiles::<tile::Mxfp4>(isa, task),
+            T::Q4_0 => quantised::<tile::Q4_0>(isa, task),
+            T::Q4_1 => quantised::<tile::Q4_1>(isa, task),
+            T::Q5_0 => quantised::<tile::Q5_0>(isa, task),
+            T::Q5_1 => quantised::<tile::Q5_1>(isa, task),
+            T::Q8_0 => quantised::<tile::Q8_0>(isa, task),
+            T::Q2_K => quantised::<tile::Q2K>(isa, task),
+            T::Q3_K => quantised::<tile::Q3K>(isa, task),
+            T::Q4_K => quantised::<tile::Q4K>(isa, task),
+            T::Q5_K => quantised::<tile::Q5K>(isa, task),
+            T::Q6_K => quantised::<tile::Q6K>(isa, task),
+            T::IQ4_NL => quantised::<tile::Iq4Nl>(isa, task),
+            T::IQ4_XS => quantised::<tile::Iq4Xs>(isa, task),
+            T::MXFP4 => quantised::<tile::Mxfp4>(isa, task),
+        }
+    }
+}
+
+/// Two functions, because few rows would pay for the stack that many rows take.
+unsafe fn quantised<F: Format>(isa: Isa, task: &Task) {
+    unsafe {
+        match task.x.rows >= MANY {
+            true => quant_many::<F>(isa, task),
+            false => quant_few::<F>(isa, task),
         }
     }
 }
 
 dispatch! {
-    unsafe fn quant_tiles<F: Format>(task: &Task) = quant_body
+    unsafe fn quant_many<F: Format>(task: &Task) = many_rows
+}
+dispatch! {
+    unsafe fn quant_few<F: Format>(task: &Task) = few_rows
 }
 dispatch! {
     unsafe fn float_tiles<W: FloatType>(task: &Task) = float_body
@@ -286,44 +299,34 @@ macro_rules! each_row {
 }
 pub(crate) use each_row;
 
-#[inline(always)]
-unsafe fn quant_body<S: Simd, F: Format>(task: &Task) {
-    unsafe {
-        if task.x.rows >= MANY {
-            return many_rows::<S, F>(task);
-        }
-        for tile in 0..task.count {
-            few_rows::<S, F>(task, tile);
-        }
-    }
-}
-
 /// All rows in groups of at most `S::ROWS`, 8, 4, 2 and 1: the group's size is a compile-time constant, which doubles the rate.
 #[inline(always)]
-unsafe fn few_rows<S: Simd, F: Format>(task: &Task, tile: usize) {
-    let mut row = 0;
+unsafe fn few_rows<S: Simd, F: Format>(task: &Task) {
     unsafe {
-        if const { S::ROWS >= 8 } {
-            while task.x.rows - row >= 8 {
-                quant_rows::<S, F, 8>(task, tile, row);
-                row += 8;
+        for tile in 0..task.count {
+            let mut row = 0;
+            if const { S::ROWS >= 8 } {
+                while task.x.rows - row >= 8 {
+                    quant_rows::<S, F, 8>(task, tile, row);
+                    row += 8;
+                }
             }
-        }
-        if const { S::ROWS >= 4 } {
-            while task.x.rows - row >= 4 {
-                quant_rows::<S, F, 4>(task, tile, row);
-                row += 4;
+            if const { S::ROWS >= 4 } {
+                while task.x.rows - row >= 4 {
+                    quant_rows::<S, F, 4>(task, tile, row);
+                    row += 4;
+                }
             }
-        }
-        if const { S::ROWS >= 2 } {
-            while task.x.rows - row >= 2 {
-                quant_rows::<S, F, 2>(task, tile, row);
-                row += 2;
+            if const { S::ROWS >= 2 } {
+                while task.x.rows - row >= 2 {
+                    quant_rows::<S, F, 2>(task, tile, row);
+                    row += 2;
+                }
             }
-        }
-        while task.x.rows - row >= 1 {
-            quant_rows::<S, F, 1>(task, tile, row);
-            row += 1;
+            while task.x.rows - row >= 1 {
+                quant_rows::<S, F, 1>(task, tile, row);
+                row += 1;
+            }
         }
     }
 }
