@@ -184,8 +184,13 @@ pub fn gated(
 }
 
 /// Tiles of a unit: enough units that a slow thread does not hold up the others, few enough that taking one costs nothing.
+/// Even, because many rows go over two tiles at a time.
 fn per_unit(pool: &Pool, tiles: usize) -> usize {
-    tiles.div_ceil(pool.threads() * 16).max(1)
+    let fair = tiles.div_ceil(pool.threads() * 16).max(1);
+    match fair {
+        1 => 1,
+        _ => fair.next_multiple_of(2),
+    }
 }
 
 /// # Panics
