@@ -41,6 +41,33 @@ impl Batch {
             .extend((start..start + tokens.len()).map(|p| p as u32));
         self.pages.extend_from_slice(pages);
     }
+
+    /// The spans of `outputs` alone, as if there were no other rows.
+    pub fn output_spans(&self, out: &mut Vec<Span>) {
+        out.clear();
+        let mut rows = (0..).zip(&self.outputs).peekable();
+        for span in &self.spans {
+            let end = span.first_row + span.rows;
+            while let Some((first_row, &row)) = rows.next_if(|(_, row)| (**row as usize) < end) {
+                let start = span.start + row as usize - span.first_row;
+                match out.last_mut() {
+                    // The next row of the same sequence.
+                    Some(last)
+                        if last.first_page == span.first_page
+                            && last.start + last.rows == start =>
+                    {
+                        last.rows += 1;
+                    }
+                    _ => out.push(Span {
+                        first_row,
+                        rows: 1,
+                        start,
+                        ..*span
+                    }),
+                }
+            }
+        }
+    }
 }
 
 /// What the engine asks of a decoder.
@@ -48,4 +75,33 @@ pub trait Forward: Send {
     fn vocab_size(&self) -> usize;
     /// Run one step; returns the logits of `batch.outputs`, `[outputs, vocab_size]`.
     fn forward(&mut self, batch: &Batch) -> Result<&[f32]>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_of_outputs_stand_where_their_rows_stood() {
+        let mut batch = Batch::default();
+        batch.push(&[1; 5], 10, &[0], false);
+        batch.push(&[1; 3], 0, &[1], true);
+        batch.push(&[1], 40, &[2, 3, 4], false);
+        batch.outputs = vec![1, 3, 4, 5, 8];
+        let mut spans = Vec::new();
+        batch.output_spans(&mut spans);
+        let short = |s: &Span| (s.first_row, s.rows, s.first_page, s.pages, s.start, s.long);
+        assert_eq!(
+            spans.iter().map(short).collect::<Vec<_>>(),
+            [
+                (0, 1, 0, 1, 11, false),
+                (1, 2, 0, 1, 13, false),
+                (3, 1, 1, 1, 0, true),
+                (4, 1, 2, 3, 40, false),
+            ]
+        );
+        batch.outputs.clear();
+        batch.output_spans(&mut spans);
+        assert_eq!(spans, []);
+    }
 }

@@ -188,6 +188,7 @@ impl Device for Candle {
         batch: &Batch,
         qkv: &mut Buffer,
         cache: &mut Vec<KvLayer>,
+        outputs_only: bool,
         out: &mut Buffer,
     ) -> Result<()> {
         let Some(cache) = cache.get(layer) else {
@@ -199,7 +200,13 @@ impl Device for Candle {
         let attended = qkv
             .get()
             .and_then(|qkv| self.attend(spec, batch, qkv, cache));
-        out.set("attention", attended)
+        out.set("attention", attended)?;
+        if !outputs_only {
+            return Ok(());
+        }
+        let chosen = |x: &Tensor| x.index_select(&Tensor::new(&*batch.outputs, x.device())?, 0);
+        let chosen = out.get().and_then(chosen);
+        out.set("attention", chosen)
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
@@ -505,7 +512,7 @@ mod tests {
             ];
             candle.upload(&rows, 6, &mut qkv).unwrap();
             candle
-                .attention(0, &spec, &batch, &mut qkv, &mut cache, &mut out)
+                .attention(0, &spec, &batch, &mut qkv, &mut cache, false, &mut out)
                 .unwrap();
             candle.download(&out, &mut values).unwrap();
             values
@@ -544,7 +551,15 @@ mod tests {
         candle.upload(&[0.0; 18], 6, &mut qkv).unwrap();
         let mut cache = candle.cache(2, &[plain().shape]).unwrap();
         let mut run = |layer, candle: &mut Candle| {
-            candle.attention(layer, &plain(), &batch, &mut qkv, &mut cache, &mut out)
+            candle.attention(
+                layer,
+                &plain(),
+                &batch,
+                &mut qkv,
+                &mut cache,
+                false,
+                &mut out,
+            )
         };
         says(
             run(0, &mut candle),

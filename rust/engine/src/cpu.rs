@@ -10,7 +10,7 @@ use hfcore_kernels::simd::Isa;
 use hfcore_kernels::tile::{BLOCK, Tiles};
 
 use crate::arch::Rope;
-use crate::batch::Batch;
+use crate::batch::{Batch, Span};
 use crate::device::{Angles, AttentionLayer, AttentionShape, Device};
 use crate::error::Result;
 use crate::weights::Tensor;
@@ -23,6 +23,9 @@ pub struct Cpu {
     /// Activations quantised in blocks, and in super-blocks.
     blocks: [Vec<ActBlock>; 2],
     plan: AttentionPlan,
+    /// Queries of the rows whose outputs are wanted, and their spans.
+    queries: Vec<f32>,
+    output_spans: Vec<Span>,
     kv_type: KvType,
     /// Where weights are packed into.
     arena: Arena,
@@ -76,6 +79,8 @@ impl Cpu {
             angles: Vec::new(),
             blocks: Default::default(),
             plan: AttentionPlan::default(),
+            queries: Vec::new(),
+            output_spans: Vec::new(),
             kv_type: KvType::default(),
             arena: Arena::default(),
         }
@@ -228,6 +233,7 @@ impl Device for Cpu {
         batch: &Batch,
         qkv: &mut Buffer,
         cache: &mut Vec<KvLayer>,
+        outputs_only: bool,
         out: &mut Buffer,
     ) -> Result<()> {
         let shape = &spec.shape;
@@ -249,7 +255,7 @@ impl Device for Cpu {
                 }
             }),
         };
-        let (width, rows) = (qkv.width, qkv.rows());
+        let width = qkv.width;
         elementwise::prepare_heads(self.isa, &self.pool, &prep, &mut qkv.values, width);
         let cache = &mut cache[layer];
         let keys = shape.heads * shape.head_dim;
@@ -262,12 +268,28 @@ impl Device for Cpu {
             width,
             keys,
         );
-        let input = AttentionInput {
+        let mut input = AttentionInput {
             spans: &batch.spans,
             pages: &batch.pages,
             q: &qkv.values,
             width,
         };
+        let mut rows = qkv.rows();
+        if outputs_only {
+            rows = batch.outputs.len();
+            self.queries.clear();
+            for &row in &batch.outputs {
+                let row = &qkv.values[row as usize * width..];
+                self.queries.extend_from_slice(&row[..keys]);
+            }
+            batch.output_spans(&mut self.output_spans);
+            input = AttentionInput {
+                spans: &self.output_spans,
+                pages: &batch.pages,
+                q: &self.queries,
+                width: keys,
+            };
+        }
         attend(
             self.isa,
             &self.pool,

@@ -329,14 +329,24 @@ impl<D: Device> Forward for Decoder<D> {
                 &mut w.normed,
             )?;
             device.linear(&layer.qkv, &w.normed, &mut w.qkv)?;
+            let last = i + 1 == model.layers.len();
             device.attention(
                 i,
                 &layer.attention,
                 batch,
                 &mut w.qkv,
                 cache,
+                last,
                 &mut w.attended,
             )?;
+            if last {
+                // Nobody reads the other rows: their keys and values were what was wanted of them.
+                if batch.outputs.is_empty() {
+                    return Ok(&[]);
+                }
+                device.rows(&w.x, &batch.outputs, &mut w.last)?;
+                std::mem::swap(&mut w.x, &mut w.last);
+            }
             let residual = Residual {
                 x: &mut w.x,
                 y: &mut w.y,
@@ -360,23 +370,19 @@ impl<D: Device> Forward for Decoder<D> {
             let norm = layer.post_ffn_norm.as_ref().map(|n| (n, arch.norm_eps));
             add_product(device, &layer.ffn_down, &w.gated, norm, residual)?;
         }
-        w.logits.clear();
-        if !batch.outputs.is_empty() {
-            device.rows(&w.x, &batch.outputs, &mut w.last)?;
-            device.norm(
-                &w.last,
-                &model.output_norm,
-                arch.norm_eps,
-                Some(&model.output),
-                &mut w.normed,
-            )?;
-            device.linear(&model.output, &w.normed, &mut w.y)?;
-            device.download(&w.y, &mut w.logits)?;
-            if let Some(cap) = arch.logit_softcap {
-                w.logits
-                    .iter_mut()
-                    .for_each(|x| *x = cap * (*x / cap).tanh());
-            }
+        device.norm(
+            &w.x,
+            &model.output_norm,
+            arch.norm_eps,
+            Some(&model.output),
+            &mut w.normed,
+        )?;
+        device.linear(&model.output, &w.normed, &mut w.y)?;
+        device.download(&w.y, &mut w.logits)?;
+        if let Some(cap) = arch.logit_softcap {
+            w.logits
+                .iter_mut()
+                .for_each(|x| *x = cap * (*x / cap).tanh());
         }
         Ok(&w.logits)
     }

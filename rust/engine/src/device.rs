@@ -70,7 +70,12 @@ pub trait Device: Send + Sized {
         x: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend.
+    /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend. `out` has all rows, or
+    /// those of `batch.outputs` where that is all that is wanted of the last layer.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a layer's parts, each of another owner"
+    )]
     fn attention(
         &mut self,
         layer: usize,
@@ -78,6 +83,7 @@ pub trait Device: Send + Sized {
         batch: &Batch,
         qkv: &mut Self::Buffer,
         cache: &mut Self::Cache,
+        outputs_only: bool,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `x += y`

@@ -292,8 +292,8 @@ macro_rules! each_row {
     ($m:expr, at most 2, $i:ident, $body:block) => {
         each_row!(@ $m, $i, $body, 0 1)
     };
-    ($m:expr, at most 16, $i:ident, $body:block) => {
-        each_row!(@ $m, $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    ($m:expr, at most 12, $i:ident, $body:block) => {
+        each_row!(@ $m, $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
     };
     (@ $m:expr, $i:ident, $body:block, $($n:literal)*) => {
         $(if $m > $n {
@@ -563,42 +563,73 @@ impl FloatType for Bf16 {
 #[inline(always)]
 unsafe fn float_body<S: Simd, W: FloatType>(task: &Task) {
     unsafe {
-        for tile in 0..task.count {
-            let mut row = 0;
-            if const { S::ROWS >= 8 } {
-                while task.x.rows - row >= 16 {
-                    float_rows::<S, W, 16>(task, tile, row);
-                    row += 16;
+        let mut tile = 0;
+        if const { S::MANY_TILES >= 2 } && task.x.rows >= 12 {
+            while task.count - tile >= 2 {
+                for row in (0..task.x.rows).step_by(12) {
+                    float_rows::<S, W, 12, 2>(task, tile, row);
                 }
+                tile += 2;
             }
+        }
+        while tile < task.count {
+            let mut row = 0;
             if const { S::ROWS >= 4 } {
                 while task.x.rows - row >= 4 {
-                    float_rows::<S, W, 4>(task, tile, row);
+                    float_rows::<S, W, 4, 1>(task, tile, row);
                     row += 4;
                 }
             }
             while task.x.rows - row >= 1 {
-                float_rows::<S, W, 1>(task, tile, row);
+                float_rows::<S, W, 1, 1>(task, tile, row);
                 row += 1;
             }
+            tile += 1;
         }
     }
 }
 
+/// `M` rows from `row` on times `T` tiles; rows beyond the last are the last again, and not stored.
 #[inline(always)]
-unsafe fn float_rows<S: Simd, W: FloatType, const M: usize>(task: &Task, tile: usize, row: usize) {
+unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
+    task: &Task,
+    tile: usize,
+    row: usize,
+) {
     unsafe {
-        let x = task.x.floats.as_ptr().add(row * task.inputs);
-        let mut total = [start::<S>(task.bias(tile)); M];
-        let mut p = task.tiles.tile(task.first + tile).as_ptr();
-        for k in 0..task.inputs {
-            let w = W::load::<S>(p);
-            each_row!(M, at most 16, i, {
-                total[i] = S::fma(w, S::splat(*x.add(i * task.inputs + k)), total[i]);
+        let last = task.x.rows - 1;
+        let mut x = [std::ptr::null::<f32>(); M];
+        let mut total = [[S::splat(0.0); T]; M];
+        each_row!(M, at most 12, i, {
+            x[i] = task.x.floats.as_ptr().add((row + i).min(last) * task.inputs);
+            each_row!(T, at most 2, t, {
+                total[i][t] = start::<S>(task.bias(tile + t));
             });
-            p = p.add(W::BYTES * LANES);
+        });
+        let mut p = [std::ptr::null::<u8>(); T];
+        for t in 0..T {
+            p[t] = task.tiles.tile(task.first + tile + t).as_ptr();
         }
-        finish::<S, M>(task, tile, row, total);
+        for k in 0..task.inputs {
+            let mut w = [S::splat(0.0); T];
+            each_row!(T, at most 2, t, {
+                w[t] = W::load::<S>(p[t].add(k * W::BYTES * LANES));
+            });
+            each_row!(M, at most 12, i, {
+                let x = S::splat(*x[i].add(k));
+                each_row!(T, at most 2, t, {
+                    total[i][t] = S::fma(w[t], x, total[i][t]);
+                });
+            });
+        }
+        each_row!(M, at most 12, i, {
+            if row + i <= last {
+                for t in 0..T {
+                    let out = task.out.add((row + i) * task.stride + (tile + t) * LANES);
+                    store_out::<S>(task, tile + t, out, total[i][t]);
+                }
+            }
+        });
     }
 }
 
