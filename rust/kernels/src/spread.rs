@@ -78,8 +78,23 @@ unsafe fn tiles<S: Simd, F: Format, const T: usize>(
             for t in 0..T {
                 spread::<S, F, T>(task.tiles.tile(task.first + tile + t), &segment, t, scratch);
             }
+            // The next tiles are fetched meanwhile, some lines with each group of rows.
+            let next = task
+                .tiles
+                .tile(task.first + tile + T - 1)
+                .as_ptr_range()
+                .end;
+            let lines = T * task.tiles.tile(0).len() / 64;
+            let lines = lines.div_ceil((rows.len() / S::MANY_ROWS).max(1));
+            let mut ahead = next;
             let mut row = rows.start;
             while row < rows.end {
+                if segment.end == blocks {
+                    for _ in 0..lines {
+                        prefetch_line(ahead);
+                        ahead = ahead.wrapping_add(64);
+                    }
+                }
                 // The next rows' outputs lie far apart: nobody but us knows that they come.
                 for row in row + S::MANY_ROWS..rows.end.min(row + 2 * S::MANY_ROWS) {
                     let out = task.out.add(row * task.stride + tile * LANES).cast::<u8>();
