@@ -1,5 +1,10 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays at once"
+)]
+
 use crate::activations::{ActBlock, Activations, Scales};
 use crate::elementwise::{Activation, gate};
 use crate::pool::{Pool, SendPtr};
@@ -453,6 +458,25 @@ unsafe fn unpack<S: Simd, F: Format>(p: *const u8, head: [S::F; 2]) -> Unpacked<
     }
 }
 
+/// What the integer dots of steps `FROM..TO` begin with: minus the zero point times the codes' sum.
+#[inline(always)]
+pub(crate) unsafe fn first_sum<S: Simd, F: Format, const FROM: usize, const TO: usize>(
+    x: &ActBlock,
+) -> S::S {
+    unsafe {
+        let Some(zero) = F::ZERO else {
+            return S::sums_zero();
+        };
+        let [first, second] = x.negated_sums;
+        let negated = match (FROM, TO) {
+            (0, 4) => S::sums_splat(first),
+            (4, 8) => S::sums_splat(second),
+            _ => S::sums_add(S::sums_splat(first), S::sums_splat(second)),
+        };
+        S::sums_shl(negated, zero)
+    }
+}
+
 /// The integer dots of steps `FROM..TO` of a block, its zero point taken off.
 #[inline(always)]
 unsafe fn dots<S: Simd, F: Format, const FROM: usize, const TO: usize>(
@@ -460,18 +484,7 @@ unsafe fn dots<S: Simd, F: Format, const FROM: usize, const TO: usize>(
     x: &ActBlock,
 ) -> S::S {
     unsafe {
-        let [first, second] = x.negated_sums;
-        let mut sum = match F::ZERO {
-            None => S::sums_zero(),
-            Some(zero) => {
-                let negated = match (FROM, TO) {
-                    (0, 4) => S::sums_splat(first),
-                    (4, 8) => S::sums_splat(second),
-                    _ => S::sums_add(S::sums_splat(first), S::sums_splat(second)),
-                };
-                S::sums_shl(negated, zero)
-            }
-        };
+        let mut sum = first_sum::<S, F, FROM, TO>(x);
         each_row!(TO, s, {
             if s >= FROM {
                 let x = x.codes.as_ptr().add(4 * s);

@@ -1,14 +1,20 @@
-//! Many rows of activations: some blocks of a few tiles are spread out as bytes and floats once, in the nearest cache, and
-//! all rows go over them. Gives the bits that `matmul` gives for few rows.
+//! Many rows of activations: some blocks of two tiles are spread out as bytes and floats once, and all rows go over them.
+//! Gives the bits that `matmul` gives for few rows.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "one index runs over several register arrays at once"
+)]
 
 use std::mem::MaybeUninit;
 
 use crate::activations::ActBlock;
-use crate::matmul::{Task, each_row, scaled, store_out};
+use crate::matmul::{Task, each_row, first_sum, scaled, store_out};
 use crate::simd::{LANES, Simd, prefetch_line};
 use crate::tile::{BLOCK, Format, super_bytes};
 
-/// Blocks of a segment, whole super-blocks: its codes and scales fit the nearest cache.
+/// Blocks of a segment, whole super-blocks: its codes and scales fit the second cache. Lost: 16 blocks, which fit the
+/// first; beginning and ending a segment costs more.
 const SEGMENT: usize = 64;
 /// Bytes of a block of one tile, at most: codes; scales and offsets of halves.
 const MOST: usize = BLOCK * LANES + 4 * 4 * LANES;
@@ -78,22 +84,10 @@ unsafe fn tiles<S: Simd, F: Format, const T: usize>(
             for t in 0..T {
                 spread::<S, F, T>(task.tiles.tile(task.first + tile + t), &segment, t, scratch);
             }
-            // The next tiles are fetched meanwhile, some lines with each group of rows.
-            let next = task
-                .tiles
-                .tile(task.first + tile + T - 1)
-                .as_ptr_range()
-                .end;
-            let lines = T * task.tiles.tile(0).len() / 64;
-            let lines = lines.div_ceil((rows.len() / S::MANY_ROWS).max(1));
-            let mut ahead = next;
             let mut row = rows.start;
             while row < rows.end {
                 if segment.end == blocks {
-                    for _ in 0..lines {
-                        prefetch_line(ahead);
-                        ahead = ahead.wrapping_add(64);
-                    }
+                    fetch_next::<S, T>(task, tile, rows, row);
                 }
                 // The next rows' outputs lie far apart: nobody but us knows that they come.
                 for row in row + S::MANY_ROWS..rows.end.min(row + 2 * S::MANY_ROWS) {
@@ -116,6 +110,18 @@ unsafe fn tiles<S: Simd, F: Format, const T: usize>(
                 row += S::MANY_ROWS;
             }
         }
+    }
+}
+
+/// Fetch some lines of the next tiles, so that they are there when all rows have gone over these.
+#[inline(always)]
+unsafe fn fetch_next<S: Simd, const T: usize>(task: &Task, tile: usize, rows: &Range, row: usize) {
+    let last = task.tiles.tile(task.first + tile + T - 1);
+    let groups = (rows.len() / S::MANY_ROWS).max(1);
+    let lines = (T * last.len() / 64).div_ceil(groups);
+    let first = (row - rows.start) / S::MANY_ROWS * lines;
+    for line in first..first + lines {
+        prefetch_line(last.as_ptr_range().end.wrapping_add(64 * line));
     }
 }
 
@@ -249,18 +255,7 @@ unsafe fn block<S: Simd, F: Format, const M: usize, const T: usize>(
             half::<S, F, M, T, 4, 8>(p, x, b, total);
             return;
         }
-        let mut dots = [[S::sums_zero(); T]; M];
-        if let Some(zero) = F::ZERO {
-            each_row!(M, i, {
-                let [first, second] = (*x[i].add(b)).negated_sums;
-                let sum = S::sums_add(S::sums_splat(first), S::sums_splat(second));
-                let sum = S::sums_shl(sum, zero);
-                each_row!(T, at most 2, t, {
-                    dots[i][t] = sum;
-                });
-            });
-        }
-        steps::<S, F, M, T, 0, 8>(p, x, b, &mut dots);
+        let dots = dots::<S, F, M, T, 0, 8>(p, x, b);
         each_row!(M, i, {
             let x = &*x[i].add(b);
             each_row!(T, at most 2, t, {
@@ -277,13 +272,7 @@ unsafe fn block<S: Simd, F: Format, const M: usize, const T: usize>(
     }
 }
 
-/// The `i`-th vector of scales or offsets of the `t`-th tile of a block.
-#[inline(always)]
-unsafe fn float<S: Simd, const T: usize>(p: *const u8, i: usize, t: usize) -> S::F {
-    unsafe { S::load_f32(p.add(((8 + i) * T + t) * VECTOR).cast()) }
-}
-
-/// Steps `FROM..TO`, a half with scales of its own.
+/// The same for steps `FROM..TO`, a half with scales of its own.
 #[inline(always)]
 unsafe fn half<
     S: Simd,
@@ -300,33 +289,31 @@ unsafe fn half<
 ) {
     unsafe {
         let at = FROM / 4;
-        let mut dots = [[S::sums_zero(); T]; M];
-        if let Some(zero) = F::ZERO {
-            each_row!(M, i, {
-                let sum = S::sums_shl(S::sums_splat((*x[i].add(b)).negated_sums[at]), zero);
-                each_row!(T, at most 2, t, {
-                    dots[i][t] = sum;
-                });
-            });
-        }
-        steps::<S, F, M, T, FROM, TO>(p, x, b, &mut dots);
-        let floats = 1 + usize::from(F::ZERO.is_none());
+        let first = at * (1 + usize::from(F::ZERO.is_none()));
+        let dots = dots::<S, F, M, T, FROM, TO>(p, x, b);
         each_row!(M, i, {
             let x = &*x[i].add(b);
             each_row!(T, at most 2, t, {
-                let scale = float::<S, T>(p, at * floats, t);
+                let scale = float::<S, T>(p, first, t);
                 total[i][t] = S::fma(S::to_f32(dots[i][t]), scale, total[i][t]);
                 if F::ZERO.is_none() {
                     let sum = S::to_f32(S::sums_splat(x.negated_sums[at]));
-                    total[i][t] = S::fma(float::<S, T>(p, at * floats + 1, t), sum, total[i][t]);
+                    total[i][t] = S::fma(float::<S, T>(p, first + 1, t), sum, total[i][t]);
                 }
             });
         });
     }
 }
 
+/// The `i`-th vector of scales or offsets of the `t`-th tile of a block.
 #[inline(always)]
-unsafe fn steps<
+unsafe fn float<S: Simd, const T: usize>(p: *const u8, i: usize, t: usize) -> S::F {
+    unsafe { S::load_f32(p.add(((8 + i) * T + t) * VECTOR).cast()) }
+}
+
+/// The integer dots of steps `FROM..TO` of a block, its zero point taken off.
+#[inline(always)]
+unsafe fn dots<
     S: Simd,
     F: Format,
     const M: usize,
@@ -337,9 +324,14 @@ unsafe fn steps<
     p: *const u8,
     x: &[*const ActBlock; M],
     b: usize,
-    dots: &mut [[S::S; T]; M],
-) {
+) -> [[S::S; T]; M] {
     unsafe {
+        let mut dots = [[S::sums_zero(); T]; M];
+        if F::ZERO.is_some() {
+            each_row!(M, i, {
+                dots[i] = [first_sum::<S, F, FROM, TO>(&*x[i].add(b)); T];
+            });
+        }
         each_row!(TO, s, {
             if s >= FROM {
                 let mut w = [S::load(p); T];
@@ -357,5 +349,6 @@ unsafe fn steps<
                 });
             }
         });
+        dots
     }
 }
