@@ -3,7 +3,6 @@
 //! 256 bits are loaded by `lddqu`: for the portable baseline the compiler would split an ordinary unaligned load in two.
 
 use std::arch::x86_64::*;
-use std::mem::transmute;
 
 use crate::elementwise::{EXP_HIGH, EXP_LOW, EXP_POLYNOMIAL, LN2_HIGH, LN2_LOW, LOG2_E};
 use crate::elementwise::{EXP2_LOW, EXP2_POLYNOMIAL};
@@ -22,6 +21,12 @@ unsafe fn sum_i8(a: __m128i) -> i32 {
         let sum = _mm_add_epi64(halves, _mm_unpackhi_epi64(halves, halves));
         _mm_cvtsi128_si32(sum) - 16 * 128
     }
+}
+
+#[inline(always)]
+unsafe fn bf16(pairs: __m512i) -> __m512bh {
+    // SAFETY: the same 512 bits.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(pairs) }
 }
 
 /// The firsts and the seconds of sixteen pairs of bf16 as floats.
@@ -259,7 +264,7 @@ impl Simd for Avx512 {
         unsafe {
             let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
             if NATIVE {
-                return _mm512_dpbf16_ps(sum, transmute(weights), transmute(x));
+                return _mm512_dpbf16_ps(sum, bf16(weights), bf16(x));
             }
             let ([w0, w1], [x0, x1]) = (bf16_pairs(weights), bf16_pairs(x));
             _mm512_fmadd_ps(w0, x0, _mm512_fmadd_ps(w1, x1, sum))

@@ -550,9 +550,9 @@ pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32,
 #[inline(always)]
 unsafe fn finish<S: Simd, const M: usize>(task: &Task, tile: usize, row: usize, total: [S::F; M]) {
     unsafe {
-        for i in 0..M {
+        for (i, total) in total.into_iter().enumerate() {
             let out = task.out.add((row + i) * task.stride + tile * LANES);
-            store_out::<S>(task, tile, out, total[i]);
+            store_out::<S>(task, tile, out, total);
         }
     }
 }
@@ -670,10 +670,15 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
             });
         });
         let mut p = [std::ptr::null::<u8>(); T];
-        for t in 0..T {
-            p[t] = task.tiles.tile(task.first + tile + t).as_ptr();
+        for (t, p) in p.iter_mut().enumerate() {
+            *p = task.tiles.tile(task.first + tile + t).as_ptr();
         }
         for k in 0..steps {
+            if const { M < 12 } {
+                each_row!(T, at most 2, t, {
+                    prefetch_line(p[t].wrapping_add(k * W::BYTES + AHEAD));
+                });
+            }
             let mut w = [W::load::<S>(p[0].add(k * W::BYTES)); T];
             if const { T == 2 } {
                 w[1] = W::load::<S>(p[1].add(k * W::BYTES));
@@ -686,9 +691,9 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
         }
         each_row!(M, at most 12, i, {
             if row + i <= last {
-                for t in 0..T {
+                for (t, total) in total[i].into_iter().enumerate() {
                     let out = task.out.add((row + i) * task.stride + (tile + t) * LANES);
-                    store_out::<S>(task, tile + t, out, total[i][t]);
+                    store_out::<S>(task, tile + t, out, total);
                 }
             }
         });
