@@ -1,6 +1,6 @@
 //! [`Device`] over the kernels crate: f32 activations, weights in tiles, a cache in pages, threads of its own.
 
-use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
+use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows, round_rows};
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, KvType, attend};
 use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
 use hfcore_kernels::matmul::{Matrix, Store, gated, matmul};
@@ -20,8 +20,7 @@ pub struct Cpu {
     isa: Isa,
     pool: Pool,
     angles: Vec<Angles>,
-    /// Activations quantised in blocks, and in super-blocks.
-    blocks: [Vec<ActBlock>; 2],
+    converted: Converted,
     plan: AttentionPlan,
     /// Queries of the rows whose outputs are wanted, and their spans.
     queries: Vec<f32>,
@@ -77,7 +76,7 @@ impl Cpu {
             isa: Isa::detect(),
             pool: Pool::new(threads.unwrap_or_else(Pool::available)),
             angles: Vec::new(),
-            blocks: Default::default(),
+            converted: Converted::default(),
             plan: AttentionPlan::default(),
             queries: Vec::new(),
             output_spans: Vec::new(),
@@ -105,19 +104,33 @@ impl Cpu {
     }
 }
 
-/// The rows of `x` as a matrix reads them: quantised in `blocks`, where `x` has not been already.
+/// Activations as the matrix wants them that reads them next.
+#[derive(Default)]
+struct Converted {
+    /// Quantised in blocks, and in super-blocks.
+    blocks: [Vec<ActBlock>; 2],
+    /// Rounded to bf16.
+    pairs: Vec<[u16; 2]>,
+}
+
+/// The rows of `x` as a matrix reads them: converted, where `x` has not been already.
 fn activations<'a>(
     isa: Isa,
     pool: &Pool,
     matrix: &Matrix,
     x: &'a Buffer,
-    blocks: &'a mut [Vec<ActBlock>; 2],
+    converted: &'a mut Converted,
 ) -> Activations<'a> {
+    let Converted { blocks, pairs } = converted;
     for (scales, blocks) in [Scales::Block, Scales::Super].iter().zip(&mut *blocks) {
         if matrix.needs(*scales) && x.scales != Some(*scales) {
             blocks.resize(x.values.len() / BLOCK, ActBlock::default());
             quantize_rows(isa, pool, &x.values, x.width, *scales, blocks);
         }
+    }
+    if matrix.needs_pairs() {
+        pairs.resize(x.rows() * x.width.div_ceil(2), [0; 2]);
+        round_rows(isa, pool, &x.values, x.width, pairs);
     }
     let of = |scales: Scales, blocks: &'a [ActBlock]| match x.scales == Some(scales) {
         true => &x.blocks,
@@ -126,6 +139,7 @@ fn activations<'a>(
     Activations {
         rows: x.rows(),
         floats: &x.values,
+        pairs,
         blocks: of(Scales::Block, &blocks[0]),
         supers: of(Scales::Super, &blocks[1]),
     }
@@ -140,7 +154,7 @@ impl Cpu {
         out: &mut Buffer,
     ) -> Result<()> {
         let (isa, pool) = (self.isa, &self.pool);
-        let x = activations(isa, pool, matrix, x, &mut self.blocks);
+        let x = activations(isa, pool, matrix, x, &mut self.converted);
         matmul(isa, pool, matrix, x, store, &mut out.values);
         Ok(())
     }
@@ -221,7 +235,7 @@ impl Device for Cpu {
     ) -> Result<()> {
         let out = out.shape(x.rows(), matrix.outputs() / 2);
         let (isa, pool) = (self.isa, &self.pool);
-        let x = activations(isa, pool, matrix, x, &mut self.blocks);
+        let x = activations(isa, pool, matrix, x, &mut self.converted);
         gated(isa, pool, matrix, activation, x, out);
         Ok(())
     }

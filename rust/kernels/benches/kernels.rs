@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows};
+use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows, round_rows};
 use hfcore_kernels::attention::{
     AttentionInput, AttentionPlan, AttentionShape, KvLayer, KvType, PAGE, Span, attend,
 };
@@ -76,13 +76,16 @@ fn matmuls(isa: Isa, pool: &Pool, tensor_type: TensorType, random: &mut Random) 
         let mut blocks = vec![ActBlock::default(); x.len() / 32];
         let scales = matrices[0].scales().unwrap_or(Scales::Block);
         quantize_rows(isa, pool, &x, inputs, scales, &mut blocks);
+        let mut pairs = vec![[0; 2]; rows * inputs.div_ceil(2)];
+        round_rows(isa, pool, &x, inputs, &mut pairs);
         let mut out = vec![0.0; rows * outputs];
-        let used = if rows > 16 { 2 } else { count };
+        let used = if rows > 16 { count.min(2) } else { count };
         let time = best(|| {
             for matrix in &matrices[..used] {
                 let x = Activations {
                     rows,
                     floats: &x,
+                    pairs: &pairs,
                     blocks: &blocks,
                     supers: &blocks,
                 };

@@ -2,7 +2,7 @@
 
 use crate::pool::Pool;
 use crate::quant::TensorType;
-use crate::simd::{Isa, LANES, Simd, dispatch};
+use crate::simd::{Isa, LANES, Simd, dispatch, load_part};
 use crate::tile::BLOCK;
 
 /// 32 activations of a row, quantised to 8 bits.
@@ -78,6 +78,51 @@ pub fn quantize_rows(
             .for_each(|(row, out)| quantize(row, out));
     } else {
         pool.rows(out, blocks, quantize);
+    }
+}
+
+/// Round rows of `width` activations to bf16; `out` is `[rows][width / 2]`, an odd width filled up with 0.
+///
+/// # Panics
+/// When the lengths do not agree.
+pub fn round_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [[u16; 2]]) {
+    let pairs = width.div_ceil(2);
+    assert_eq!(
+        x.len() * pairs,
+        out.len() * width,
+        "activations in rows of {width}"
+    );
+    let round = |row: usize, out: &mut [[u16; 2]]| {
+        // SAFETY: slices; `isa` was detected.
+        unsafe { round_row(isa, &x[row * width..(row + 1) * width], out) }
+    };
+    if out.len() < 8192 {
+        out.chunks_exact_mut(pairs.max(1))
+            .enumerate()
+            .for_each(|(row, out)| round(row, out));
+    } else {
+        pool.rows(out, pairs, round);
+    }
+}
+
+dispatch! {
+    unsafe fn round_row<>(x: &[f32], out: &mut [[u16; 2]]) = round_body
+}
+
+#[inline(always)]
+unsafe fn round_body<S: Simd>(x: &[f32], out: &mut [[u16; 2]]) {
+    // SAFETY: sixteen numbers are eight pairs, of `out` or of a copy.
+    unsafe {
+        for (i, out) in out.chunks_mut(LANES / 2).enumerate() {
+            let x = load_part::<S>(x, i * LANES);
+            if out.len() == LANES / 2 {
+                S::store_bf16(out.as_mut_ptr().cast(), x);
+                continue;
+            }
+            let mut part = [[0; 2]; LANES / 2];
+            S::store_bf16(part.as_mut_ptr().cast(), x);
+            out.copy_from_slice(&part[..out.len()]);
+        }
     }
 }
 
@@ -165,8 +210,11 @@ unsafe fn quantize_block<S: Simd>(x: *const f32, inverse: f32, out: &mut ActBloc
 #[derive(Clone, Copy)]
 pub struct Activations<'a> {
     pub rows: usize,
-    /// `[rows][inputs]`, for float weights.
+    /// `[rows][inputs]`, for weights in F32 and F16.
     pub floats: &'a [f32],
+    /// `[rows][inputs / 2]`, rounded to bf16, for weights in BF16; an odd last input is beside a 0. Empty where no part
+    /// needs them.
+    pub pairs: &'a [[u16; 2]],
     /// `[rows][inputs / 32]`, for weights quantised in blocks and in super-blocks; empty where no part needs them.
     pub blocks: &'a [ActBlock],
     pub supers: &'a [ActBlock],
@@ -195,5 +243,41 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(out, [silent]);
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_nearest_even_on_every_set() {
+        let mut x = vec![
+            f32::NAN,
+            f32::from_bits(0x7F80_0001),
+            f32::from_bits(0xFFFF_FFFF),
+            f32::INFINITY,
+            f32::MAX,
+            f32::MIN,
+            -0.0,
+            1e-40,
+        ];
+        // Halves of the last place, and their neighbours, beside even and odd numbers.
+        for bits in [0x3F80_0000u32, 0x3F81_0000, 0xC2FF_0000, 0x0001_0000] {
+            x.extend([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF].map(|b| f32::from_bits(bits | b)));
+        }
+        for width in [1, 2, 15, 16, 17, 31, 32] {
+            let want: Vec<[u16; 2]> = (x[..width].chunks(2))
+                .map(|x| [0, 1].map(|i| x.get(i).map_or(0, |&x| half::bf16::from_f32(x).to_bits())))
+                .collect();
+            for isa in Isa::available() {
+                let mut out = vec![[7; 2]; want.len()];
+                round_rows(isa, &Pool::new(1), &x[..width], width, &mut out);
+                assert_eq!(out, want, "{width} on {}", isa.name());
+            }
+        }
+        let pair = |x: f32| {
+            let mut out = [[0; 2]];
+            round_rows(Isa::detect(), &Pool::new(1), &[x], 1, &mut out);
+            f32::from_bits(u32::from(out[0][0]) << 16)
+        };
+        assert_eq!(pair(1.0 + 1.0 / 256.0), 1.0);
+        assert_eq!(pair(1.0 + 3.0 / 256.0), 1.0 + 2.0 / 128.0);
+        assert!(pair(f32::NAN).is_nan());
     }
 }

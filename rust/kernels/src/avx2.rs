@@ -65,12 +65,31 @@ unsafe fn widen_u8(p: *const u8) -> [__m256i; 2] {
     }
 }
 
-/// Eight bf16 as floats.
+/// The firsts and the seconds of eight pairs of bf16 as floats.
 #[inline(always)]
-unsafe fn bf16_half(p: *const u16) -> __m256 {
+unsafe fn bf16_pairs(pairs: __m256i) -> [__m256; 2] {
     unsafe {
-        let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        let seconds = _mm256_and_si256(pairs, _mm256_set1_epi32(0xFFFF_0000_u32 as i32));
+        [
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)),
+            _mm256_castsi256_ps(seconds),
+        ]
+    }
+}
+
+/// Eight floats as bf16, to nearest even, in 32 bits each.
+#[inline(always)]
+unsafe fn to_bf16_half(a: __m256) -> __m256i {
+    unsafe {
+        let bits = _mm256_castps_si256(a);
+        let high = _mm256_srli_epi32::<16>(bits);
+        let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+        let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+        // Rounding could carry a NaN over into a number.
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
+        let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        _mm256_blendv_epi8(rounded, quiet, nan)
     }
 }
 
@@ -348,10 +367,6 @@ macro_rules! implement {
                 }
             }
             #[inline(always)]
-            unsafe fn load_bf16(p: *const u16) -> Self::F {
-                unsafe { [bf16_half(p), bf16_half(p.add(8))] }
-            }
-            #[inline(always)]
             unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> Self::F {
                 unsafe {
                     let n = _mm_cvtsi32_si128(shift as i32);
@@ -388,6 +403,30 @@ macro_rules! implement {
                 unsafe {
                     _mm_storeu_si128(p.cast(), f16_half(a[0]));
                     _mm_storeu_si128(p.add(8).cast(), f16_half(a[1]));
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_bf16(p: *mut u16, a: Self::F) {
+                unsafe {
+                    let [low, high] = both!(to_bf16_half, a);
+                    let bits = _mm256_packus_epi32(low, high);
+                    let bits = _mm256_permute4x64_epi64::<0b11_01_10_00>(bits);
+                    _mm256_storeu_si256(p.cast(), bits);
+                }
+            }
+            #[inline(always)]
+            unsafe fn dot_bf16<const NATIVE: bool>(
+                sum: Self::F,
+                weights: Self::I,
+                x: *const [u16; 2],
+            ) -> Self::F {
+                unsafe {
+                    let x = bf16_pairs(_mm256_set1_epi32(x.cast::<i32>().read_unaligned()));
+                    let w = both!(bf16_pairs, weights);
+                    [
+                        _mm256_fmadd_ps(w[0][0], x[0], _mm256_fmadd_ps(w[0][1], x[1], sum[0])),
+                        _mm256_fmadd_ps(w[1][0], x[0], _mm256_fmadd_ps(w[1][1], x[1], sum[1])),
+                    ]
                 }
             }
             #[inline(always)]

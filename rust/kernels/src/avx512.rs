@@ -23,6 +23,24 @@ unsafe fn sum_i8(a: __m128i) -> i32 {
     }
 }
 
+#[inline(always)]
+unsafe fn bf16(pairs: __m512i) -> __m512bh {
+    // SAFETY: the same 512 bits.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(pairs) }
+}
+
+/// The firsts and the seconds of sixteen pairs of bf16 as floats.
+#[inline(always)]
+unsafe fn bf16_pairs(pairs: __m512i) -> [__m512; 2] {
+    unsafe {
+        let seconds = _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF_0000_u32 as i32));
+        [
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+            _mm512_castsi512_ps(seconds),
+        ]
+    }
+}
+
 // SAFETY of all of it: the contract of `Simd`; `Isa::detect` hands this type out only where the features were detected.
 impl Simd for Avx512 {
     type I = __m512i;
@@ -187,13 +205,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_lddqu_si256(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> __m512 {
-        unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_lddqu_si256(p.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-        }
-    }
-    #[inline(always)]
     unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> __m512 {
         unsafe {
             let b = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
@@ -228,6 +239,35 @@ impl Simd for Avx512 {
             let a = _mm512_max_ps(_mm512_set1_ps(-65504.0), a);
             let a = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a);
             _mm256_storeu_si256(p.cast(), a);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(p: *mut u16, a: __m512) {
+        unsafe {
+            let bits = _mm512_castps_si512(a);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            // Rounding could carry a NaN over into a number.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a);
+            let bits = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(bits));
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_bf16<const NATIVE: bool>(
+        sum: __m512,
+        weights: __m512i,
+        x: *const [u16; 2],
+    ) -> __m512 {
+        unsafe {
+            let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+            if NATIVE {
+                return _mm512_dpbf16_ps(sum, bf16(weights), bf16(x));
+            }
+            let ([w0, w1], [x0, x1]) = (bf16_pairs(weights), bf16_pairs(x));
+            _mm512_fmadd_ps(w0, x0, _mm512_fmadd_ps(w1, x1, sum))
         }
     }
     #[inline(always)]

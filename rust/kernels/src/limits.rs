@@ -77,7 +77,10 @@ fn multiplying(pool: &Pool, isa: Isa) -> f64 {
     // Small, so that no sum overflows; hidden from the compiler, so that it works nothing out beforehand.
     let codes = black_box([[1u8; LANES * 4]; CODES]);
     let x = black_box([[1i8; 4]; SUMS_AVX512]);
-    let (wide, slow) = (isa.0 == Set::Avx512, isa == Isa::SCALAR);
+    let (wide, slow) = (
+        matches!(isa.0, Set::Avx512 | Set::Avx512Bf16),
+        isa == Isa::SCALAR,
+    );
     let sums = if wide { SUMS_AVX512 } else { SUMS };
     let units = pool.threads() * if slow { UNITS / 20 } else { UNITS };
     let seconds = best(|| {

@@ -6,10 +6,12 @@
 )]
 
 use crate::activations::{ActBlock, Activations, Scales};
+#[cfg(target_arch = "x86_64")]
+use crate::avx512::Avx512;
 use crate::elementwise::{Activation, gate};
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
-use crate::simd::{Isa, LANES, Simd, dispatch, prefetch_line};
+use crate::simd::{Isa, LANES, Set, Simd, dispatch, prefetch_line};
 use crate::spread::many_rows;
 use crate::tile::{self, BLOCK, Format, Tiles};
 
@@ -65,6 +67,14 @@ impl Matrix {
     pub fn needs(&self, scales: Scales) -> bool {
         let mut parts = self.parts.iter();
         parts.any(|p| Scales::of(p.tensor_type()) == Some(scales))
+    }
+    /// Whether a part needs activations rounded to bf16.
+    pub fn needs_pairs(&self) -> bool {
+        self.has(&[TensorType::BF16])
+    }
+    fn has(&self, types: &[TensorType]) -> bool {
+        let mut parts = self.parts.iter();
+        parts.any(|p| types.contains(&p.tensor_type()))
     }
     /// How activations must be quantised, if in one way.
     pub fn scales(&self) -> Option<Scales> {
@@ -211,12 +221,12 @@ fn check(matrix: &Matrix, x: &Activations, width: usize, out: &[f32]) {
             );
         }
     }
-    if matrix
-        .parts
-        .iter()
-        .any(|p| p.tensor_type().block_len() == 1)
-    {
+    if matrix.has(&[TensorType::F32, TensorType::F16]) {
         assert_eq!(x.floats.len(), x.rows * matrix.inputs, "float activations");
+    }
+    if matrix.needs_pairs() {
+        let pairs = matrix.inputs.div_ceil(2);
+        assert_eq!(x.pairs.len(), x.rows * pairs, "bf16 activations");
     }
 }
 
@@ -250,7 +260,7 @@ unsafe fn run_tiles(isa: Isa, tensor_type: TensorType, task: &Task) {
         match tensor_type {
             T::F32 => float_tiles::<F32>(isa, task),
             T::F16 => float_tiles::<F16>(isa, task),
-            T::BF16 => float_tiles::<Bf16>(isa, task),
+            T::BF16 => bf16_tiles(isa, task),
             T::Q4_0 => quantised::<tile::Q4_0>(isa, task),
             T::Q4_1 => quantised::<tile::Q4_1>(isa, task),
             T::Q5_0 => quantised::<tile::Q5_0>(isa, task),
@@ -286,6 +296,23 @@ dispatch! {
 }
 dispatch! {
     unsafe fn float_tiles<W: FloatType>(task: &Task) = float_body
+}
+
+unsafe fn bf16_tiles(isa: Isa, task: &Task) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(
+            enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+        )]
+        unsafe fn native(task: &Task) {
+            unsafe { float_body::<Avx512, Bf16<true>>(task) }
+        }
+        if isa.0 == Set::Avx512Bf16 {
+            // SAFETY: the features were detected.
+            return unsafe { native(task) };
+        }
+    }
+    unsafe { float_tiles::<Bf16<false>>(isa, task) }
 }
 
 /// `for i in 0..M`, written out: a loop that the compiler keeps puts its sums on the stack. `M` is at most 8, or what is
@@ -536,40 +563,66 @@ pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32,
 #[inline(always)]
 unsafe fn finish<S: Simd, const M: usize>(task: &Task, tile: usize, row: usize, total: [S::F; M]) {
     unsafe {
-        for i in 0..M {
+        for (i, total) in total.into_iter().enumerate() {
             let out = task.out.add((row + i) * task.stride + tile * LANES);
-            store_out::<S>(task, tile, out, total[i]);
+            store_out::<S>(task, tile, out, total);
         }
     }
 }
 
-/// How a float type is loaded.
+/// How a float type is multiplied, 4 bytes of a row of activations at a time: a float, or a pair of bf16.
 trait FloatType {
+    /// Inputs that one step takes, and bytes of their 16 weights.
+    const INPUTS: usize;
     const BYTES: usize;
-    unsafe fn load<S: Simd>(p: *const u8) -> S::F;
+    type Weights<S: Simd>: Copy;
+    /// The first row.
+    fn rows(x: &Activations) -> *const f32;
+    unsafe fn load<S: Simd>(p: *const u8) -> Self::Weights<S>;
+    /// `sum` + `w` times what is at `x`.
+    unsafe fn fma<S: Simd>(w: Self::Weights<S>, x: *const f32, sum: S::F) -> S::F;
 }
-struct F32;
-struct F16;
-struct Bf16;
-impl FloatType for F32 {
-    const BYTES: usize = 4;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
-        unsafe { S::load_f32(p.cast()) }
+
+macro_rules! float_type {
+    ($name:ident, $bytes:expr, $load:ident) => {
+        struct $name;
+        impl FloatType for $name {
+            const INPUTS: usize = 1;
+            const BYTES: usize = $bytes * LANES;
+            type Weights<S: Simd> = S::F;
+            fn rows(x: &Activations) -> *const f32 {
+                x.floats.as_ptr()
+            }
+            #[inline(always)]
+            unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+                unsafe { S::$load(p.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn fma<S: Simd>(w: S::F, x: *const f32, sum: S::F) -> S::F {
+                unsafe { S::fma(w, S::splat(*x), sum) }
+            }
+        }
+    };
+}
+float_type!(F32, 4, load_f32);
+float_type!(F16, 2, load_f16);
+
+/// `NATIVE`: by the CPU's own instruction.
+struct Bf16<const NATIVE: bool>;
+impl<const NATIVE: bool> FloatType for Bf16<NATIVE> {
+    const INPUTS: usize = 2;
+    const BYTES: usize = 4 * LANES;
+    type Weights<S: Simd> = S::I;
+    fn rows(x: &Activations) -> *const f32 {
+        x.pairs.as_ptr().cast()
     }
-}
-impl FloatType for F16 {
-    const BYTES: usize = 2;
     #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
-        unsafe { S::load_f16(p.cast()) }
+    unsafe fn load<S: Simd>(p: *const u8) -> S::I {
+        unsafe { S::load(p) }
     }
-}
-impl FloatType for Bf16 {
-    const BYTES: usize = 2;
     #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::F {
-        unsafe { S::load_bf16(p.cast()) }
+    unsafe fn fma<S: Simd>(w: S::I, x: *const f32, sum: S::F) -> S::F {
+        unsafe { S::dot_bf16::<NATIVE>(sum, w, x.cast()) }
     }
 }
 
@@ -577,27 +630,36 @@ impl FloatType for Bf16 {
 unsafe fn float_body<S: Simd, W: FloatType>(task: &Task) {
     unsafe {
         let mut tile = 0;
-        if const { S::MANY_TILES >= 2 } && task.x.rows >= 12 {
+        if const { S::MANY_TILES >= 2 } {
             while task.count - tile >= 2 {
-                for row in (0..task.x.rows).step_by(12) {
-                    float_rows::<S, W, 12, 2>(task, tile, row);
-                }
+                float_groups::<S, W, 2>(task, tile);
                 tile += 2;
             }
         }
         while tile < task.count {
-            let mut row = 0;
-            if const { S::ROWS >= 4 } {
-                while task.x.rows - row >= 4 {
-                    float_rows::<S, W, 4, 1>(task, tile, row);
-                    row += 4;
-                }
-            }
-            while task.x.rows - row >= 1 {
-                float_rows::<S, W, 1, 1>(task, tile, row);
+            float_groups::<S, W, 1>(task, tile);
+            tile += 1;
+        }
+    }
+}
+
+/// All rows times `T` tiles.
+#[inline(always)]
+unsafe fn float_groups<S: Simd, W: FloatType, const T: usize>(task: &Task, tile: usize) {
+    unsafe {
+        let mut row = 0;
+        while row < task.x.rows {
+            let rest = task.x.rows - row;
+            if const { T == 2 } && rest >= 8 {
+                float_rows::<S, W, 12, T>(task, tile, row);
+                row += 12;
+            } else if const { S::ROWS >= 4 } && rest >= 2 {
+                float_rows::<S, W, 4, T>(task, tile, row);
+                row += 4;
+            } else {
+                float_rows::<S, W, 1, T>(task, tile, row);
                 row += 1;
             }
-            tile += 1;
         }
     }
 }
@@ -611,35 +673,40 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
 ) {
     unsafe {
         let last = task.x.rows - 1;
+        let steps = task.inputs.div_ceil(W::INPUTS);
         let mut x = [std::ptr::null::<f32>(); M];
         let mut total = [[S::splat(0.0); T]; M];
         each_row!(M, at most 12, i, {
-            x[i] = task.x.floats.as_ptr().add((row + i).min(last) * task.inputs);
+            x[i] = W::rows(&task.x).add((row + i).min(last) * steps);
             each_row!(T, at most 2, t, {
                 total[i][t] = start::<S>(task.bias(tile + t));
             });
         });
         let mut p = [std::ptr::null::<u8>(); T];
-        for t in 0..T {
-            p[t] = task.tiles.tile(task.first + tile + t).as_ptr();
+        for (t, p) in p.iter_mut().enumerate() {
+            *p = task.tiles.tile(task.first + tile + t).as_ptr();
         }
-        for k in 0..task.inputs {
-            let mut w = [S::splat(0.0); T];
-            each_row!(T, at most 2, t, {
-                w[t] = W::load::<S>(p[t].add(k * W::BYTES * LANES));
-            });
-            each_row!(M, at most 12, i, {
-                let x = S::splat(*x[i].add(k));
+        for k in 0..steps {
+            if const { M < 12 } {
                 each_row!(T, at most 2, t, {
-                    total[i][t] = S::fma(w[t], x, total[i][t]);
+                    prefetch_line(p[t].wrapping_add(k * W::BYTES + AHEAD));
+                });
+            }
+            let mut w = [W::load::<S>(p[0].add(k * W::BYTES)); T];
+            if const { T == 2 } {
+                w[1] = W::load::<S>(p[1].add(k * W::BYTES));
+            }
+            each_row!(M, at most 12, i, {
+                each_row!(T, at most 2, t, {
+                    total[i][t] = W::fma::<S>(w[t], x[i].add(k), total[i][t]);
                 });
             });
         }
         each_row!(M, at most 12, i, {
             if row + i <= last {
-                for t in 0..T {
+                for (t, total) in total[i].into_iter().enumerate() {
                     let out = task.out.add((row + i) * task.stride + (tile + t) * LANES);
-                    store_out::<S>(task, tile + t, out, total[i][t]);
+                    store_out::<S>(task, tile + t, out, total);
                 }
             }
         });
@@ -649,7 +716,7 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::activations::quantize_rows;
+    use crate::activations::{quantize_rows, round_rows};
     use crate::quant::dequantize;
 
     /// A small deterministic generator; tests need no crate for it.
@@ -700,8 +767,33 @@ mod tests {
         out
     }
 
-    /// Floats, and the same quantised in blocks and in super-blocks where the width allows it.
-    fn activations(rows: usize, inputs: usize, r: &mut Random) -> (Vec<f32>, [Vec<ActBlock>; 2]) {
+    /// Floats, the same in bf16, and quantised in blocks and in super-blocks where the width allows it.
+    struct Owned {
+        rows: usize,
+        floats: Vec<f32>,
+        pairs: Vec<[u16; 2]>,
+        blocks: [Vec<ActBlock>; 2],
+    }
+    impl Owned {
+        fn all(&self) -> Activations<'_> {
+            self.some(0, self.rows)
+        }
+        fn some(&self, first: usize, rows: usize) -> Activations<'_> {
+            fn part<T>(all: &[T], of: usize, first: usize, rows: usize) -> &[T] {
+                let each = all.len() / of;
+                &all[first * each..][..rows * each]
+            }
+            Activations {
+                rows,
+                floats: part(&self.floats, self.rows, first, rows),
+                pairs: part(&self.pairs, self.rows, first, rows),
+                blocks: part(&self.blocks[0], self.rows, first, rows),
+                supers: part(&self.blocks[1], self.rows, first, rows),
+            }
+        }
+    }
+
+    fn activations(rows: usize, inputs: usize, r: &mut Random) -> Owned {
         let x: Vec<f32> = (0..rows * inputs).map(|_| r.float() * 3.0).collect();
         let blocks = [Scales::Block, Scales::Super].map(|scales| {
             let mut blocks = vec![ActBlock::default(); x.len() / BLOCK];
@@ -710,31 +802,33 @@ mod tests {
             }
             blocks
         });
-        (x, blocks)
+        let mut pairs = vec![[0; 2]; rows * inputs.div_ceil(2)];
+        round_rows(Isa::SCALAR, &Pool::new(1), &x, inputs, &mut pairs);
+        Owned {
+            rows,
+            floats: x,
+            pairs,
+            blocks,
+        }
     }
 
     /// The definition: dequantised weights times dequantised activations, in f64.
-    fn oracle(
-        t: TensorType,
-        data: &[u8],
-        rows: usize,
-        inputs: usize,
-        x: &[f32],
-        blocks: &[Vec<ActBlock>; 2],
-    ) -> Vec<f64> {
-        let blocks = &blocks[usize::from(Scales::of(t) == Some(Scales::Super))];
+    fn oracle(t: TensorType, data: &[u8], rows: usize, inputs: usize, x: &Owned) -> Vec<f64> {
+        let blocks = &x.blocks[usize::from(Scales::of(t) == Some(Scales::Super))];
         let mut weights = vec![0f32; rows * inputs];
         dequantize(t, data, &mut weights);
-        let x: Vec<f64> = if t.block_len() == 1 {
-            x.iter().map(|&x| f64::from(x)).collect()
-        } else {
-            blocks
+        let x: Vec<f64> = match t {
+            TensorType::F32 | TensorType::F16 => x.floats.iter().map(|&x| f64::from(x)).collect(),
+            TensorType::BF16 => (x.floats.iter())
+                .map(|&x| half::bf16::from_f32(x).to_f64())
+                .collect(),
+            _ => blocks
                 .iter()
                 .flat_map(|b| {
                     b.codes
                         .map(|c| f64::from(c) * f64::from(b.scale) * f64::from(1 << b.shift))
                 })
-                .collect()
+                .collect(),
         };
         let dot =
             |x: &[f64], w: &[f32]| x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum::<f64>();
@@ -750,15 +844,10 @@ mod tests {
         for t in TensorType::ALL {
             let (outputs, inputs, rows) = (37, 3072, 39);
             let data = random_blocks(t, outputs, inputs, r);
-            let (x, blocks) = activations(rows, inputs, r);
-            let want = oracle(t, &data, outputs, inputs, &x, &blocks);
+            let x = activations(rows, inputs, r);
+            let want = oracle(t, &data, outputs, inputs, &x);
             let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
-            let x = Activations {
-                rows,
-                floats: &x,
-                blocks: &blocks[0],
-                supers: &blocks[1],
-            };
+            let x = x.all();
             let size = want.iter().fold(0f64, |a, b| a.max(b.abs()));
             let mut scalar = vec![0.0; want.len()];
             matmul(Isa::SCALAR, &pool, &matrix, x, Store::Set, &mut scalar);
@@ -777,39 +866,44 @@ mod tests {
     }
 
     #[test]
+    fn widths_of_any_number_of_inputs_are_multiplied() {
+        let r = &mut Random(6);
+        let pool = Pool::new(2);
+        for t in [TensorType::F32, TensorType::F16, TensorType::BF16] {
+            for (inputs, rows) in [(1, 1), (2, 3), (15, 9), (17, 5), (33, 26), (64, 12)] {
+                let outputs = 50;
+                let data = random_blocks(t, outputs, inputs, r);
+                let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
+                let x = activations(rows, inputs, r);
+                let want = oracle(t, &data, outputs, inputs, &x);
+                for isa in Isa::available() {
+                    let mut out = vec![0.0; want.len()];
+                    matmul(isa, &pool, &matrix, x.all(), Store::Set, &mut out);
+                    for (got, want) in out.iter().zip(&want) {
+                        let error = (f64::from(*got) - want).abs();
+                        assert!(error < 1e-5, "{t:?} {inputs}: {got} for {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_row_does_not_depend_on_its_company() {
         let r = &mut Random(2);
         let pool = Pool::new(2);
-        for t in [TensorType::Q4_1, TensorType::Q6_K, TensorType::F16] {
+        use TensorType as T;
+        for t in [T::Q4_1, T::Q6_K, T::F16, T::BF16] {
             let (outputs, inputs, rows) = (64, 256, 39);
             let data = random_blocks(t, outputs, inputs, r);
             let matrix = Matrix::new(vec![Tiles::pack(t, outputs, inputs, &data, &pool)], None);
-            let (x, blocks) = activations(rows, inputs, r);
+            let x = activations(rows, inputs, r);
             let mut together = vec![0.0; rows * outputs];
             let isa = Isa::detect();
-            matmul(
-                isa,
-                &pool,
-                &matrix,
-                Activations {
-                    rows,
-                    floats: &x,
-                    blocks: &blocks[0],
-                    supers: &blocks[1],
-                },
-                Store::Set,
-                &mut together,
-            );
+            matmul(isa, &pool, &matrix, x.all(), Store::Set, &mut together);
             for row in 0..rows {
                 let mut alone = vec![0.0; outputs];
-                let n = inputs / BLOCK;
-                let one = Activations {
-                    rows: 1,
-                    floats: &x[row * inputs..][..inputs],
-                    blocks: &blocks[0][row * n..][..n],
-                    supers: &blocks[1][row * n..][..n],
-                };
-                matmul(isa, &pool, &matrix, one, Store::Set, &mut alone);
+                matmul(isa, &pool, &matrix, x.some(row, 1), Store::Set, &mut alone);
                 assert_eq!(
                     alone,
                     together[row * outputs..][..outputs],
@@ -828,22 +922,18 @@ mod tests {
             (TensorType::Q4_0, 20),
             (TensorType::F32, 16),
             (TensorType::Q8_0, 5),
+            (TensorType::BF16, 9),
         ]
         .map(|(t, n)| (t, n, random_blocks(t, n, inputs, r)))
         .into();
-        let bias: Vec<f32> = (0..41).map(|i| i as f32).collect();
+        let bias: Vec<f32> = (0..50).map(|i| i as f32).collect();
         let tiles = parts
             .iter()
             .map(|(t, n, d)| Tiles::pack(*t, *n, inputs, d, &pool))
             .collect();
-        let (x, blocks) = activations(rows, inputs, r);
-        let acts = Activations {
-            rows,
-            floats: &x,
-            blocks: &blocks[0],
-            supers: &blocks[1],
-        };
-        let mut all = vec![0.0; rows * 41];
+        let x = activations(rows, inputs, r);
+        let acts = x.all();
+        let mut all = vec![0.0; rows * 50];
         matmul(
             Isa::detect(),
             &pool,
@@ -854,11 +944,11 @@ mod tests {
         );
         let mut column = 0;
         for (t, n, data) in &parts {
-            let want = oracle(*t, data, *n, inputs, &x, &blocks);
+            let want = oracle(*t, data, *n, inputs, &x);
             for row in 0..rows {
                 for i in 0..*n {
                     let (got, want) = (
-                        all[row * 41 + column + i],
+                        all[row * 50 + column + i],
                         want[row * n + i] + f64::from(bias[column + i]),
                     );
                     assert!(
@@ -885,13 +975,8 @@ mod tests {
         let alone =
             [0, 1].map(|i| Matrix::new(vec![pack(i)], Some(&bias[i * outputs..][..outputs])));
         for rows in [1, 7, 40] {
-            let (x, blocks) = activations(rows, inputs, r);
-            let x = Activations {
-                rows,
-                floats: &x,
-                blocks: &blocks[0],
-                supers: &blocks[1],
-            };
+            let x = activations(rows, inputs, r);
+            let x = x.all();
             let mut want = vec![0.0; rows * outputs];
             let mut up = want.clone();
             let isa = Isa::SCALAR;

@@ -1,7 +1,7 @@
 //! Sixteen lanes without SIMD: the definition of every vector operation, and the path for CPUs that have no fast twin.
 
 use crate::elementwise::{exp, exp2};
-use crate::quant::f16_to_f32;
+use crate::quant::{bf16_to_f32, f16_to_f32};
 use crate::simd::{LANES, Simd};
 
 /// Plain arrays. Compiled for the baseline CPU; every fast twin gives the same bits.
@@ -134,10 +134,6 @@ impl Simd for Scalar {
         let h = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         lanes(|i| f16_to_f32(h[i]))
     }
-    unsafe fn load_bf16(p: *const u16) -> Self::F {
-        let h = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
-        lanes(|i| f32::from_bits(u32::from(h[i]) << 16))
-    }
     unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> Self::F {
         let b = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
         lanes(|i| f32::from((b[i] >> shift) & mask))
@@ -160,6 +156,22 @@ impl Simd for Scalar {
             half::f16::from_f32(x).to_bits()
         });
         unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
+    unsafe fn store_bf16(p: *mut u16, a: Self::F) {
+        let bits = a.map(|x| half::bf16::from_f32(x).to_bits());
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
+    }
+    unsafe fn dot_bf16<const NATIVE: bool>(
+        sum: Self::F,
+        weights: Self::I,
+        x: *const [u16; 2],
+    ) -> Self::F {
+        let x = unsafe { *x }.map(bf16_to_f32);
+        lanes(|i| {
+            let weight = |at| bf16_to_f32(u16::from_le_bytes([weights[at], weights[at + 1]]));
+            let (first, second) = (weight(4 * i), weight(4 * i + 2));
+            first.mul_add(x[0], second.mul_add(x[1], sum[i]))
+        })
     }
     unsafe fn exp2(a: Self::F) -> Self::F {
         a.map(exp2)

@@ -68,7 +68,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn store_i8(p: *mut i8, a: Self::F) -> i32;
     unsafe fn load_f32(p: *const f32) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
-    unsafe fn load_bf16(p: *const u16) -> Self::F;
     /// Sixteen bytes, `(b >> shift) & mask`, as floats.
     unsafe fn load_u8(p: *const u8, shift: u32, mask: u8) -> Self::F;
     unsafe fn load_i8(p: *const u8) -> Self::F;
@@ -77,6 +76,16 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(p: *mut f32, a: Self::F);
     /// To f16 bits, to nearest even; beyond f16's range its largest number. NaN stays NaN.
     unsafe fn store_f16(p: *mut u16, a: Self::F);
+    /// To bf16 bits, to nearest even; NaN stays NaN.
+    unsafe fn store_bf16(p: *mut u16, a: Self::F);
+    /// Per lane: its pair of bf16 `weights` times the pair at `x`, added to `sum` by two `fma`s, the second of the pair
+    /// first: the order of `vdpbf16ps`, which `NATIVE` takes. That takes denormal numbers for 0; beside others they
+    /// count for nothing anyway.
+    unsafe fn dot_bf16<const NATIVE: bool>(
+        sum: Self::F,
+        weights: Self::I,
+        x: *const [u16; 2],
+    ) -> Self::F;
     /// 2 to the `a`, which is not above 0: see `elementwise::exp2`, whose bits it gives.
     unsafe fn exp2(a: Self::F) -> Self::F;
 }
@@ -147,6 +156,8 @@ pub(crate) enum Set {
     AvxVnni,
     /// AVX-512 F/BW/VL/DQ + VNNI.
     Avx512,
+    /// The same with BF16, which products of bf16 weights alone are compiled for.
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -206,6 +217,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 all.push(Self(Set::Avx512));
+                if is_x86_feature_detected!("avx512bf16") {
+                    all.push(Self(Set::Avx512Bf16));
+                }
             }
         }
         all
@@ -218,6 +232,7 @@ impl Isa {
             Set::Avx2 => "avx2",
             Set::AvxVnni => "avxvnni",
             Set::Avx512 => "avx512vnni",
+            Set::Avx512Bf16 => "avx512bf16",
         }
     }
 }
@@ -245,7 +260,9 @@ macro_rules! dispatch {
                 // SAFETY: an `Isa` exists only for sets whose features were detected.
                 unsafe {
                     match isa.0 {
-                        $crate::simd::Set::Avx512 => return avx512::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Set::Avx512 | $crate::simd::Set::Avx512Bf16 => {
+                            return avx512::<$($g,)* $($c)?>($($arg),*)
+                        }
                         $crate::simd::Set::AvxVnni => return avxvnni::<$($g,)* $($c)?>($($arg),*),
                         $crate::simd::Set::Avx2 => return avx2::<$($g,)* $($c)?>($($arg),*),
                         $crate::simd::Set::Scalar => {}

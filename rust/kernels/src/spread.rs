@@ -191,9 +191,9 @@ impl Group<'_> {
             let mut total = [[S::splat(0.0); T]; M];
             for i in 0..M {
                 x[i] = acts.as_ptr().add(row(i) * blocks + segment.start);
-                for t in 0..T {
-                    if segment.start > 0 {
-                        total[i][t] =
+                if segment.start > 0 {
+                    for (t, total) in total[i].iter_mut().enumerate() {
+                        *total =
                             S::load_f32(sums.add(((row(i) - self.rows.start) * T + t) * LANES));
                     }
                 }

@@ -359,7 +359,7 @@ pub(crate) const fn super_bytes<F: Format>() -> usize {
     F::HEAD + F::SUPER * (F::CODES + F::SCALES)
 }
 
-/// Inputs and bytes of one super-block of a tile; for float types, of one input.
+/// Inputs and bytes of one super-block of a tile; for float types, of one input, or of a pair of them.
 fn geometry(tensor_type: TensorType) -> (usize, usize) {
     use TensorType as T;
     fn of<F: Format>() -> (usize, usize) {
@@ -367,7 +367,8 @@ fn geometry(tensor_type: TensorType) -> (usize, usize) {
     }
     match tensor_type {
         T::F32 => (1, 4 * LANES),
-        T::F16 | T::BF16 => (1, 2 * LANES),
+        T::F16 => (1, 2 * LANES),
+        T::BF16 => (2, 4 * LANES),
         T::Q4_0 => of::<Q4_0>(),
         T::Q4_1 => of::<Q4_1>(),
         T::Q5_0 => of::<Q5_0>(),
@@ -432,7 +433,7 @@ impl Tiles {
             "bytes of a {rows} x {inputs} {tensor_type:?} matrix"
         );
         let (step, bytes) = geometry(tensor_type);
-        let tile_bytes = (inputs / step * bytes).next_multiple_of(64);
+        let tile_bytes = (inputs.div_ceil(step) * bytes).next_multiple_of(64);
         let size = rows.div_ceil(LANES) * tile_bytes;
         let mut memory = arena
             .take(size)
@@ -444,7 +445,7 @@ impl Tiles {
             pool.rows(memory, tile_bytes, |tile, out| {
                 let first = data_at + tile * tile_data;
                 let last = data.len().min(first + tile_data);
-                pack_tile(tensor_type, &data[first..last], row_bytes, inputs, out);
+                pack_tile(tensor_type, &data[first..last], row_bytes, out);
             });
             packed(data_at..data.len().min(data_at + slice * tile_data));
         }
@@ -480,18 +481,12 @@ impl Tiles {
     }
 }
 
-fn pack_tile(
-    tensor_type: TensorType,
-    data: &[u8],
-    row_bytes: usize,
-    inputs: usize,
-    out: &mut [u8],
-) {
+fn pack_tile(tensor_type: TensorType, data: &[u8], row_bytes: usize, out: &mut [u8]) {
     use TensorType as T;
     let rows = data.chunks_exact(row_bytes);
     match tensor_type {
-        T::F32 => transpose::<4>(rows, inputs, out),
-        T::F16 | T::BF16 => transpose::<2>(rows, inputs, out),
+        T::F32 | T::BF16 => transpose::<4>(rows, out),
+        T::F16 => transpose::<2>(rows, out),
         T::Q4_0 | T::IQ4_NL => pack_quantised::<18, 1, 0, 4, 2, 2>(rows, out, q4_0),
         T::Q4_1 => pack_quantised::<20, 1, 0, 4, 4, 2>(rows, out, q4_1),
         T::Q5_0 => pack_quantised::<22, 1, 0, 5, 2, 2>(rows, out, q5_0),
@@ -507,12 +502,17 @@ fn pack_tile(
     }
 }
 
-/// Float types: input by input, the 16 rows side by side.
-fn transpose<const N: usize>(rows: ChunksExact<u8>, inputs: usize, out: &mut [u8]) {
+/// Float types: `N` bytes, which are an input or a pair of them, by `N` bytes, the 16 rows side by side.
+fn transpose<const N: usize>(rows: ChunksExact<u8>, out: &mut [u8]) {
+    let (out, _) = out.as_chunks_mut::<N>();
     for (r, row) in rows.enumerate() {
-        for i in 0..inputs {
-            let at = (i * LANES + r) * N;
-            out[at..at + N].copy_from_slice(&row[i * N..i * N + N]);
+        let (all, rest) = row.as_chunks::<N>();
+        for (i, numbers) in all.iter().enumerate() {
+            out[i * LANES + r] = *numbers;
+        }
+        if !rest.is_empty() {
+            // Half a pair.
+            out[all.len() * LANES + r][..rest.len()].copy_from_slice(rest);
         }
     }
 }
