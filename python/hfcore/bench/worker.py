@@ -83,7 +83,8 @@ class _LlamaCpp(Adapter):
     """llama-cpp-python's own loop without its sampler: greedy by numpy."""
 
     BATCH = 512
-    SETS = (("AVX512_VNNI", "avx512vnni"), ("AVX512", "avx512"), ("AVX_VNNI", "avxvnni"),
+    SETS = (("AVX512_BF16", "avx512bf16"), ("AVX512_VNNI", "avx512vnni"), ("AVX512", "avx512"),
+            ("AVX_VNNI", "avxvnni"),
             ("AVX2", "avx2"))  # fmt: skip
 
     def __init__(self, model: str, threads: int, context: int, mode: Reply) -> None:

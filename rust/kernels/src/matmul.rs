@@ -1,10 +1,5 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index runs over several register arrays at once"
-)]
-
 use crate::activations::{ActBlock, Activations, Scales};
 #[cfg(target_arch = "x86_64")]
 use crate::avx512::Avx512;

@@ -1,11 +1,6 @@
 //! Many rows of activations: some blocks of two tiles are spread out as bytes and floats once, and all rows go over them.
 //! Gives the bits that `matmul` gives for few rows.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "one index runs over several register arrays at once"
-)]
-
 use std::mem::MaybeUninit;
 
 use crate::activations::ActBlock;
