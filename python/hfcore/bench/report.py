@@ -217,7 +217,7 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     panels = ("prefill", "decode", "batch")
     if not models:
         raise InvalidRequestError("wanted at least one model's measurements to draw, got none")
-    figure = Figure(figsize=(15, 4 * len(models)), layout="constrained")
+    figure = Figure(figsize=(15, 3 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(panels), squeeze=False)
     for row, model in zip(axes, models, strict=True):
         measured = [line for line in _of(lines, model) if line["kind"] == "measure"]
@@ -226,12 +226,15 @@ def picture(lines: Sequence[Line], path: Path) -> None:
         row[0].set_ylabel(f"{model}\ntokens/s")
         row[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def _bars(panel: Any, lines: Sequence[Line], measure: str) -> None:
     """A group of bars for each size, a bar for each engine."""
     sizes = [size for name, size in _rows(lines) if name == measure]
+    if not sizes:
+        panel.set_axis_off()
+        return
     engines = _engines(lines)
     width = 0.8 / max(1, len(engines))
     for place, engine in enumerate(engines):
