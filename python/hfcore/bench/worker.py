@@ -84,8 +84,7 @@ class _LlamaCpp(Adapter):
 
     BATCH = 512
     SETS = (("AVX512_BF16", "avx512bf16"), ("AVX512_VNNI", "avx512vnni"), ("AVX512", "avx512"),
-            ("AVX_VNNI", "avxvnni"),
-            ("AVX2", "avx2"))  # fmt: skip
+            ("AVX_VNNI", "avxvnni"), ("AVX2", "avx2"))  # fmt: skip
 
     def __init__(self, model: str, threads: int, context: int, mode: Reply) -> None:
         import llama_cpp
