@@ -365,7 +365,7 @@ unsafe fn few_rows<S: Simd, F: Format>(task: &Task) {
 
 /// How far ahead, in bytes, weights are fetched where several rows share them: the CPU's own prefetching, which suffices
 /// for one row, does not go far enough.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 8192;
 
 #[inline(always)]
 unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usize, row: usize) {
