@@ -90,7 +90,7 @@ $(MODEL_1B): benches/make_model.py | fetch
 	set -- $(DEMO_MODELS) && $(BIN)/python benches/make_model.py "$$1" $@.part
 	mv $@.part $@
 
-# Long, and for an idle machine. Each run has its own file; the table and the picture have all.
+# Long, and for an idle machine; the accuracy of random weights says nothing. Each run has its own file; the table and the picture have all.
 bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: make bench RIVAL_PYTHON=/a/python AVX2_PYTHON=/b/python
 	$(BIN)/hfcore bench $(BENCHED) $(RIVAL_PYTHON:%=--rival-python %) --stress $(BENCH) \
 	  --out $(RESULTS)/rivals.jsonl
@@ -98,8 +98,10 @@ bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: ma
 	  --rivals llama-cpp-python --isa avx2 --rates-only $(BENCH) --out $(RESULTS)/avx2.jsonl)
 	$(BIN)/python benches/bench_types.py $(RIVAL_PYTHON:%=--rival-python %) $(BENCH_TYPES) \
 	  --out $(RESULTS)/types.jsonl
+	$(BIN)/python benches/bench_nll.py $(MODELS) $(RIVAL_PYTHON:%=--rival-python %) \
+	  --out $(RESULTS)/nll.jsonl
 	$(BIN)/hfcore bench --table docs/bench.md --picture docs/bench.png \
-	  --report $$(for run in rivals avx2 types; do find $(RESULTS) -name $$run.jsonl; done)
+	  --report $$(for run in rivals avx2 types nll; do find $(RESULTS) -name $$run.jsonl; done)
 
 clean: ## remove what was built here (not the fetched models)
 	rm -rf $(VENV) target dist

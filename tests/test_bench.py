@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hfcore import Engine, cli
+from hfcore import Engine, _core, cli
 from hfcore.bench import machine, measures, model, processes, report, session, worker
 from hfcore.errors import HfcoreError, InvalidRequestError, ModelFileError
 from hfcore.testing import tiny_model
@@ -114,12 +115,64 @@ def test_every_measure_is_there_with_each_rounds_value(results: Path) -> None:
 
 def test_the_share_is_the_rate_by_what_the_limits_allow(results: Path, tiny: Path) -> None:
     facts = model.read(tiny)
-    line = next(x for x in lines_of(results) if x.get("measure") == "decode")
-    most = line["limits"]["read_bytes_per_second"] / facts.token_bytes
-    assert line["share"] == pytest.approx(line["median"] / most, rel=1e-3, abs=1e-4)
-    line = next(x for x in lines_of(results) if x.get("measure") == "prefill")
-    most = line["limits"]["int8_operations_per_second"] / 2 / facts.layer_parameters
-    assert line["share"] == pytest.approx(line["median"] / most, rel=1e-3, abs=1e-4)
+    for measure, name, cost in (
+        ("decode", "read_bytes_per_second", facts.token_bytes),
+        ("prefill", "int8_operations_per_second", 2 * facts.layer_parameters),
+    ):
+        line = next(x for x in lines_of(results) if x.get("measure") == measure)
+        each = [
+            rate * cost / limit
+            for rate, limit in zip(line["rounds"], line["limit_rounds"][name], strict=True)
+        ]
+        wanted = {"median": statistics.median(each), "least": min(each), "most": max(each)}
+        assert line["share"] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        assert line["limit"] * cost == pytest.approx(
+            statistics.median(line["limit_rounds"][name]), rel=1e-3
+        )
+
+
+def test_the_limits_are_measured_before_and_after_each_request_and_the_better_counts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the model's beginning, the warm-up, and two rounds.
+    reached = iter([9e9, 8e9, 8e9, 5e9, 4e9, 2e9, 3e9])
+
+    def limits(*_: object) -> dict[str, Any]:
+        found = next(reached)
+        return LIMITS | {"read_bytes_per_second": found, "int8_operations_per_second": 100 * found}
+
+    monkeypatch.setattr(machine, "limits", limits)
+    out = tmp_path / "lines.jsonl"
+    sizes = ["--prefill", "8", "--depth", "8", "--batch", "none", "--rates-only"]
+    assert bench(tiny, *QUICK, *sizes, "--rivals", "none", "--out", out) == 0
+    found = {line["measure"]: line["limit_rounds"] for line in lines_of(out) if "rounds" in line}
+    assert found == {
+        "prefill": {"int8_operations_per_second": [5e11, 3e11]},
+        "decode": {"read_bytes_per_second": [5e9, 3e9]},
+    }
+
+
+def test_a_limit_is_read_from_far_more_than_the_last_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def limits(threads: int, read_bytes: int) -> dict[str, Any]:
+        sizes.append(read_bytes)
+        return {"threads": threads}
+
+    monkeypatch.setattr(_core, "limits", limits)
+    monkeypatch.setattr(machine, "_CACHES", tmp_path)
+    monkeypatch.setattr(machine, "free_memory", lambda: 4 << 30)
+    machine.limits(1)
+    for index, size in enumerate(["32K", "65536K", "unknown"]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    machine.limits(1)
+    machine.limits(1, 5 << 20)
+    monkeypatch.setattr(machine, "free_memory", lambda: 400 << 20)
+    assert machine.limits(1) == {"threads": 1, "read_bytes": 100 << 20}
+    assert sizes == [256 << 20, 512 << 20, 5 << 20, 100 << 20]
 
 
 def test_what_the_context_does_not_hold_is_said(
@@ -517,7 +570,7 @@ def line(engine: str, value: float, **others: Any) -> dict[str, Any]:
 
 
 LINES = [
-    line("hfcore", 1234.0, share=0.5, limit=2468.0),
+    line("hfcore", 1234.0, share={"median": 0.5, "least": 0.456, "most": 0.52}, limit=2468.0),
     line("llama-cpp-python", 300.0, mode="plain", ratio={"median": 4.1, "least": 4, "most": 4.2}),
     line("llama-cpp-python", 600.0, mode="flash", ratio={"median": 2.1, "least": 2, "most": 2.2}),
     line("mistralrs", 0, kind="absent", mode=None, measure=None, reason="not here"),
@@ -528,10 +581,47 @@ def test_the_table_takes_a_rivals_best_mode_and_names_who_is_missing() -> None:
     text = report.table(LINES)
     assert "## m.gguf (5 MB)" in text
     assert "|  | hfcore | of the limit | llama-cpp-python |" in text
-    assert "| decode at depth 512 | 1,234 tok/s | 50% | 600 tok/s, 2.10x (2.00-2.20) |" in text
+    assert (
+        "| decode at depth 512 | 1,234 tok/s | 50% (46-52) | 600 tok/s, 2.10x (2.00-2.20) |" in text
+    )
     assert "- mistralrs: not here" in text
     assert "40.0 GB/s" in text
     assert "commit abc" in text
+
+
+def test_what_the_limits_moved_between_is_said() -> None:
+    read, multiply = "read_bytes_per_second", "int8_operations_per_second"
+    text = report.table([
+        line("hfcore", 1.0, limit_rounds={read: [4.31e10, 7.84e10]}),
+        line("hfcore", 1.0, size=0, limit_rounds={read: [5e10]}),
+        line("hfcore", 1.0, measure="prefill", limit_rounds={multiply: [1.851e12, 1.849e12]}),
+    ])  # fmt: skip
+    assert "which read 43.1-78.4 GB/s and do 1.85 int8 TOPS; hfcore 1;" in text
+
+
+def test_the_share_of_a_run_that_had_one_limit_for_all_rounds_has_no_spread() -> None:
+    text = report.table([line("hfcore", 1234.0, share=0.5)])
+    assert "| decode at depth 512 | 1,234 tok/s | 50% |" in text
+
+
+def test_accuracy_is_one_table_with_a_row_for_each_model() -> None:
+    def nll(model: str, text: str | None, ours: float, theirs: float | None) -> dict[str, Any]:
+        found = {"hfcore": ours} | ({} if theirs is None else {"llama-cpp-python": theirs})
+        difference = None if theirs is None else ours / theirs - 1
+        return line("", 0, kind="nll", text=text, nll=found, difference=difference,
+                    model=model, reason="not here", versions={"hfcore": "1"})  # fmt: skip
+
+    accuracy = [
+        nll("m.gguf", "a", 2.02, 2.0), nll("m.gguf", "b", 3.96, 4.0), nll("m.gguf", None, 2.99, 3),
+        nll("other.gguf", "a", 5.0, None), nll("other.gguf", None, 5.0, None),
+    ]  # fmt: skip
+    text = report.table([*LINES, *accuracy])
+    table = text.partition("## Accuracy\n\n")[2]
+    assert "| m.gguf | 2.9900 | 3.0000 | -0.33% | -1.00% to +1.00% |" in table
+    assert "| other.gguf | 5.0000 | not here | - | - |" in table
+    assert table.endswith("a CPU; hfcore 1; commit abc; 2026-01-01.\n")
+    assert "Accuracy" not in report.table(LINES)
+    assert text.partition("## Accuracy")[0].rstrip() == report.table(LINES).rstrip()
 
 
 def test_a_run_held_to_an_instruction_set_has_a_table_of_its_own() -> None:

@@ -50,7 +50,7 @@ def takes_options(parser: ArgumentParser) -> None:
     add("--table", type=Path, metavar="FILE.md", help="default: to stdout")
     add("--picture", type=Path, metavar="FILE.png", help="needs matplotlib")
     # For tests: less than the bandwidth needs.
-    add("--read-bytes", type=_count, default=1 << 30, help=SUPPRESS)
+    add("--read-bytes", type=_count, help=SUPPRESS)
 
 
 def run(parsed: Namespace) -> None:

@@ -14,6 +14,8 @@ from .. import _core
 from .processes import free_memory
 
 HERE = Path(__file__).resolve().parent
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_LEAST_READ = 256 << 20  # bytes
 _FLAGS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm",
 )  # fmt: skip
@@ -44,25 +46,34 @@ def moment() -> dict[str, Any]:
     }
 
 
-def limits(threads: int, size: int) -> dict[str, Any]:
-    """What the machine can do at most with so many threads, by reading `size` bytes.
+def limits(threads: int, size: int | None = None) -> dict[str, Any]:
+    """What the machine can do at most with so many threads, by reading `size` bytes; now.
 
-    The size should be many times the last cache; less is read where less is free.
+    Without a size it is eight times the last cache and at least 256 MiB, which takes about a
+    quarter of a second; less is read where less is free.
     """
+    wanted = size or max(_LEAST_READ, 8 * _last_cache())
     free = free_memory()
-    return _core.limits(threads, read_bytes=size if free is None else min(size, free // 4))
+    wanted = wanted if free is None else min(wanted, free // 4)
+    return _core.limits(threads, read_bytes=wanted) | {"read_bytes": wanted}
 
 
-def best_limits(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+def best_limits(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The better of two measurements: what disturbs one can only make it less.
 
     >>> best_limits({"threads": 2, "x_per_second": 5.0}, {"threads": 2, "x_per_second": 4.0})
     {'threads': 2, 'x_per_second': 5.0}
     """
     return {
-        key: max(value, (before or now)[key]) if key.endswith("_per_second") else value
-        for key, value in now.items()
+        key: max(value, before[key]) if key.endswith("_per_second") else value
+        for key, value in after.items()
     }
+
+
+def _last_cache() -> int:
+    """Bytes of the largest cache of the first CPU; 0 where the system does not say."""
+    sizes = [path.read_text(encoding="utf-8").strip() for path in _CACHES.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if re.fullmatch(r"\d+K", size)), default=0)
 
 
 def _cpu() -> dict[str, str]:

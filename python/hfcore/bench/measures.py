@@ -1,7 +1,8 @@
 """One model, hfcore and its rivals in turn: what is measured, in which order, and the lines of it.
 
-Engines take turns within a round, and a round's figures are compared with each other alone. The
-first round of each size is a warm-up. What cannot be measured is a line too, with the reason.
+Engines take turns within a round, and a round's figures are compared with each other alone: the
+machine's limits too are measured beside each request that has a share of them. The first round of
+each size is a warm-up. What cannot be measured is a line too, with the reason.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from .machine import best_limits
 from .model import Facts
 from .processes import (
     RIVALS,
@@ -29,7 +31,7 @@ Line = dict[str, Any]
 Key = tuple[str, str]
 """An engine and its mode."""
 
-OURS = "hfcore"
+OURS, LLAMA = "hfcore", "llama-cpp-python"
 SHORT_PROMPT = 32  # tokens: of first-token and batch measurements
 SHORT_CONTEXT = 512
 COLD_ROUNDS = 3
@@ -72,14 +74,17 @@ class Place:
 
 
 class Bench:
-    """The measurements of one model. `emit` takes each line as it is done, `tell` what goes on."""
+    """The measurements of one model. `emit` takes each line as it is done, `tell` what goes on.
+
+    `limits` measures what the machine can do at that moment.
+    """
 
     def __init__(
         self,
         facts: Facts,
         places: Mapping[str, Place],
         plan: Plan,
-        limits: Mapping[str, Any],
+        limits: Callable[[], Line],
         emit: Callable[[Line], None],
         tell: Callable[[str], None],
     ) -> None:
@@ -145,18 +150,22 @@ class Bench:
         def request(key: Key, round_: int) -> Reply:
             ids = self._prompt(max(1, length), round_)
             self._is_patient(key, len(ids))
+            # All workers are stopped while this is measured.
+            before = self._limits()
             reply = self._ask(key, {"do": "generate", "ids": ids, "new": new})
+            limits = best_limits(before, self._limits())
             _check(reply["later"], new - 1, [reply["first"], reply["rest"] if new > 1 else 1])
             self._rates[key] = reply["prompt"] / reply["first"]
-            return reply
+            return reply | {"limits": limits}
 
         found = self._in_turn(what, list(self._workers), request, self._plan.rounds)
+        limits = pick(found, "limits")
         if prefill:
             rates = {k: [r["prompt"] / r["first"] for r in rs] for k, rs in found.items()}
-            self._write("prefill", length, "tokens/s", rates)
+            self._write("prefill", length, "tokens/s", rates, limits)
         if decode and new > 1:
             rates = {k: [r["later"] / r["rest"] for r in rs] for k, rs in found.items()}
-            self._write("decode", length, "tokens/s", rates)
+            self._write("decode", length, "tokens/s", rates, limits)
 
     def _warm(self) -> None:
         """A short prompt to its first token, when all is loaded and has run."""
@@ -388,9 +397,17 @@ class Bench:
                     "reason": reason})  # fmt: skip
 
     def _write(
-        self, measure: str, size: int | None, unit: str, found: Mapping[Key, Sequence[float]]
+        self,
+        measure: str,
+        size: int | None,
+        unit: str,
+        found: Mapping[Key, Sequence[float]],
+        limits: Mapping[Key, Sequence[Line]] | None = None,
     ) -> None:
-        """A line for each engine and mode, with its ratio to ours and its share of the limit."""
+        """A line for each engine and mode, with its ratio to ours and its share of the limit.
+
+        `limits`: the machine's, beside each round; of prefill and decode.
+        """
         found = {key: values for key, values in found.items() if values}
         ours = best((values for key, values in found.items() if key[0] == OURS), unit)
         for key, values in found.items():
@@ -401,7 +418,9 @@ class Bench:
             } | _figures(values)  # fmt: skip
             if key[0] != OURS and ours is not None:
                 line["ratio"] = ratio(ours, values)
-            self._emit(line | self._shares(measure, statistics.median(values)))
+            if limits is not None:
+                line |= self._shares(measure, values, limits[key])
+            self._emit(line)
 
     def _write_stress(self, measure: str, rates: Mapping[str, Sequence[float]]) -> None:
         """A line for each disturbance, with what it leaves of the rate."""
@@ -418,20 +437,26 @@ class Bench:
                     "of_undisturbed": ratio(values, undisturbed),
                 } | _figures(values))  # fmt: skip
 
-    def _shares(self, measure: str, rate: float) -> Line:
-        """Of the machine's limits. Attention and its cache are left out of what a token costs."""
-        if measure == "decode":
-            most = self._limits["read_bytes_per_second"] / max(1, self._facts.token_bytes)
-            return {"share": round(rate / most, 4), "limit": float(f"{most:.5g}")}
-        if measure != "prefill":
-            return {}
-        operations = self._limits["int8_operations_per_second"] / 2
-        most = operations / max(1, self._facts.layer_parameters)
-        return {
-            "share": round(rate / most, 4),
-            "limit": float(f"{most:.5g}"),
-            "share_of_all_parameters": round(rate * self._facts.parameters / operations, 4),
+    def _shares(self, measure: str, rates: Sequence[float], limits: Sequence[Line]) -> Line:
+        """Of the limits beside each round. What attention and its cache cost is left out."""
+        facts = self._facts
+        layers = max(1, facts.layer_parameters)
+        name, cost = {
+            "prefill": ("int8_operations_per_second", 2 * layers),
+            "decode": ("read_bytes_per_second", max(1, facts.token_bytes)),
+        }[measure]
+        reached = [limit[name] for limit in limits]
+        most = [limit / cost for limit in reached]
+        share = ratio(rates, most)
+        line = {
+            "share": share,
+            "limit": float(f"{statistics.median(most):.5g}"),
+            "limit_rounds": {name: [float(f"{limit:.5g}") for limit in reached]},
         }
+        if measure == "prefill":
+            of_all = share["median"] * facts.parameters / layers
+            line["share_of_all_parameters"] = round(of_all, 4)
+        return line
 
 
 def _figures(values: Sequence[float]) -> Line:
@@ -449,8 +474,8 @@ def _check(tokens: int, wanted: int, seconds: Sequence[float]) -> None:
         raise WorkerError("its own clock showed no time", alive=True)
 
 
-def pick(found: Mapping[Key, Sequence[Reply]], field: str) -> dict[Key, list[float]]:
-    """One figure of each reply, where there is one.
+def pick(found: Mapping[Key, Sequence[Reply]], field: str) -> dict[Key, list[Any]]:
+    """One field of each reply, where there is one.
 
     >>> pick({("a", ""): [{"x": 2.0}, {"x": None}]}, "x")
     {('a', ''): [2.0]}

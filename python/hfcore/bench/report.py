@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HfcoreError, InvalidRequestError
-from .measures import GROWS, OURS
+from .measures import GROWS, LLAMA, OURS
 
 Line = dict[str, Any]
 _ORDER = (
@@ -40,10 +40,17 @@ file in the page cache. "N at once" is all new tokens of N short prompts by all 
 of hfcore's own undisturbed figure, round by round. In brackets after a version: the instruction set
 that the engine runs, where it says so.
 
-Shares of the limit, which is measured in the same run: decode reads every tensor once a token (the
-embedding only where it is also the head; the KV cache is left out), against reading memory in
-order; prefill does two operations for each parameter of the layers (embedding, head and attention
-are left out), against int8 products in registers."""
+Shares of the limit: decode reads every tensor once a token (the embedding only where it is also the
+head; the KV cache is left out), against reading memory in order; prefill does two operations for
+each parameter of the layers (embedding, head and attention are left out), against int8 products in
+registers. What the machine can do moves, so both limits are measured just before and just after
+each request, and the better of the two counts: a share is the median of its rounds (least-most)."""
+
+ACCURACY_NOTES = """\
+The mean negative log-likelihood of a text's tokens, the same ids for both engines, as `python
+benches/bench_nll.py MODEL.gguf ... --rival-python PATH` measures it: less is better. The mean of
+all texts' means (pieces of this repository), the difference to llama.cpp's, and the least and the
+most difference of a text."""
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
@@ -58,7 +65,7 @@ def read(paths: Iterable[Path]) -> list[Line]:
                 raise InvalidRequestError(
                     f"{path.name}, line {number}: wanted a line of results, got {text:.60}"
                 ) from error
-            if kind in {"measure", "absent"}:
+            if kind in {"measure", "absent", "nll"}:
                 lines.append(line)
     if not lines:
         raise InvalidRequestError("wanted at least one measurement, got none")
@@ -71,11 +78,15 @@ def read(paths: Iterable[Path]) -> list[Line]:
 def table(lines: Sequence[Line]) -> str:
     """All models' tables in Markdown, with what was left out and the circumstances."""
     parts = ["# Side by side", NOTES]
+    accuracy = [line for line in lines if line["kind"] == "nll"]
+    lines = [line for line in lines if line["kind"] != "nll"]
     typed = [line for line in lines if "tensor_type" in line]
     lines = [line for line in lines if "tensor_type" not in line]
     parts += [_model_table(name, _of(lines, name)) for name in _models(lines)]
     for group in dict.fromkeys(map(_group, typed)):
         parts.append(_type_table([line for line in typed if _group(line) == group]))
+    if accuracy:
+        parts.append(_accuracy_table(accuracy))
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,6 +109,25 @@ def _type_table(lines: Sequence[Line]) -> str:
     return "\n\n".join(filter(None, [
         head, _markdown(rows), _left_out(lines), _circumstances(measured)
     ]))  # fmt: skip
+
+
+def _accuracy_table(lines: Sequence[Line]) -> str:
+    """A row for each model: what benches/bench_nll.py found over all of its texts."""
+    rows = [["", OURS, LLAMA, "difference", "of the texts"], ["---"] * 5]
+    for line in (line for line in lines if line["text"] is None):
+        texts = [other for other in lines if other["model"] == line["model"] and other["text"]]
+        each = [text["difference"] for text in texts if text.get("difference") is not None]
+        there = line["difference"] is not None
+        rows.append([
+            line["model"], f"{line['nll'][OURS]:.4f}",
+            f"{line['nll'][LLAMA]:.4f}" if there else line["reason"],
+            f"{line['difference']:+.2%}" if there else "-",
+            f"{min(each):+.2%} to {max(each):+.2%}" if each else "-",
+        ])  # fmt: skip
+    last = lines[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    end = f"{last['cpu']}; {versions}; commit {last['commit'] or 'unknown'}; {last['date'][:10]}."
+    return "\n\n".join(["## Accuracy", ACCURACY_NOTES, _markdown(rows), end])
 
 
 def _group(line: Line) -> str:
@@ -148,7 +178,13 @@ def _ours(line: Line | None) -> str:
 
 
 def _share(line: Line | None) -> str:
-    return f"{line['share']:.0%}" if line is not None and "share" in line else ""
+    """The median of the rounds' shares of the limits beside them, and the spread."""
+    if line is None or "share" not in line:
+        return ""
+    share = line["share"]
+    if not isinstance(share, dict):  # files of runs that had one limit for all rounds
+        return f"{share:.0%}"
+    return f"{share['median']:.0%} ({100 * share['least']:.0f}-{100 * share['most']:.0f})"
 
 
 def _rival(line: Line | None) -> str:
@@ -171,17 +207,25 @@ def _circumstances(lines: Sequence[Line]) -> str:
     if not lines:
         return ""
     last = lines[-1]
-    limits = last["limits"]
     versions = dict.fromkeys(map(_version, lines))
     files = {line["model_sha256"] for line in lines}
     sha256 = f"; sha256 {last['model_sha256']}" if len(files) == 1 else ""
     return (
         f"{last['threads']} threads of {last['cpu']} ({', '.join(last['cpu_flags'])}), which read "
-        f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s and do "
-        f"{limits['int8_operations_per_second'] / 1e12:.2f} int8 TOPS; {', '.join(versions)}; "
+        f"{_reached(lines, 'read_bytes_per_second', 1e9, 1)} GB/s and do "
+        f"{_reached(lines, 'int8_operations_per_second', 1e12, 2)} int8 TOPS; "
+        f"{', '.join(versions)}; "
         f"commit {last['commit'] or 'unknown'}; {last['date'][:10]}; {len(last['rounds'])} rounds; "
         f"{last['new_tokens']} tokens decoded{sha256}."
     )
+
+
+def _reached(lines: Sequence[Line], limit: str, unit: float, digits: int) -> str:
+    """What the machine could do beside the rounds: the least and the most."""
+    beside = (line.get("limit_rounds", {}).get(limit, []) for line in lines)
+    found = [value for rounds in beside for value in rounds] or [lines[-1]["limits"][limit]]
+    ends = dict.fromkeys(f"{end(found) / unit:.{digits}f}" for end in (min, max))
+    return "-".join(ends)
 
 
 def _version(line: Line) -> str:
@@ -212,7 +256,7 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     check_picture()
     from matplotlib.figure import Figure
 
-    lines = [line for line in lines if "tensor_type" not in line]
+    lines = [line for line in lines if line["kind"] != "nll" and "tensor_type" not in line]
     models = _models(line for line in lines if line["kind"] == "measure")
     panels = ("prefill", "decode", "batch")
     if not models:

@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,7 +56,7 @@ def _measure(parsed: Namespace, made: Models | None) -> list[Line]:
         rates_only=parsed.rates_only, stress=parsed.stress, isa=parsed.isa,
     )  # fmt: skip
     places, lacking = find(_rivals(parsed.rivals), parsed.rival_python)
-    limits = None
+    limits = partial(machine.limits, plan.threads, parsed.read_bytes)
     if parsed.out is not None:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
     with held_to(plan.isa), (parsed.out or Path(os.devnull)).open("w", encoding="utf-8") as out:
@@ -63,8 +64,7 @@ def _measure(parsed: Namespace, made: Models | None) -> list[Line]:
         for path, besides in models:
             facts = model.read(path)
             lines.progress("measuring the machine")
-            limits = machine.best_limits(limits, machine.limits(plan.threads, parsed.read_bytes))
-            lines.begin(measures.circumstances(facts, plan, limits) | besides)
+            lines.begin(measures.circumstances(facts, plan, limits()) | besides)
             for line in lacking:
                 lines.add(line)
             measures.Bench(facts, places, plan, limits, lines.add, lines.progress).run()

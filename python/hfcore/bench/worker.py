@@ -8,9 +8,11 @@ which instruction set the engine runs, where it says so: {"load", "instruction_s
 
     {"do": "generate", "ids": [...], "new": n}      {"prompt", "first", "rest", "later"}
     {"do": "batch", "prompts": [[...]], "new": n}   {"seconds", "tokens"}
+    {"do": "logprobs", "ids": [...]}                {"logprobs": [...]}
     {"do": "memory"}                                {"bytes"}
 
 `first` is seconds to the first token, `rest` of the `later` ones; all greedy, none ends early.
+`logprobs`: the natural log probability of each id after the first, given those before it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ class Adapter:
         """Decode `new` tokens after each prompt, all at once."""
         raise NotImplementedError("it cannot decode several at once")
 
+    def logprobs(self, ids: Ids) -> Reply:
+        """What the model gives each of `ids` after those before it."""
+        raise NotImplementedError("it does not give a prompt's log probabilities")
+
     def instruction_set(self) -> str | None:
         """What it computes with, by hfcore's names; None where it does not say."""
         return None
@@ -71,6 +77,11 @@ class _Hfcore(Adapter):
         streams = [self._stream(ids, new) for ids in prompts]
         tokens = sum(len(delta.token_ids) for stream in streams for delta in stream)
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def logprobs(self, ids: Ids) -> Reply:
+        wishes = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": True}
+        first, *_ = self._engine.stream(ids, **wishes)
+        return {"logprobs": [each.logprob for each in first.prompt_logprobs or ()]}
 
     def instruction_set(self) -> str | None:
         return str(self._engine.info["instruction_set"])
@@ -131,6 +142,19 @@ class _LlamaCpp(Adapter):
         finally:
             api.llama_batch_free(batch)
         return {"seconds": seconds, "tokens": new * len(prompts)}
+
+    def logprobs(self, ids: Ids) -> Reply:
+        """It must be open with `logits_all`."""
+        import numpy as np
+
+        self._llama.reset()
+        self._llama.eval(ids)
+        found = []
+        for scores, token in zip(self._llama.scores, ids[1:], strict=False):
+            row = scores.astype(np.float64)  # one at a time: a vocabulary may be large
+            row -= row.max()
+            found.append(float(row[token] - np.log(np.exp(row).sum())))
+        return {"logprobs": found}
 
     def instruction_set(self) -> str | None:
         """The best that it was built for: it looks for none at run time."""
@@ -324,6 +348,8 @@ def answer(adapter: Adapter, request: Reply) -> Reply:
             return adapter.generate(request["ids"], request["new"])
         if request["do"] == "batch":
             return adapter.batch(request["prompts"], request["new"])
+        if request["do"] == "logprobs":
+            return adapter.logprobs(request["ids"])
         return {"bytes": peak_memory()}
     except Exception as error:  # whatever a rival raises is to be said, not to end the run
         return {"error": f"{type(error).__name__}: {error}"}
