@@ -44,13 +44,14 @@ Shares of the limit: decode reads every tensor once a token (the embedding only 
 head; the KV cache is left out), against reading memory in order; prefill does two operations for
 each parameter of the layers (embedding, head and attention are left out), against int8 products in
 registers. What the machine can do moves, so both limits are measured just before and just after
-each request, and the better of the two counts: a share is the median of its rounds (least-most)."""
+each request, and the better of the two counts: a share is the median of its rounds (least-most).
+One without a spread is from an older file, whose rounds had one limit for all."""
 
 ACCURACY_NOTES = """\
-The mean negative log-likelihood of a text's tokens, the same ids for both engines, as `python
-benches/bench_nll.py MODEL.gguf ... --rival-python PATH` measures it: less is better. The mean of
-all texts' means (pieces of this repository), the difference to llama.cpp's, and the least and the
-most difference of a text."""
+`python benches/bench_nll.py MODEL.gguf ... --rival-python PATH`: the mean negative log-likelihood
+of a text's tokens, the same ids for both engines; less is better. Here the mean over all texts
+(pieces of this repository), hfcore's difference to llama.cpp's, and the least and the most of one
+text."""
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
