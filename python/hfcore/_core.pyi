@@ -310,6 +310,8 @@ class Engine:
         kv_cache_dtype: str = "f16",
         max_sequences: int | None = None,
         forced_tokens: bool = True,
+        prefix_cache: bool = True,
+        speculation: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine:
         """Load the model at `path`: a `.gguf` file, or a directory with safetensors.
@@ -324,6 +326,8 @@ class Engine:
             kv_cache_bytes: Memory for keys and values; None chooses by what is free.
             kv_cache_dtype: What keys and values are kept as: `"f16"`, or `"int8"`, which takes
                 about half the memory.
+            prefix_cache: Whether requests that begin alike share what has run.
+            speculation: Whether tokens are guessed from the text so far, where that is faster.
             forced_tokens: Whether tokens that a grammar forces run as one step.
             max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's

@@ -39,19 +39,22 @@ CONSTRAINT = (*SHAPES, "tool_choice", "parallel_tool_calls")
 RESPONSE = ("tool_style", "reasoning")
 """How calls and thoughts are written; `reasoning` False also tells the template."""
 
-TEXT_REQUEST = (*SAMPLING, *SHAPES, "n", "add_special_tokens", "timeout")
+TEXT_REQUEST = (*SAMPLING, *SHAPES, "n", "add_special_tokens", "timeout", "priority")
 """What a text prompt may ask for."""
 
 CHAT_REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, "n", "documents", "add_generation_prompt",
-                "continue_final_message", "template_variables", "timeout")  # fmt: skip
+                "continue_final_message", "template_variables", "timeout", "priority")  # fmt: skip
 """What a LangChain conversation may ask for, besides tools."""
 
-REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs", "timeout")
-"""Everything that one request may carry. `timeout`: seconds for the whole request."""
+REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs", "timeout",
+           "priority")  # fmt: skip
+"""Everything that one request may carry. `timeout`: seconds for the whole request; `priority`: who
+has the higher one runs first, -100 to 100, 0 by itself."""
 
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
-    "max_sequences", "quantization", "revision", "cache_dir", "token", "local_files_only",
+    "max_sequences", "prefix_cache", "speculation", "quantization", "revision", "cache_dir",
+    "token", "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 

@@ -1,25 +1,21 @@
 //! The engine: `step` plans, runs the model, samples and hands out; a thread of its own does so
 //! while there is work. Knows no text and no model, only `Forward` and `Parts`.
 
-use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::batch::{Batch, Forward, PAGE};
-use crate::constraint::Aside;
+use crate::batch::{Forward, PAGE};
 use crate::error::{Error, Result};
 use crate::options::Options;
-use crate::pages::Pages;
-use crate::scheduler::{self, Job};
+use crate::prefix::{Path, Place};
 use crate::sequence::{Parts, Sequence};
 use crate::stream::{Sender, Stream, channel, lock};
 
-/// Rows whose logits are made at a time where those of every position are wanted: a large vocabulary
-/// makes a megabyte of each.
-const LOGIT_ROWS: usize = 64;
+mod core;
+
+use self::core::Core;
 
 /// Makes the decoder with its cache, on the engine's thread: at the first request, and again after
 /// a panic or in a forked process.
@@ -28,7 +24,7 @@ pub type Factory = Arc<dyn Fn() -> Result<Box<dyn Forward>> + Send + Sync>;
 /// The sizes of an engine.
 ///
 /// A step never has more than `token_budget` rows, nor asks for the logits of more than
-/// `max_sequences` of them and, where all of a prompt's are wanted, of `LOGIT_ROWS` more.
+/// `token_budget` rows of them and, where all of a prompt's are wanted, of a fixed number more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Logits per row, as the decoder has them.
@@ -43,6 +39,12 @@ pub struct EngineConfig {
     pub max_sequences: usize,
     /// Requests that may wait beside those that run, counted likewise.
     pub queue_limit: usize,
+    /// Whether what has run is kept for requests that begin alike, as long as no other needs its
+    /// pages.
+    pub prefix_cache: bool,
+    /// Whether the next tokens are guessed from the text so far and looked at together, where that
+    /// is faster. It changes no token.
+    pub speculation: bool,
 }
 
 impl EngineConfig {
@@ -55,6 +57,8 @@ impl EngineConfig {
             token_budget: 512,
             max_sequences: 64,
             queue_limit: 1024,
+            prefix_cache: true,
+            speculation: true,
         }
     }
 
@@ -133,6 +137,18 @@ pub struct Metrics {
     pub waiting: u64,
     pub pages_used: u64,
     pub pages_total: u64,
+    /// Pages of no request, kept for those that begin alike.
+    pub pages_cached: u64,
+    /// Tokens of requests that were looked for in the cache, and that were found there.
+    pub prefix_lookup_tokens: u64,
+    pub prefix_hit_tokens: u64,
+    /// Tokens that were guessed, and that came true.
+    pub drafted_tokens: u64,
+    pub accepted_tokens: u64,
+    /// Requests whose consumer left before their end.
+    pub cancelled: u64,
+    /// Time in steps.
+    pub busy: Duration,
 }
 
 /// Runs the requests of many threads together, on one thread of its own.
@@ -200,12 +216,16 @@ impl Engine {
             };
             Task {
                 id: 0,
-                sequence: Sequence::new(ids.clone(), &options, &eos_ids, text(), config.context()),
+                sequence: Sequence::new(ids.clone(), &options, &eos_ids, text(), config.context())
+                    .guessing(config.speculation),
                 table: Vec::new(),
                 followers: Vec::new(),
                 sender,
                 long,
                 timeout: options.timeout,
+                priority: options.priority,
+                path: None,
+                waits_for: None,
             }
         };
         let followers = (1..options.n).map(|index| task(index, sender.beside(index)));
@@ -255,6 +275,13 @@ impl Engine {
             waiting: waiting as u64,
             pages_used: read(&counters.pages_used),
             pages_total: u64::from(self.config.pages),
+            pages_cached: read(&counters.pages_cached),
+            prefix_lookup_tokens: read(&counters.prefix_lookup_tokens),
+            prefix_hit_tokens: read(&counters.prefix_hit_tokens),
+            drafted_tokens: read(&counters.drafted_tokens),
+            accepted_tokens: read(&counters.accepted_tokens),
+            cancelled: read(&counters.cancelled),
+            busy: Duration::from_micros(read(&counters.busy_micros)),
         }
     }
 
@@ -369,6 +396,13 @@ struct Counters {
     /// Taken by the thread, and not running yet.
     waiting: AtomicU64,
     pages_used: AtomicU64,
+    pages_cached: AtomicU64,
+    prefix_lookup_tokens: AtomicU64,
+    prefix_hit_tokens: AtomicU64,
+    drafted_tokens: AtomicU64,
+    accepted_tokens: AtomicU64,
+    cancelled: AtomicU64,
+    busy_micros: AtomicU64,
 }
 
 /// What the thread is asked to do.
@@ -398,6 +432,11 @@ struct Task {
     sender: Sender,
     long: bool,
     timeout: Option<Duration>,
+    priority: i32,
+    /// Where it stands among the prefixes; none while it waits.
+    path: Option<Path>,
+    /// What another request is computing that it can use.
+    waits_for: Option<Place>,
 }
 
 impl Task {
@@ -486,6 +525,15 @@ impl Inbox {
     }
 }
 
+impl Work {
+    fn priority(&self) -> i32 {
+        match self {
+            Self::Generate(task) => task.priority,
+            Self::Logits(_) => 0,
+        }
+    }
+}
+
 fn places<'a>(work: impl IntoIterator<Item = &'a Work>) -> usize {
     work.into_iter().map(Work::places).sum()
 }
@@ -501,372 +549,10 @@ fn serve(inbox: &Inbox, mut core: Core) {
     }
     let _ending = Ending(inbox);
     while let Some(work) = inbox.take(core.idle()) {
-        core.waiting.extend(work);
+        work.into_iter().for_each(|work| core.queue(work));
         core.step();
     }
     core.fail_everything(&Error::Closed);
-}
-
-/// The engine without its thread.
-struct Core {
-    config: EngineConfig,
-    factory: Factory,
-    /// None before the first request, and after a panic.
-    forward: Option<Box<dyn Forward>>,
-    pages: Pages,
-    /// In order of arrival, and all younger than those that run.
-    waiting: VecDeque<Work>,
-    /// In order of arrival.
-    running: Vec<Task>,
-    batch: Batch,
-    /// Makes the grammars' masks while the model runs.
-    aside: Aside,
-    next_id: u64,
-    counters: Arc<Counters>,
-}
-
-impl Core {
-    fn new(config: EngineConfig, factory: Factory, counters: Arc<Counters>) -> Self {
-        Self {
-            pages: Pages::new(config.pages),
-            config,
-            factory,
-            forward: None,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            batch: Batch::default(),
-            aside: Aside::default(),
-            next_id: 0,
-            counters,
-        }
-    }
-
-    fn idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
-    }
-
-    /// One round: who may run, what runs, what came of it.
-    fn step(&mut self) {
-        self.expire();
-        self.retire();
-        if self.idle() {
-            return;
-        }
-        if let Err(error) = self.make_forward() {
-            self.fail_everything(&error);
-            return;
-        }
-        self.make_room();
-        self.admit();
-        self.publish();
-        let plan = scheduler::plan(&self.jobs(), self.config.token_budget);
-        if plan.is_empty() {
-            return;
-        }
-        match self.guarded(|core| core.run(&plan)) {
-            Ok(()) => self.start_followers(),
-            Err(error) => self.fail(&plan, &error),
-        }
-        self.retire();
-    }
-
-    fn make_forward(&mut self) -> Result<()> {
-        if self.forward.is_some() {
-            return Ok(());
-        }
-        let factory = self.factory.clone();
-        let forward = self.guarded(|_| factory())?;
-        let (wanted, got) = (self.config.vocab_size, forward.vocab_size());
-        if wanted != got {
-            let message = format!("the decoder must have {wanted} logits per row, it has {got}");
-            return Err(Error::Internal(message));
-        }
-        self.forward = Some(forward);
-        Ok(())
-    }
-
-    /// Give every running request the pages its next step writes to; where none are free the
-    /// youngest gives up its own and waits again. The oldest fits alone: see `context`.
-    fn make_room(&mut self) {
-        let mut i = 0;
-        while let Some(task) = self.running.get_mut(i) {
-            if self
-                .pages
-                .grow(&mut task.table, task.sequence.len().div_ceil(PAGE))
-            {
-                i += 1;
-                continue;
-            }
-            let Some(mut youngest) = self.running.pop() else {
-                return;
-            };
-            self.pages.release(&mut youngest.table);
-            youngest.sequence.forget_cache();
-            self.waiting.push_front(Work::Generate(Box::new(youngest)));
-            self.counters.preemptions.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Let waiting work run, first come first served, while there are places and pages.
-    fn admit(&mut self) {
-        while let Some(work) = self.waiting.front() {
-            if self.running_places() + work.places() > self.config.max_sequences {
-                return;
-            }
-            let tokens = match work {
-                Work::Generate(task) => task.sequence.len(),
-                Work::Logits(job) => job.ids.len(),
-            };
-            let mut table = Vec::new();
-            if !self.pages.grow(&mut table, tokens.div_ceil(PAGE)) {
-                return;
-            }
-            match self.waiting.pop_front() {
-                Some(Work::Generate(task)) => {
-                    self.next_id += 1;
-                    self.running.push(Task {
-                        id: self.next_id,
-                        table,
-                        ..*task
-                    });
-                }
-                Some(Work::Logits(job)) => {
-                    let logits = self.guarded(|core| core.logits(&job, &table));
-                    // Who asked may have gone.
-                    let _ = job.answer.send(logits);
-                    self.pages.release(&mut table);
-                }
-                None => self.pages.release(&mut table),
-            }
-        }
-    }
-
-    fn running_places(&self) -> usize {
-        self.running.iter().map(Task::places).sum()
-    }
-
-    /// Where a prompt has run, let its request's other completions run beside the first. They own
-    /// its full pages together, which nobody writes to again, and start after these: at the
-    /// prompt's last token at the latest, whose logits each needs.
-    fn start_followers(&mut self) {
-        let mut i = 0;
-        while let Some(leader) = self.running.get_mut(i) {
-            i += 1;
-            if leader.sequence.completion_tokens() == 0 || leader.followers.is_empty() {
-                continue;
-            }
-            let full = (leader.sequence.prompt_tokens() - 1) / PAGE;
-            let shared: Vec<u32> = leader.table.iter().copied().take(full).collect();
-            let mut followers = std::mem::take(&mut leader.followers);
-            for task in &mut followers {
-                self.next_id += 1;
-                task.id = self.next_id;
-                self.pages.retain(&shared);
-                task.table.clone_from(&shared);
-                task.sequence.ran(shared.len() * PAGE);
-            }
-            self.running.splice(i..i, followers);
-        }
-    }
-
-    /// What there is to run. Prompts whose logits are all wanted share `LOGIT_ROWS` of a step; those
-    /// for which none is left wait.
-    fn jobs(&self) -> Vec<Job> {
-        let mut logit_rows = LOGIT_ROWS;
-        let job = |task: &Task| {
-            let sequence = &task.sequence;
-            let mut prompt_left = match sequence.decoding() {
-                true => 0,
-                false => sequence.pending(),
-            };
-            if sequence.wants_all_logits() {
-                prompt_left = prompt_left.min(logit_rows);
-                logit_rows -= prompt_left;
-                if prompt_left == 0 {
-                    return None;
-                }
-            }
-            let id = task.id;
-            Some(Job { id, prompt_left })
-        };
-        self.running.iter().filter_map(job).collect()
-    }
-
-    /// Run the model over the planned tokens, and take each sequence on that reached its end.
-    fn run(&mut self, plan: &[(u64, usize)]) -> Result<()> {
-        // Lost to a panic in `admit`: the next step makes a new one.
-        let Some(forward) = &mut self.forward else {
-            return Ok(());
-        };
-        self.batch.clear();
-        for &(id, tokens) in plan {
-            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
-                continue;
-            };
-            task.sequence.prepare(tokens, &mut self.aside);
-            let (ids, start) = task.sequence.next(tokens);
-            self.batch.push(ids, start, &task.table, task.long);
-            let end = self.batch.tokens.len() as u32;
-            let wanted = task.sequence.rows_wanted(tokens) as u32;
-            self.batch.outputs.extend(end - wanted..end);
-        }
-        self.counters.steps.fetch_add(1, Ordering::Relaxed);
-        let logits = forward.forward(&self.batch)?;
-        check_logits(logits, &self.batch, self.config.vocab_size)?;
-        let mut rows = logits.chunks_exact(self.config.vocab_size);
-        for &(id, tokens) in plan {
-            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
-                continue;
-            };
-            let wanted = task.sequence.rows_wanted(tokens);
-            task.sequence.ran(tokens);
-            for row in rows.by_ref().take(wanted) {
-                let Some(delta) = task.sequence.take(row).transpose() else {
-                    continue;
-                };
-                let tokens = delta.as_ref().map_or(0, |delta| delta.token_ids.len());
-                self.counters
-                    .completion_tokens
-                    .fetch_add(tokens as u64, Ordering::Relaxed);
-                task.sender.send(delta);
-            }
-        }
-        Ok(())
-    }
-
-    /// Run a prompt for its logits alone, in chunks.
-    fn logits(&mut self, job: &LogitsJob, table: &[u32]) -> Result<Vec<f32>> {
-        let lost = || Error::Internal("the decoder was lost in the same step".into());
-        let forward = self.forward.as_mut().ok_or_else(lost)?;
-        let chunk = match job.last_only {
-            true => self.config.token_budget,
-            false => LOGIT_ROWS.min(self.config.token_budget),
-        };
-        let mut logits = Vec::new();
-        let mut start = 0;
-        for ids in job.ids.chunks(chunk) {
-            let rows = ids.len() as u32;
-            self.batch.clear();
-            self.batch.push(ids, start, table, job.long);
-            start += ids.len();
-            if !job.last_only {
-                self.batch.outputs.extend(0..rows);
-            } else if start == job.ids.len() {
-                self.batch.outputs.push(rows - 1);
-            }
-            self.counters.steps.fetch_add(1, Ordering::Relaxed);
-            let chunk = forward.forward(&self.batch)?;
-            check_logits(chunk, &self.batch, self.config.vocab_size)?;
-            logits.extend_from_slice(chunk);
-        }
-        Ok(logits)
-    }
-
-    /// Do something that runs code which might panic. After a panic the decoder is not to be
-    /// trusted: it goes, its cache with it, and the requests that remain run again from their
-    /// first token on a new one, in pages of their own.
-    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        let panic = match catch_unwind(AssertUnwindSafe(|| work(self))) {
-            Ok(result) => return result,
-            Err(panic) => panic,
-        };
-        let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        let broken = self.forward.take();
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
-        for task in &mut self.running {
-            self.pages.release(&mut task.table);
-            task.sequence.forget_cache();
-        }
-        Err(Error::Internal(
-            text.unwrap_or_else(|| "a panic without a message".into()),
-        ))
-    }
-
-    /// End the requests of a failed step.
-    fn fail(&mut self, plan: &[(u64, usize)], error: &Error) {
-        for task in &mut self.running {
-            if plan.iter().any(|(id, _)| *id == task.id) {
-                task.sender.send(Err(error.clone()));
-            }
-        }
-    }
-
-    /// End all there is.
-    fn fail_everything(&mut self, error: &Error) {
-        for task in &mut self.running {
-            task.sender.send(Err(error.clone()));
-        }
-        for work in self.waiting.drain(..) {
-            match work {
-                Work::Generate(mut task) => task.sender.send(Err(error.clone())),
-                Work::Logits(job) => {
-                    let _ = job.answer.send(Err(error.clone()));
-                }
-            }
-        }
-        self.retire();
-    }
-
-    /// End the requests whose time is up.
-    fn expire(&mut self) {
-        let now = Instant::now();
-        let waiting = self.waiting.iter_mut().filter_map(|work| match work {
-            Work::Generate(task) => Some(task.as_mut()),
-            Work::Logits(_) => None,
-        });
-        for task in self.running.iter_mut().chain(waiting) {
-            let Some(timeout) = task.timeout else {
-                continue;
-            };
-            if now - task.sequence.submitted() >= timeout {
-                task.sender.send(Err(Error::Timeout {
-                    seconds: timeout.as_secs_f64(),
-                }));
-            }
-        }
-    }
-
-    /// Let go of requests that have ended or whose consumer left, and take their pages back.
-    fn retire(&mut self) {
-        let pages = &mut self.pages;
-        self.running.retain_mut(|task| {
-            // Asked once: a consumer may leave at any moment.
-            let over = task.sender.over();
-            if over {
-                pages.release(&mut task.table);
-            }
-            !over
-        });
-        self.waiting.retain(|work| match work {
-            Work::Generate(task) => !task.sender.over(),
-            Work::Logits(_) => true,
-        });
-        self.publish();
-    }
-
-    fn publish(&self) {
-        let set = |gauge: &AtomicU64, n: usize| gauge.store(n as u64, Ordering::Relaxed);
-        set(&self.counters.running, self.running_places());
-        set(&self.counters.waiting, places(&self.waiting));
-        set(&self.counters.pages_used, self.pages.used());
-    }
-}
-
-/// A decoder that returned another number of logits than asked would shift one request's onto the
-/// next.
-fn check_logits(logits: &[f32], batch: &Batch, vocab_size: usize) -> Result<()> {
-    let wanted = batch.outputs.len() * vocab_size;
-    match logits.len() == wanted {
-        true => Ok(()),
-        false => {
-            let message = format!(
-                "the decoder must return {wanted} logits, it returned {}",
-                logits.len()
-            );
-            Err(Error::Internal(message))
-        }
-    }
 }
 
 #[cfg(test)]

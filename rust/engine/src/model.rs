@@ -90,6 +90,9 @@ pub struct ModelOptions {
     pub max_sequences: usize,
     /// Whether tokens that a grammar forces run together, not one by one. Off only to compare.
     pub forced_tokens: bool,
+    /// See `EngineConfig`.
+    pub prefix_cache: bool,
+    pub speculation: bool,
 }
 
 impl Default for ModelOptions {
@@ -103,6 +106,8 @@ impl Default for ModelOptions {
             kv_cache_dtype: KvType::default(),
             max_sequences: 32,
             forced_tokens: true,
+            prefix_cache: true,
+            speculation: true,
         }
     }
 }
@@ -178,6 +183,8 @@ impl Model {
         let info = info(path, &weights, &arch, options, &plan, &defaults);
         let mut config = EngineConfig::new(arch.vocab_size, plan.context_size, plan.pages);
         config.max_sequences = options.max_sequences;
+        config.prefix_cache = options.prefix_cache;
+        config.speculation = options.speculation;
         config.token_budget = config.token_budget.max(options.max_sequences);
         let original_context = arch.original_context;
         let vocab_size = arch.vocab_size;
@@ -457,6 +464,13 @@ impl Model {
             "waiting": m.waiting,
             "pages_used": m.pages_used,
             "pages_total": m.pages_total,
+            "pages_cached": m.pages_cached,
+            "prefix_lookup_tokens": m.prefix_lookup_tokens,
+            "prefix_hit_tokens": m.prefix_hit_tokens,
+            "drafted_tokens": m.drafted_tokens,
+            "accepted_tokens": m.accepted_tokens,
+            "cancelled": m.cancelled,
+            "seconds_busy": m.busy.as_secs_f64(),
         })
     }
 

@@ -33,6 +33,7 @@ pub const OPTION_NAMES: &[&str] = &[
     "skip_special_tokens",
     "add_special_tokens",
     "timeout",
+    "priority",
 ];
 
 /// Stop strings of one request: how many, and how many bytes each may have.
@@ -176,6 +177,8 @@ pub struct Options {
     /// Of a text prompt only; none = true there. A chat template writes its own.
     pub add_special_tokens: Option<bool>,
     pub timeout: Option<Duration>,
+    /// Who has the higher one runs first, and gives its place up last, -100..=100.
+    pub priority: i32,
 }
 
 impl Default for Options {
@@ -204,6 +207,7 @@ impl Default for Options {
             skip_special_tokens: true,
             add_special_tokens: None,
             timeout: None,
+            priority: 0,
         }
     }
 }
@@ -254,6 +258,7 @@ impl Options {
             timeout: fields
                 .number("timeout", AboveTo(0.0, MAX_TIMEOUT_SECONDS))?
                 .map(Duration::from_secs_f64),
+            priority: fields.signed("priority", -100..=100)?.unwrap_or(0),
         })
     }
 }
@@ -406,6 +411,21 @@ impl<'a> Fields<'a> {
             (Some(x), _) if range.contains(&x) => Ok(Some(x)),
             (Some(x), _) if x > high => Err(wanted(name, &format!("at most {high}"), value)),
             _ => Err(wanted(name, &format!("at least {low}"), value)),
+        }
+    }
+
+    fn signed(&self, name: &str, range: RangeInclusive<i32>) -> Result<Option<i32>> {
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        let whole = value.as_i64().and_then(|n| i32::try_from(n).ok());
+        match whole.filter(|n| range.contains(n)) {
+            Some(n) => Ok(Some(n)),
+            None => {
+                let (low, high) = (range.start(), range.end());
+                let range = format!("an integer from {low} to {high}");
+                Err(wanted(name, &range, value))
+            }
         }
     }
 
@@ -627,7 +647,7 @@ mod tests {
             "frequency_penalty": -1.5, "presence_penalty": 2, "logit_bias": {"5": -100, "6": 1.5},
             "seed": u64::MAX, "stop": ["a", "bc"], "stop_token_ids": [3], "ignore_eos": true,
             "n": 3, "logprobs": true, "top_logprobs": 4, "prompt_logprobs": true, "skip_special_tokens": false,
-            "add_special_tokens": false, "timeout": 1.5,
+            "add_special_tokens": false, "timeout": 1.5, "priority": -3,
         });
         assert_eq!(all.as_object().unwrap().len(), OPTION_NAMES.len());
         let wanted = Options {
@@ -654,6 +674,7 @@ mod tests {
             skip_special_tokens: false,
             add_special_tokens: Some(false),
             timeout: Some(Duration::from_millis(1500)),
+            priority: -3,
         };
         assert_eq!(parse(all).unwrap(), wanted);
     }
@@ -782,6 +803,14 @@ mod tests {
             (
                 json!({"timeout": 0}),
                 "timeout must be above 0 and at most 1000000000, got 0",
+            ),
+            (
+                json!({"priority": 101}),
+                "priority must be an integer from -100 to 100, got 101",
+            ),
+            (
+                json!({"priority": 1.5}),
+                "priority must be an integer from -100 to 100, got 1.5",
             ),
             (json!([1]), "options must be an object, got [1]"),
         ] {

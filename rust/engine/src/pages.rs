@@ -2,11 +2,16 @@
 
 /// A pool of numbered pages, each with the number of its owners.
 ///
-/// A page has one owner, or several where completions share their prompt: then `retain` adds one.
+/// A page has one owner, or several where requests share what they begin with: then `retain` adds
+/// one. The prefix tree is an owner too: it `keep`s pages for requests to come.
 #[derive(Debug)]
 pub struct Pages {
     /// Owners per page; 0 = free.
     owners: Vec<u32>,
+    /// Whether the prefix tree is one of them.
+    kept: Vec<bool>,
+    /// Pages that nobody but the prefix tree owns.
+    idle: usize,
     /// Free pages; the lowest is handed out first from a fresh pool.
     free: Vec<u32>,
 }
@@ -16,6 +21,8 @@ impl Pages {
     pub fn new(total: u32) -> Self {
         Self {
             owners: vec![0; total as usize],
+            kept: vec![false; total as usize],
+            idle: 0,
             free: (0..total).rev().collect(),
         }
     }
@@ -28,8 +35,14 @@ impl Pages {
         self.free.len()
     }
 
+    /// Pages of requests.
     pub fn used(&self) -> usize {
-        self.total() - self.free()
+        self.total() - self.free() - self.idle
+    }
+
+    /// Pages that are kept and of no request.
+    pub fn idle(&self) -> usize {
+        self.idle
     }
 
     /// Append pages to `table` until it has `length`; false, and nothing taken, when too few are
@@ -51,19 +64,44 @@ impl Pages {
     pub fn retain(&mut self, table: &[u32]) {
         for &page in table {
             debug_assert!(self.owners[page as usize] > 0, "page {page} is free");
+            self.idle -= usize::from(self.is_idle(page));
             self.owners[page as usize] += 1;
+        }
+    }
+
+    /// Make the prefix tree an owner of a page that is in use.
+    pub fn keep(&mut self, page: u32) {
+        debug_assert!(!self.kept[page as usize], "page {page} is kept already");
+        self.retain(&[page]);
+        self.kept[page as usize] = true;
+    }
+
+    /// Take a kept page from the prefix tree.
+    pub fn unkeep(&mut self, page: u32) {
+        debug_assert!(self.kept[page as usize], "page {page} is not kept");
+        self.idle -= usize::from(self.is_idle(page));
+        self.kept[page as usize] = false;
+        self.give_up(page);
+    }
+
+    fn is_idle(&self, page: u32) -> bool {
+        self.kept[page as usize] && self.owners[page as usize] == 1
+    }
+
+    fn give_up(&mut self, page: u32) {
+        let owners = &mut self.owners[page as usize];
+        debug_assert!(*owners > 0, "page {page} is free already");
+        *owners = owners.saturating_sub(1);
+        match *owners {
+            0 => self.free.push(page),
+            _ => self.idle += usize::from(self.is_idle(page)),
         }
     }
 
     /// Take an owner from each page of the table and empty it; pages without owners are free again.
     pub fn release(&mut self, table: &mut Vec<u32>) {
         for page in table.drain(..).rev() {
-            let owners = &mut self.owners[page as usize];
-            debug_assert!(*owners > 0, "page {page} is free already");
-            *owners = owners.saturating_sub(1);
-            if *owners == 0 {
-                self.free.push(page);
-            }
+            self.give_up(page);
         }
     }
 }
@@ -116,5 +154,22 @@ mod tests {
         assert_eq!(pages.used(), 1);
         pages.release(&mut yours);
         assert_eq!(pages.used(), 0);
+    }
+
+    #[test]
+    fn kept_pages_are_idle_while_no_request_has_them() {
+        let mut pages = Pages::new(3);
+        let mut table = Vec::new();
+        assert!(pages.grow(&mut table, 2));
+        pages.keep(table[0]);
+        assert_eq!((pages.used(), pages.idle(), pages.free()), (2, 0, 1));
+        let kept = table[0];
+        pages.release(&mut table);
+        assert_eq!((pages.used(), pages.idle(), pages.free()), (0, 1, 2));
+        pages.retain(&[kept]);
+        assert_eq!((pages.used(), pages.idle()), (1, 0));
+        pages.release(&mut vec![kept]);
+        pages.unkeep(kept);
+        assert_eq!((pages.used(), pages.idle(), pages.free()), (0, 0, 3));
     }
 }

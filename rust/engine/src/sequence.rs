@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::constraint::{Aside, Constraint};
+use crate::draft::Drafter;
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::response::{CallDelta, Parser};
@@ -128,6 +129,10 @@ pub struct Sequence {
     prompt: usize,
     /// How many of `ids` have keys and values in the cache.
     cached: usize,
+    /// Guesses what comes next, if that is wanted.
+    drafter: Option<Drafter>,
+    /// What the next step looks at beyond `ids`.
+    guessed: Vec<u32>,
     /// `ids` never grows beyond this.
     limit: usize,
     min_tokens: usize,
@@ -168,6 +173,8 @@ impl Sequence {
             limit: prompt.saturating_add(wanted).min(context),
             prompt,
             cached: 0,
+            drafter: None,
+            guessed: Vec::new(),
             min_tokens: options.min_tokens,
             ends,
             sampler: Sampler::new(options, &ids),
@@ -182,6 +189,24 @@ impl Sequence {
             first_token: None,
             ids,
         }
+    }
+
+    /// The same, guessing its next tokens if `wanted`.
+    pub fn guessing(self, wanted: bool) -> Self {
+        Self {
+            drafter: wanted.then(Drafter::default),
+            ..self
+        }
+    }
+
+    /// Prompt, then output.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// How many of them have keys and values in the cache.
+    pub fn cached(&self) -> usize {
+        self.cached
     }
 
     /// Tokens known so far, prompt and output.
@@ -216,19 +241,70 @@ impl Sequence {
         self.pending() == 1 && self.completion_tokens() > 0
     }
 
-    /// The next `n` tokens to run, and the position of the first.
-    pub fn next(&self, n: usize) -> (&[u32], usize) {
-        (&self.ids[self.cached..self.cached + n], self.cached)
+    /// Rows of a step that it wants: for the tokens it knows, and those it guesses.
+    pub fn rows(&self) -> usize {
+        self.pending() + self.guessed.len()
     }
 
-    /// The next `n` tokens have run.
-    pub fn ran(&mut self, n: usize) {
-        self.cached += n;
+    /// How many tokens it may guess, and how likely each is to come true if those before it do. None
+    /// where it does not guess: within a grammar, which says itself what must come, and where no
+    /// earlier text agrees.
+    pub fn chances(&mut self) -> Option<(usize, impl Iterator<Item = f32>)> {
+        let bound = self.constraint.as_ref().is_some_and(|c| !c.free());
+        if bound || !self.decoding() || self.wants_all_logits() {
+            return None;
+        }
+        let drafter = self.drafter.as_mut()?;
+        drafter.follow(&self.ids);
+        // One token comes anyway.
+        let most = self.limit.saturating_sub(self.ids.len() + 1);
+        Some((most, drafter.chances(self.ids.len())))
+    }
+
+    /// Have the next step look at `n` guessed tokens too.
+    pub fn guess(&mut self, n: usize) {
+        if let Some(drafter) = &self.drafter {
+            self.guessed = drafter.guess(&self.ids, n);
+        }
+    }
+
+    /// The tokens of its next `n` rows, to `out`; the position of the first.
+    pub fn next(&self, n: usize, out: &mut Vec<u32>) -> usize {
+        out.clear();
+        let known = self.ids[self.cached..].iter();
+        out.extend(known.chain(&self.guessed).take(n));
+        self.cached
+    }
+
+    /// The next `n` rows have run; how many of them were guesses.
+    pub fn ran(&mut self, n: usize) -> usize {
+        let known = n.min(self.pending());
+        self.cached += known;
+        self.guessed.truncate(n - known);
+        self.guessed.len()
+    }
+
+    /// How many of the tokens from `before` on are as guessed: their keys and values are there. With
+    /// the first that is not, the guesses after it are void.
+    pub fn confirm(&mut self, before: usize) -> usize {
+        let new = &self.ids[before..];
+        let right = new
+            .iter()
+            .zip(&self.guessed)
+            .take_while(|(a, b)| a == b)
+            .count();
+        self.cached += right;
+        match right == new.len() {
+            true => drop(self.guessed.drain(..right)),
+            false => self.guessed.clear(),
+        }
+        right
     }
 
     /// The cache was taken away; everything known runs again.
     pub fn forget_cache(&mut self) {
         self.cached = 0;
+        self.guessed.clear();
         if let Some(judged) = &mut self.judged {
             judged.clear();
         }
@@ -243,13 +319,13 @@ impl Sequence {
     pub fn rows_wanted(&self, n: usize) -> usize {
         match self.wants_all_logits() {
             true => n,
-            false => usize::from(n == self.pending()),
+            false => (n + 1).saturating_sub(self.pending()),
         }
     }
 
     /// The next `n` tokens are about to run: begin what choosing a token after them will need.
     pub fn prepare(&mut self, n: usize, aside: &mut Aside) {
-        if n == self.pending()
+        if n >= self.pending()
             && let Some(constraint) = &mut self.constraint
         {
             constraint.prepare(aside);
@@ -689,20 +765,26 @@ mod tests {
         assert_eq!(next.prompt_logprobs, None);
     }
 
+    fn next(sequence: &Sequence, n: usize) -> (Vec<u32>, usize) {
+        let mut tokens = Vec::new();
+        let start = sequence.next(n, &mut tokens);
+        (tokens, start)
+    }
+
     #[test]
     fn a_lost_cache_runs_prompt_and_output_again() {
         let mut sequence = sequence(Options::default());
         assert!(!sequence.decoding());
-        assert_eq!(sequence.next(2), (&[10, 11][..], 0));
+        assert_eq!(next(&sequence, 2), (vec![10, 11], 0));
         sequence.ran(3);
         sequence.advance(&row(20, 40)).unwrap();
         assert!(sequence.decoding());
-        assert_eq!(sequence.next(1), (&[20][..], 3));
+        assert_eq!(next(&sequence, 1), (vec![20], 3));
         sequence.forget_cache();
         assert!(!sequence.decoding());
         assert_eq!(
-            (sequence.pending(), sequence.next(4).0),
-            (4, &[10, 11, 12, 20][..])
+            (sequence.pending(), next(&sequence, 4).0),
+            (4, vec![10, 11, 12, 20])
         );
     }
 }

@@ -164,6 +164,11 @@ impl Sender {
         });
     }
 
+    /// All was sent, or an error.
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
     /// Nothing more is wanted: all was sent, another completion failed, or the consumer left.
     pub fn over(&self) -> bool {
         self.ended || self.channel.cancelled.load(Ordering::Relaxed)

@@ -32,6 +32,7 @@ impl Engine {
     #[pyo3(signature = (
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
         kv_cache_bytes = None, kv_cache_dtype = "f16", max_sequences = None, forced_tokens = true,
+        prefix_cache = true, speculation = true,
         progress = None
     ))]
     #[expect(
@@ -49,6 +50,8 @@ impl Engine {
         kv_cache_dtype: &str,
         max_sequences: Option<&Bound<'_, PyAny>>,
         forced_tokens: bool,
+        prefix_cache: bool,
+        speculation: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
@@ -63,6 +66,8 @@ impl Engine {
             kv_cache_dtype: run(py, || kv_type(kv_cache_dtype))?,
             max_sequences: to_size(max_sequences, "max_sequences")?.unwrap_or(usual.max_sequences),
             forced_tokens,
+            prefix_cache,
+            speculation,
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }

@@ -1,6 +1,10 @@
 //! Tests of engine.rs.
 
+use std::time::Instant;
+
+use super::core::LOGIT_ROWS;
 use super::*;
+use crate::batch::Batch;
 use crate::sequence::Text;
 use crate::sequence::{Delta, FinishReason};
 use crate::stream::Notifier;
@@ -32,6 +36,12 @@ struct Plan {
     most: Arc<Mutex<(usize, usize)>>,
     /// The most pages a step had, shared ones counted once.
     most_pages: Arc<AtomicU64>,
+    /// Rows of all steps.
+    rows: Arc<AtomicU64>,
+    /// The likeliest token is the one so many places before, if that is above 0.
+    echo: Arc<AtomicU64>,
+    /// The tokens that ran at position 0, in turn.
+    first: Arc<Mutex<Vec<u32>>>,
 }
 
 impl Forward for Fake {
@@ -47,6 +57,13 @@ impl Forward for Fake {
                 most.0.max(batch.tokens.len()),
                 most.1.max(batch.outputs.len()),
             );
+        }
+        let rows = batch.tokens.len() as u64;
+        self.plan.rows.fetch_add(rows, Ordering::SeqCst);
+        let echo = self.plan.echo.load(Ordering::SeqCst) as usize;
+        if echo > 0 {
+            // As a model's, a step takes much the same time for few rows.
+            std::thread::sleep(Duration::from_millis(1));
         }
         let pages: std::collections::BTreeSet<u32> = batch.pages.iter().copied().collect();
         let pages = pages.len() as u64;
@@ -65,11 +82,19 @@ impl Forward for Fake {
                     });
                 }
                 let position = batch.positions[row] as usize;
+                if position == 0 {
+                    lock(&self.plan.first).push(batch.tokens[row]);
+                }
                 assert!(written.insert(slot(position)), "two write to one slot");
                 self.slots[slot(position)] = batch.tokens[row];
                 if batch.outputs.contains(&(row as u32)) {
                     let history = (0..=position).map(|p| self.slots[slot(p)]);
                     push_logits(history, &mut self.logits);
+                    if echo > 0 {
+                        let at = self.logits.len() - VOCAB;
+                        let token = self.slots[slot((position + 1).saturating_sub(echo))];
+                        self.logits[at + token as usize] = 50.0;
+                    }
                 }
             }
         }
@@ -337,10 +362,14 @@ fn a_panic_ends_the_requests_of_its_step_and_the_engine_lives_on() {
     let before = engine.submit(request(vec![1], tokens(1))).unwrap();
     wait_until("the first step", || engine.metrics().steps == 1);
     let poisoned = engine.submit(request(vec![1, POISON], tokens(5))).unwrap();
-    // 20 tokens do not fit beside it into the step, so this one is spared but for its start.
+    // Its 30 tokens fill the step.
     let beside = engine.submit(request(vec![3; 30], tokens(5))).unwrap();
+    let later = Options {
+        priority: -1,
+        ..requests[0].1.clone()
+    };
     let spared = engine
-        .submit(request(requests[0].0.clone(), requests[0].1.clone()))
+        .submit(request(requests[0].0.clone(), later))
         .unwrap();
     drop(gate);
     assert!(collect(before).is_ok());
@@ -729,7 +758,7 @@ fn completions_are_requests_of_their_own_with_the_seeds_that_follow() {
             }
         }
         assert_nothing_held(&engine);
-        assert!(lock(&plan.most).1 <= config.max_sequences);
+        assert!(lock(&plan.most).1 <= token_budget);
         assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
     }
 }
@@ -890,4 +919,194 @@ fn an_event_loop_serves_many_streams_without_a_thread_each() {
     }
     let wanted: Vec<&String> = alone.iter().map(|delta| &delta.text).collect();
     assert_eq!(texts.iter().collect::<Vec<_>>(), wanted);
+}
+
+/// Tokens of a prompt that no other test case has.
+fn prompt(seed: u32, n: usize) -> Vec<u32> {
+    (0..n as u32).map(|i| (i * 7 + seed * 13) % 59).collect()
+}
+
+#[test]
+fn what_has_run_is_kept_for_requests_that_begin_alike() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let begin = prompt(1, 5 * PAGE);
+    let run = |end: &[u32]| {
+        let ids = [&begin, end].concat();
+        let before = plan.rows.load(Ordering::SeqCst);
+        let stream = engine.submit(request(ids, tokens(1))).unwrap();
+        let answer = collect(stream).unwrap();
+        (answer, plan.rows.load(Ordering::SeqCst) - before)
+    };
+    let (first, rows) = run(&[1, 2, 3]);
+    assert_eq!(rows, 5 * PAGE as u64 + 3);
+    let (again, rows) = run(&[1, 2, 3]);
+    assert_eq!((&again.token_ids, rows), (&first.token_ids, 3));
+    let (other, rows) = run(&[3, 2, 1, 4]);
+    assert_eq!(rows, 4);
+    assert_ne!(other.token_ids, first.token_ids);
+    // A whole page's last token runs again: its logits are wanted.
+    assert_eq!(run(&[]).1, PAGE as u64);
+    let metrics = engine.metrics();
+    assert_eq!(metrics.prefix_hit_tokens, 14 * PAGE as u64);
+    assert_eq!(metrics.prefix_lookup_tokens, 20 * PAGE as u64 + 10);
+    assert_nothing_held(&engine);
+    assert_eq!(engine.metrics().pages_cached, 5);
+
+    let without = EngineConfig {
+        prefix_cache: false,
+        ..config(100)
+    };
+    let engine = engine_of(without, &plan);
+    let ids = [&begin[..], &[1, 2, 3]].concat();
+    for _ in 0..2 {
+        let stream = engine.submit(request(ids.clone(), tokens(1))).unwrap();
+        assert_eq!(collect(stream).unwrap().token_ids, first.token_ids);
+    }
+    assert_nothing_held(&engine);
+    let metrics = engine.metrics();
+    assert_eq!((metrics.pages_cached, metrics.prefix_hit_tokens), (0, 0));
+}
+
+#[test]
+fn an_answer_is_kept_for_the_next_turn() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let mut ids = prompt(2, 20);
+    for turn in 0..4 {
+        let stream = engine.submit(request(ids.clone(), tokens(30))).unwrap();
+        let answer = collect(stream).unwrap();
+        let hits = engine.metrics().prefix_hit_tokens as usize;
+        let before: usize = (0..turn).map(|t| (20 + 35 * t + 29) / PAGE * PAGE).sum();
+        assert!(answer.token_ids.len() < 30 || hits == before, "{hits}");
+        ids.extend(answer.token_ids);
+        ids.extend(prompt(turn as u32, 5));
+    }
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn requests_that_come_together_wait_for_the_one_that_runs_what_they_begin_with() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let begin = prompt(3, 4 * PAGE);
+    let ids = |i: u32| [&begin[..], &[i, i + 1]].concat();
+    let requests: Vec<_> = (0..6).map(|i| (ids(i), tokens(4))).collect();
+    let alone = alone(&requests);
+    let gate = lock(&plan.gate);
+    let streams = submit_all(&engine, &requests, 1);
+    drop(gate);
+    for (stream, alone) in streams.into_iter().zip(&alone) {
+        assert_eq!(&collect(stream).unwrap(), alone);
+    }
+    assert_nothing_held(&engine);
+    assert_eq!(engine.metrics().prefix_hit_tokens, 5 * 4 * PAGE as u64);
+    let rows = plan.rows.load(Ordering::SeqCst);
+    let drafted = engine.metrics().drafted_tokens;
+    assert!(rows - drafted <= 4 * PAGE as u64 + 6 * (2 + 4), "{rows}");
+    // Four of the beginning, and no request has another whole one.
+    assert_eq!(engine.metrics().pages_cached, 4);
+}
+
+#[test]
+fn who_waits_for_another_that_leaves_runs_itself() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let ids = prompt(4, 8 * PAGE);
+    let gate = lock(&plan.gate);
+    let first = engine.submit(request(ids.clone(), tokens(3))).unwrap();
+    wait_until("the first step", || engine.metrics().steps == 1);
+    let second = engine.submit(request(ids.clone(), tokens(3))).unwrap();
+    first.cancel();
+    drop(gate);
+    let alone = alone(&[(ids, tokens(3))]);
+    assert_eq!(collect(second).unwrap(), alone[0]);
+    assert_nothing_held(&engine);
+}
+
+#[test]
+fn what_is_kept_makes_room_for_who_runs() {
+    let engine = engine(12);
+    let requests: Vec<_> = (0..20).map(|i| (prompt(i, 60), tokens(20))).collect();
+    let alone = alone(&requests);
+    for ((ids, options), alone) in requests.iter().zip(&alone) {
+        let stream = engine
+            .submit(request(ids.clone(), options.clone()))
+            .unwrap();
+        assert_eq!(&collect(stream).unwrap(), alone);
+    }
+    assert_nothing_held(&engine);
+    let metrics = engine.metrics();
+    assert!((1..=12).contains(&metrics.pages_cached));
+    assert_eq!(metrics.preemptions, 0);
+}
+
+#[test]
+fn guesses_change_no_token_and_save_steps() {
+    let answers = |speculation: bool, options: &Options| {
+        let plan = Plan::default();
+        plan.echo.store(9, Ordering::SeqCst);
+        let config = EngineConfig {
+            speculation,
+            token_budget: 64,
+            ..config(100)
+        };
+        let engine = engine_of(config, &plan);
+        let streams: Vec<_> = (0..3)
+            .map(|i| {
+                engine
+                    .submit(request(prompt(i, 30), options.clone()))
+                    .unwrap()
+            })
+            .collect();
+        let answers: Vec<_> = streams.into_iter().map(|s| collect(s).unwrap()).collect();
+        assert_nothing_held(&engine);
+        (answers, engine.metrics())
+    };
+    let sampled = Options {
+        do_sample: true,
+        temperature: 8.0,
+        logit_bias: vec![(BAD, -100.0), (POISON, -100.0)],
+        seed: Some(5),
+        ..tokens(100)
+    };
+    for options in [tokens(100), sampled] {
+        let (plain, before) = answers(false, &options);
+        let (guessed, after) = answers(true, &options);
+        assert_eq!(plain, guessed);
+        assert_eq!((before.drafted_tokens, before.accepted_tokens), (0, 0));
+        assert!(after.accepted_tokens > 50, "{after:?}");
+        assert!(after.accepted_tokens <= after.drafted_tokens);
+        assert!(after.steps < before.steps, "{after:?} {before:?}");
+    }
+}
+
+#[test]
+fn the_higher_priority_runs_first() {
+    let plan = Plan::default();
+    let engine = engine_of(
+        EngineConfig {
+            max_sequences: 1,
+            ..config(100)
+        },
+        &plan,
+    );
+    let gate = lock(&plan.gate);
+    let begun = engine.submit(request(prompt(0, 5), tokens(2))).unwrap();
+    wait_until("the first step", || engine.metrics().steps == 1);
+    let submit = |token: u32, priority: i32| {
+        let options = Options {
+            priority,
+            ..tokens(2)
+        };
+        engine.submit(request(vec![token], options)).unwrap()
+    };
+    let waiting = [submit(1, -1), submit(2, 0), submit(3, 1), submit(4, 0)];
+    drop(gate);
+    collect(begun).unwrap();
+    for stream in waiting {
+        collect(stream).unwrap();
+    }
+    assert_eq!(*lock(&plan.first), [0, 3, 2, 4, 1]);
+    assert_nothing_held(&engine);
 }

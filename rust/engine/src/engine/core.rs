@@ -1,0 +1,564 @@
+//! The engine without its thread: `step` plans, runs the model, samples and hands out.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::{Counters, EngineConfig, Factory, LogitsJob, Task, Work, places};
+use crate::batch::{Batch, Forward, PAGE};
+use crate::constraint::Aside;
+use crate::error::{Error, Result};
+use crate::pace::Pace;
+use crate::pages::Pages;
+use crate::prefix::Prefixes;
+use crate::scheduler::{self, Job};
+
+/// Rows whose logits are made at a time where those of every position are wanted: a large vocabulary
+/// makes a megabyte of each.
+pub(super) const LOGIT_ROWS: usize = 64;
+
+/// Guesses of one request in a step, at most.
+const GUESSES: usize = 15;
+
+/// Known tokens of one that decodes that run at once; more, after its cache was lost, are as a prompt.
+const FORCED: usize = 32;
+
+/// The engine without its thread.
+pub(super) struct Core {
+    config: EngineConfig,
+    factory: Factory,
+    /// None before the first request, and after a panic.
+    forward: Option<Box<dyn Forward>>,
+    pages: Pages,
+    prefixes: Prefixes,
+    /// The higher priority first, then in order of arrival.
+    waiting: VecDeque<Work>,
+    /// In the order in which they were let in.
+    running: Vec<Task>,
+    batch: Batch,
+    /// Room for a request's next tokens.
+    tokens: Vec<u32>,
+    pace: Pace,
+    /// Makes the grammars' masks while the model runs.
+    aside: Aside,
+    next_id: u64,
+    counters: Arc<Counters>,
+}
+
+impl Core {
+    pub fn new(config: EngineConfig, factory: Factory, counters: Arc<Counters>) -> Self {
+        Self {
+            pages: Pages::new(config.pages),
+            config,
+            factory,
+            forward: None,
+            prefixes: Prefixes::default(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            batch: Batch::default(),
+            tokens: Vec::new(),
+            pace: Pace::default(),
+            aside: Aside::default(),
+            next_id: 0,
+            counters,
+        }
+    }
+
+    pub fn idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Let work wait for its turn, behind what came before with the same priority.
+    pub fn queue(&mut self, work: Work) {
+        let priority = work.priority();
+        let at = self
+            .waiting
+            .partition_point(|other| other.priority() >= priority);
+        self.waiting.insert(at, work);
+    }
+
+    /// One round: who may run, what runs, what came of it.
+    pub fn step(&mut self) {
+        self.expire();
+        self.retire();
+        if self.idle() {
+            return;
+        }
+        if let Err(error) = self.make_forward() {
+            self.fail_everything(&error);
+            return;
+        }
+        self.make_room();
+        self.admit();
+        self.publish();
+        self.guess();
+        let jobs = self.jobs();
+        let decode: usize = jobs
+            .iter()
+            .filter(|job| !job.prompt)
+            .map(|job| job.rows)
+            .sum();
+        let budget = self.config.token_budget;
+        let plan = scheduler::plan(&jobs, budget, self.pace.prompt_rows(decode, budget));
+        if plan.is_empty() {
+            return;
+        }
+        let start = Instant::now();
+        match self.guarded(|core| core.run(&plan)) {
+            Ok(()) => self.start_followers(),
+            Err(error) => self.fail(&plan, &error),
+        }
+        let took = start.elapsed();
+        let rows: usize = plan.iter().map(|(_, rows)| rows).sum();
+        let decode = decode.min(rows);
+        self.pace
+            .measured(decode, rows - decode, took.as_secs_f32());
+        let micros = took.as_micros() as u64;
+        self.counters
+            .busy_micros
+            .fetch_add(micros, Ordering::Relaxed);
+        self.retire();
+    }
+
+    fn make_forward(&mut self) -> Result<()> {
+        if self.forward.is_some() {
+            return Ok(());
+        }
+        let factory = self.factory.clone();
+        let forward = self.guarded(|_| factory())?;
+        let (wanted, got) = (self.config.vocab_size, forward.vocab_size());
+        if wanted != got {
+            let message = format!("the decoder must have {wanted} logits per row, it has {got}");
+            return Err(Error::Internal(message));
+        }
+        self.forward = Some(forward);
+        Ok(())
+    }
+
+    /// Give every running request the pages its next step writes to; where none are to be had the
+    /// last one let in of the lowest priority gives up its own and waits again. The first fits alone:
+    /// see `context`.
+    fn make_room(&mut self) {
+        let mut i = 0;
+        while let Some(task) = self.running.get_mut(i) {
+            let pages = task.sequence.len().div_ceil(PAGE);
+            if grow(&mut self.pages, &mut self.prefixes, &mut task.table, pages) {
+                i += 1;
+                continue;
+            }
+            let of = |(i, task): (usize, &Task)| (task.priority, std::cmp::Reverse(i));
+            let last = self.running.iter().enumerate().map(of).min();
+            let Some((_, std::cmp::Reverse(last))) = last else {
+                return;
+            };
+            let mut task = self.running.remove(last);
+            i -= usize::from(last < i);
+            self.leave(&mut task);
+            task.sequence.forget_cache();
+            let at = self
+                .waiting
+                .partition_point(|other| other.priority() > task.priority);
+            self.waiting.insert(at, Work::Generate(Box::new(task)));
+            self.counters.preemptions.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A request gives up its pages and its place among the prefixes.
+    fn leave(&mut self, task: &mut Task) {
+        leave(&mut self.pages, &mut self.prefixes, task);
+    }
+
+    /// Let waiting work run, first come first served, while there are places and pages. Who finds
+    /// another computing what it begins with waits for that; who comes after it need not.
+    fn admit(&mut self) {
+        let mut i = 0;
+        while let Some(work) = self.waiting.get_mut(i) {
+            if places_of(&self.running) + work.places() > self.config.max_sequences {
+                return;
+            }
+            let mut table = Vec::new();
+            let mut found = 0;
+            let tokens = match work {
+                Work::Logits(job) => job.ids.len(),
+                Work::Generate(task) => {
+                    if task
+                        .waits_for
+                        .is_some_and(|place| !self.prefixes.settled(place))
+                    {
+                        i += 1;
+                        continue;
+                    }
+                    if self.config.prefix_cache && !task.sequence.wants_all_logits() {
+                        let begun = self.prefixes.find(task.sequence.ids(), task.long);
+                        task.waits_for = begun.pending;
+                        if begun.pending.is_some() {
+                            i += 1;
+                            continue;
+                        }
+                        self.pages.retain(&begun.pages);
+                        table = begun.pages;
+                        found = table.len();
+                    }
+                    task.sequence.len()
+                }
+            };
+            let pages = tokens.div_ceil(PAGE);
+            if !grow(&mut self.pages, &mut self.prefixes, &mut table, pages) {
+                self.pages.release(&mut table);
+                return;
+            }
+            match self.waiting.remove(i) {
+                Some(Work::Generate(task)) => self.let_in(*task, table, found),
+                Some(Work::Logits(job)) => {
+                    let logits = self.guarded(|core| core.logits(&job, &table));
+                    // Who asked may have gone.
+                    let _ = job.answer.send(logits);
+                    self.pages.release(&mut table);
+                }
+                None => self.pages.release(&mut table),
+            }
+        }
+    }
+
+    /// Run a request with its pages, whose first `found` are filled.
+    fn let_in(&mut self, task: Task, table: Vec<u32>, found: usize) {
+        self.next_id += 1;
+        let mut task = Task {
+            id: self.next_id,
+            table,
+            ..task
+        };
+        if self.config.prefix_cache {
+            let ids = task.sequence.ids();
+            let add =
+                |counter: &AtomicU64, n: usize| counter.fetch_add(n as u64, Ordering::Relaxed);
+            add(&self.counters.prefix_lookup_tokens, ids.len());
+            add(&self.counters.prefix_hit_tokens, found * PAGE);
+            let path = self
+                .prefixes
+                .enter(ids, task.long, found, &task.table, &mut self.pages);
+            task.path = Some(path);
+        }
+        task.sequence.ran(found * PAGE);
+        self.running.push(task);
+    }
+
+    /// Where a prompt has run, let its request's other completions run beside the first. They own
+    /// its full pages together, which nobody writes to again, and start after these: at the
+    /// prompt's last token at the latest, whose logits each needs.
+    fn start_followers(&mut self) {
+        let mut i = 0;
+        while let Some(leader) = self.running.get_mut(i) {
+            i += 1;
+            if leader.sequence.completion_tokens() == 0 || leader.followers.is_empty() {
+                continue;
+            }
+            let full = (leader.sequence.prompt_tokens() - 1) / PAGE;
+            let shared: Vec<u32> = leader.table.iter().copied().take(full).collect();
+            let mut followers = std::mem::take(&mut leader.followers);
+            for task in &mut followers {
+                self.next_id += 1;
+                task.id = self.next_id;
+                self.pages.retain(&shared);
+                task.table.clone_from(&shared);
+                task.sequence.ran(shared.len() * PAGE);
+                if self.config.prefix_cache {
+                    let ids = task.sequence.ids();
+                    let (long, pages) = (task.long, &mut self.pages);
+                    task.path = Some(self.prefixes.enter(ids, long, full, &shared, pages));
+                }
+            }
+            self.running.splice(i..i, followers);
+        }
+    }
+
+    /// Let those who decode guess, as many tokens as pay.
+    fn guess(&mut self) {
+        let decoding = |task: &&mut Task| task.sequence.decoding();
+        let mut rows = self.running.iter_mut().filter(decoding).count();
+        let mut tokens = rows as f32;
+        for task in &mut self.running {
+            let Some((most, chances)) = task.sequence.chances() else {
+                continue;
+            };
+            let most = most
+                .min(GUESSES)
+                .min(self.config.token_budget.saturating_sub(rows));
+            let (n, brings) = self.pace.guesses(rows, tokens, chances, most);
+            let pages = (task.sequence.len() + n).div_ceil(PAGE);
+            if n == 0 || !grow(&mut self.pages, &mut self.prefixes, &mut task.table, pages) {
+                task.sequence.guess(0);
+                continue;
+            }
+            task.sequence.guess(n);
+            rows += n;
+            tokens += brings;
+        }
+    }
+
+    /// What there is to run. Prompts whose logits are all wanted share `LOGIT_ROWS` of a step; those
+    /// for which none is left wait.
+    fn jobs(&self) -> Vec<Job> {
+        let mut logit_rows = LOGIT_ROWS;
+        let job = |task: &Task| {
+            let sequence = &task.sequence;
+            let mut rows = sequence.rows();
+            if sequence.wants_all_logits() {
+                rows = rows.min(logit_rows);
+                logit_rows -= rows;
+                if rows == 0 {
+                    return None;
+                }
+            }
+            Some(Job {
+                id: task.id,
+                rows,
+                prompt: sequence.completion_tokens() == 0 || rows > FORCED,
+                priority: task.priority,
+            })
+        };
+        self.running.iter().filter_map(job).collect()
+    }
+
+    /// Run the model over the planned tokens, and take each sequence on that reached its end.
+    fn run(&mut self, plan: &[(u64, usize)]) -> Result<()> {
+        // Lost to a panic in `admit`: the next step makes a new one.
+        let Some(forward) = &mut self.forward else {
+            return Ok(());
+        };
+        self.batch.clear();
+        for &(id, rows) in plan {
+            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
+                continue;
+            };
+            task.sequence.prepare(rows, &mut self.aside);
+            let start = task.sequence.next(rows, &mut self.tokens);
+            self.batch.push(&self.tokens, start, &task.table, task.long);
+            let end = self.batch.tokens.len() as u32;
+            let wanted = task.sequence.rows_wanted(rows) as u32;
+            self.batch.outputs.extend(end - wanted..end);
+        }
+        self.counters.steps.fetch_add(1, Ordering::Relaxed);
+        let logits = forward.forward(&self.batch)?;
+        check_logits(logits, &self.batch, self.config.vocab_size)?;
+        let mut logits = logits.chunks_exact(self.config.vocab_size);
+        for &(id, rows) in plan {
+            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
+                continue;
+            };
+            let wanted = task.sequence.rows_wanted(rows);
+            let logits: Vec<&[f32]> = logits.by_ref().take(wanted).collect();
+            take(task, rows, &logits, &self.counters);
+            if self.config.prefix_cache {
+                let (ids, cached) = (task.sequence.ids(), task.sequence.cached());
+                let (table, pages) = (&task.table, &mut self.pages);
+                match &mut task.path {
+                    Some(path) => self.prefixes.ran(path, ids, cached, table, pages),
+                    // Its pages are new, after a panic.
+                    None => {
+                        task.path = Some(self.prefixes.enter(ids, task.long, 0, table, pages));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Run a prompt for its logits alone, in chunks.
+    fn logits(&mut self, job: &LogitsJob, table: &[u32]) -> Result<Vec<f32>> {
+        let lost = || Error::Internal("the decoder was lost in the same step".into());
+        let forward = self.forward.as_mut().ok_or_else(lost)?;
+        let chunk = match job.last_only {
+            true => self.config.token_budget,
+            false => LOGIT_ROWS.min(self.config.token_budget),
+        };
+        let mut logits = Vec::new();
+        let mut start = 0;
+        for ids in job.ids.chunks(chunk) {
+            let rows = ids.len() as u32;
+            self.batch.clear();
+            self.batch.push(ids, start, table, job.long);
+            start += ids.len();
+            if !job.last_only {
+                self.batch.outputs.extend(0..rows);
+            } else if start == job.ids.len() {
+                self.batch.outputs.push(rows - 1);
+            }
+            self.counters.steps.fetch_add(1, Ordering::Relaxed);
+            let chunk = forward.forward(&self.batch)?;
+            check_logits(chunk, &self.batch, self.config.vocab_size)?;
+            logits.extend_from_slice(chunk);
+        }
+        Ok(logits)
+    }
+
+    /// Do something that runs code which might panic. After a panic the decoder is not to be
+    /// trusted: it goes, its cache with it, and the requests that remain run again from their
+    /// first token on a new one, in pages of their own.
+    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let panic = match catch_unwind(AssertUnwindSafe(|| work(self))) {
+            Ok(result) => return result,
+            Err(panic) => panic,
+        };
+        let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        let broken = self.forward.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
+        for task in &mut self.running {
+            leave(&mut self.pages, &mut self.prefixes, task);
+            task.sequence.forget_cache();
+        }
+        self.prefixes.clear(&mut self.pages);
+        Err(Error::Internal(
+            text.unwrap_or_else(|| "a panic without a message".into()),
+        ))
+    }
+
+    /// End the requests of a failed step.
+    fn fail(&mut self, plan: &[(u64, usize)], error: &Error) {
+        for task in &mut self.running {
+            if plan.iter().any(|(id, _)| *id == task.id) {
+                task.sender.send(Err(error.clone()));
+            }
+        }
+    }
+
+    /// End all there is.
+    pub fn fail_everything(&mut self, error: &Error) {
+        for task in &mut self.running {
+            task.sender.send(Err(error.clone()));
+        }
+        for work in self.waiting.drain(..) {
+            match work {
+                Work::Generate(mut task) => task.sender.send(Err(error.clone())),
+                Work::Logits(job) => {
+                    let _ = job.answer.send(Err(error.clone()));
+                }
+            }
+        }
+        self.retire();
+    }
+
+    /// End the requests whose time is up.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let waiting = self.waiting.iter_mut().filter_map(|work| match work {
+            Work::Generate(task) => Some(task.as_mut()),
+            Work::Logits(_) => None,
+        });
+        for task in self.running.iter_mut().chain(waiting) {
+            let Some(timeout) = task.timeout else {
+                continue;
+            };
+            if now - task.sequence.submitted() >= timeout {
+                task.sender.send(Err(Error::Timeout {
+                    seconds: timeout.as_secs_f64(),
+                }));
+            }
+        }
+    }
+
+    /// Let go of requests that have ended or whose consumer left, and take their pages back.
+    fn retire(&mut self) {
+        let (pages, prefixes, cancelled) = (
+            &mut self.pages,
+            &mut self.prefixes,
+            &self.counters.cancelled,
+        );
+        let over = |task: &Task| {
+            // Asked once: a consumer may leave at any moment.
+            let over = task.sender.over();
+            let left = over && !task.sender.ended();
+            cancelled.fetch_add(u64::from(left), Ordering::Relaxed);
+            over
+        };
+        self.running.retain_mut(|task| {
+            let over = over(task);
+            if over {
+                leave(pages, prefixes, task);
+            }
+            !over
+        });
+        self.waiting.retain(|work| match work {
+            Work::Generate(task) => !over(task),
+            Work::Logits(_) => true,
+        });
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let set = |gauge: &AtomicU64, n: usize| gauge.store(n as u64, Ordering::Relaxed);
+        set(&self.counters.running, places_of(&self.running));
+        set(&self.counters.waiting, places(&self.waiting));
+        set(&self.counters.pages_used, self.pages.used());
+        set(&self.counters.pages_cached, self.pages.idle());
+    }
+}
+
+fn places_of(running: &[Task]) -> usize {
+    running.iter().map(Task::places).sum()
+}
+
+/// Give a table so many pages, from what is kept for requests to come if need be; false, and nothing
+/// given, where they are not to be had.
+fn grow(pages: &mut Pages, prefixes: &mut Prefixes, table: &mut Vec<u32>, length: usize) -> bool {
+    let missing = length.saturating_sub(table.len());
+    if missing > pages.free() {
+        prefixes.evict(missing, pages);
+    }
+    pages.grow(table, length)
+}
+
+fn leave(pages: &mut Pages, prefixes: &mut Prefixes, task: &mut Task) {
+    if let Some(path) = task.path.take() {
+        prefixes.leave(path, pages);
+    }
+    pages.release(&mut task.table);
+}
+
+/// `rows` of a request have run: choose a token after the last it knew, and go on as long as what it
+/// had guessed comes true.
+fn take(task: &mut Task, rows: usize, logits: &[&[f32]], counters: &Counters) {
+    let add = |counter: &AtomicU64, n: usize| counter.fetch_add(n as u64, Ordering::Relaxed);
+    let sequence = &mut task.sequence;
+    add(&counters.drafted_tokens, sequence.ran(rows));
+    let mut row = 0;
+    while let Some(logits) = logits.get(row) {
+        let before = sequence.len();
+        row += match sequence.take(logits).transpose() {
+            None => 1,
+            Some(delta) => {
+                let (tokens, over) = match &delta {
+                    Ok(delta) => (delta.token_ids.len(), delta.finish_reason.is_some()),
+                    Err(_) => (0, true),
+                };
+                add(&counters.completion_tokens, tokens);
+                task.sender.send(delta);
+                let came_true = sequence.confirm(before);
+                add(&counters.accepted_tokens, came_true);
+                if over || came_true < tokens {
+                    return;
+                }
+                came_true
+            }
+        };
+    }
+}
+
+/// A decoder that returned another number of logits than asked would shift one request's onto the
+/// next.
+fn check_logits(logits: &[f32], batch: &Batch, vocab_size: usize) -> Result<()> {
+    let wanted = batch.outputs.len() * vocab_size;
+    match logits.len() == wanted {
+        true => Ok(()),
+        false => {
+            let message = format!(
+                "the decoder must return {wanted} logits, it returned {}",
+                logits.len()
+            );
+            Err(Error::Internal(message))
+        }
+    }
+}
