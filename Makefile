@@ -10,12 +10,13 @@ export QUESTION := $(value PROMPT)
 # llama-cpp-python has AVX2 alone, else nothing is measured so (to make one: CMAKE_ARGS="-DGGML_NATIVE=OFF
 # -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip install --no-binary llama-cpp-python
 # llama-cpp-python); model files, else the demo models and one of 1B; and further options of
-# `hfcore bench` and of benches/bench_types.py.
+# `hfcore bench`, of benches/bench_types.py and of benches/bench_serving.py.
 RIVAL_PYTHON ?=
 AVX2_PYTHON  ?=
 MODELS       ?=
 BENCH        ?=
 BENCH_TYPES  ?=
+BENCH_SERVING ?=
 
 BIN := $(VENV)/bin
 export CARGO_TARGET_DIR ?= target
@@ -100,6 +101,8 @@ bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: ma
 	  --out $(RESULTS)/types.jsonl
 	$(BIN)/python benches/bench_nll.py $(MODELS) $(RIVAL_PYTHON:%=--rival-python %) \
 	  --out $(RESULTS)/nll.jsonl
+	$(BIN)/python benches/bench_serving.py $(or $(MODELS),$(MODEL_1B)) \
+	  $(RIVAL_PYTHON:%=--rival-python %) $(BENCH_SERVING) --out $(RESULTS)/serving.json
 	$(BIN)/hfcore bench --table docs/bench.md --picture docs/bench.png \
 	  --report $$(for run in rivals avx2 types nll; do find $(RESULTS) -name $$run.jsonl; done)
 
