@@ -73,8 +73,23 @@ impl Batch {
 /// What the engine asks of a decoder.
 pub trait Forward: Send {
     fn vocab_size(&self) -> usize;
-    /// Run one step; returns the logits of `batch.outputs`, `[outputs, vocab_size]`.
-    fn forward(&mut self, batch: &Batch) -> Result<&[f32]>;
+    /// Run one step; returns the logits of `batch.outputs`, `[outputs, vocab_size]`. Those of tokens that a row does not
+    /// allow may be minus infinity.
+    fn forward(&mut self, batch: &Batch, allowed: &mut dyn Allowed) -> Result<&[f32]>;
+}
+
+/// Which tokens a step's rows may become: asked once the layers have run, when what is worked out beside them is there.
+pub trait Allowed {
+    /// For the row at `outputs[output]`: bit `i % 32` of word `i / 32` allows token `i`, and those beyond the last word
+    /// are not allowed. None: any, or it is not known yet.
+    fn of(&mut self, output: usize) -> Option<&[u32]>;
+}
+
+/// Every row may become any token.
+impl Allowed for () {
+    fn of(&mut self, _output: usize) -> Option<&[u32]> {
+        None
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, Forward, PAGE};
+use crate::batch::{Allowed, Batch, Forward, PAGE};
 use crate::constraint::Aside;
 use crate::error::{Error, Result};
 use crate::options::Options;
@@ -519,6 +519,8 @@ struct Core {
     /// In order of arrival.
     running: Vec<Task>,
     batch: Batch,
+    /// Which of `running` chooses a token by each output of the batch, if one does.
+    choosers: Vec<Option<usize>>,
     /// Makes the grammars' masks while the model runs.
     aside: Aside,
     next_id: u64,
@@ -535,6 +537,7 @@ impl Core {
             waiting: VecDeque::new(),
             running: Vec::new(),
             batch: Batch::default(),
+            choosers: Vec::new(),
             aside: Aside::default(),
             next_id: 0,
             counters,
@@ -699,19 +702,31 @@ impl Core {
             return Ok(());
         };
         self.batch.clear();
+        self.choosers.clear();
         for &(id, tokens) in plan {
-            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
+            let Some(place) = self.running.iter().position(|task| task.id == id) else {
                 continue;
             };
+            let task = &mut self.running[place];
             task.sequence.prepare(tokens, &mut self.aside);
             let (ids, start) = task.sequence.next(tokens);
             self.batch.push(ids, start, &task.table, task.long);
             let end = self.batch.tokens.len() as u32;
             let wanted = task.sequence.rows_wanted(tokens) as u32;
             self.batch.outputs.extend(end - wanted..end);
+            self.choosers.resize(self.batch.outputs.len(), None);
+            if tokens == task.sequence.pending()
+                && let Some(last) = self.choosers.last_mut()
+            {
+                *last = Some(place);
+            }
         }
         self.counters.steps.fetch_add(1, Ordering::Relaxed);
-        let logits = forward.forward(&self.batch)?;
+        let mut masks = Masks {
+            tasks: &mut self.running,
+            choosers: &self.choosers,
+        };
+        let logits = forward.forward(&self.batch, &mut masks)?;
         check_logits(logits, &self.batch, self.config.vocab_size)?;
         let mut rows = logits.chunks_exact(self.config.vocab_size);
         for &(id, tokens) in plan {
@@ -755,7 +770,7 @@ impl Core {
                 self.batch.outputs.push(rows - 1);
             }
             self.counters.steps.fetch_add(1, Ordering::Relaxed);
-            let chunk = forward.forward(&self.batch)?;
+            let chunk = forward.forward(&self.batch, &mut ())?;
             check_logits(chunk, &self.batch, self.config.vocab_size)?;
             logits.extend_from_slice(chunk);
         }
@@ -850,6 +865,19 @@ impl Core {
         set(&self.counters.running, self.running_places());
         set(&self.counters.waiting, places(&self.waiting));
         set(&self.counters.pages_used, self.pages.used());
+    }
+}
+
+/// The masks of a step's rows, as their requests have them.
+struct Masks<'a> {
+    tasks: &'a mut [Task],
+    choosers: &'a [Option<usize>],
+}
+
+impl Allowed for Masks<'_> {
+    fn of(&mut self, output: usize) -> Option<&[u32]> {
+        let chooser = (*self.choosers.get(output)?)?;
+        self.tasks.get_mut(chooser)?.sequence.allowed()
     }
 }
 
