@@ -73,8 +73,28 @@ impl Batch {
 /// What the engine asks of a decoder.
 pub trait Forward: Send {
     fn vocab_size(&self) -> usize;
-    /// Run one step; returns the logits of `batch.outputs`, `[outputs, vocab_size]`.
-    fn forward(&mut self, batch: &Batch) -> Result<&[f32]>;
+    /// Run one step; returns the logits of `batch.outputs`, `[outputs, vocab_size]`. Those of tokens that a row does not
+    /// allow may be minus infinity; none where the caller is gone.
+    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]>;
+}
+
+/// Who wants a step, as the decoder that runs it may ask.
+pub trait Caller {
+    /// Which tokens a row may become: asked once the layers have run, when what is worked out beside them is there. For the row at `outputs[output]`: bit `i % 32` of word `i / 32` allows token `i`, and those beyond the last word
+    /// are not allowed. None: any, or it is not known yet.
+    fn allowed(&mut self, output: usize) -> Option<&[u32]>;
+    /// Whether nobody wants the step any more: asked before each layer.
+    fn gone(&mut self) -> bool;
+}
+
+/// Every row may become any token, and all is wanted.
+impl Caller for () {
+    fn gone(&mut self) -> bool {
+        false
+    }
+    fn allowed(&mut self, _output: usize) -> Option<&[u32]> {
+        None
+    }
 }
 
 #[cfg(test)]

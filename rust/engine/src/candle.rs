@@ -219,10 +219,22 @@ impl Device for Candle {
         out.set("rows", x.get().and_then(chosen))
     }
 
-    fn download(&mut self, x: &Buffer, out: &mut Vec<f32>) -> Result<()> {
-        let values = x.get().and_then(|x| x.flatten_all()?.to_vec1::<f32>());
-        out.clear();
-        out.extend(values.map_err(failed("download"))?);
+    fn logits(
+        &mut self,
+        head: &Matrix,
+        x: &Buffer,
+        _wanted: Option<&[u32]>,
+        softcap: Option<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let logits = x.get().and_then(|x| {
+            let mut logits = head.times(x)?;
+            if let Some(cap) = softcap.map(f64::from) {
+                logits = ((logits / cap)?.tanh()? * cap)?;
+            }
+            logits.flatten_all()?.to_vec1::<f32>()
+        });
+        *out = logits.map_err(failed("logits"))?;
         Ok(())
     }
 }
@@ -501,12 +513,12 @@ mod tests {
 
     #[test]
     fn equal_scores_give_the_mean_of_the_values_seen() {
-        let attended = |window: Option<usize>| {
+        let attended = |window: Option<usize>| -> Vec<f32> {
             let (mut candle, batch) = step(&[1]);
             let mut spec = plain();
             spec.shape.window = window;
             let mut cache = candle.cache(2, &[spec.shape]).unwrap();
-            let (mut qkv, mut out, mut values) = (Buffer::default(), Buffer::default(), vec![]);
+            let (mut qkv, mut out) = (Buffer::default(), Buffer::default());
             let rows = [
                 0., 0., 5., 5., 1., 2., 0., 0., 5., 5., 3., 6., 0., 0., 5., 5., 8., 1.,
             ];
@@ -514,8 +526,7 @@ mod tests {
             candle
                 .attention(0, &spec, &batch, &mut qkv, &mut cache, false, &mut out)
                 .unwrap();
-            candle.download(&out, &mut values).unwrap();
-            values
+            out.get().unwrap().flatten_all().unwrap().to_vec1().unwrap()
         };
         assert_eq!(attended(None), [1.0, 2.0, 2.0, 4.0, 4.0, 3.0]);
         assert_eq!(attended(Some(2)), [1.0, 2.0, 2.0, 4.0, 5.5, 3.5]);
@@ -545,8 +556,8 @@ mod tests {
         };
         let (mut candle, batch) = step(&[2]);
         let mut out = Buffer::default();
-        let unwritten = candle.download(&Buffer::default(), &mut vec![]);
-        says(unwritten, "candle, download: a buffer was read before");
+        let unwritten = candle.add(&mut out, &Buffer::default());
+        says(unwritten, "candle, add: a buffer was read before");
         let mut qkv = Buffer::default();
         candle.upload(&[0.0; 18], 6, &mut qkv).unwrap();
         let mut cache = candle.cache(2, &[plain().shape]).unwrap();

@@ -357,6 +357,8 @@ impl Marker {
 pub struct Constraint {
     grammars: Arc<Grammars>,
     place: Place,
+    /// The next mask, where it has come back already.
+    made: Option<Result<SimpleVob>>,
 }
 
 enum Place {
@@ -385,11 +387,19 @@ struct Bound {
 impl Constraint {
     pub fn new(grammars: Arc<Grammars>, rule: &Rule) -> Self {
         let place = Place::at(rule);
-        Self { grammars, place }
+        Self {
+            grammars,
+            place,
+            made: None,
+        }
     }
 
     /// Begin to make the next mask on another thread; `mask` waits for it. Nothing else may be asked before.
     pub fn prepare(&mut self, aside: &mut Aside) {
+        // Of a step that was left half-way.
+        if self.made.is_some() {
+            return;
+        }
         let free = Place::Free {
             markers: Vec::new(),
             must: false,
@@ -409,11 +419,25 @@ impl Constraint {
         }
     }
 
+    /// What `mask` will give, if it was prepared, is there by now and no error.
+    pub fn made(&mut self) -> Option<&[u32]> {
+        if let Place::Away(place) = &self.place
+            && let Ok((bound, mask)) = place.try_recv()
+        {
+            self.place = Place::Bound(bound);
+            self.made = Some(mask);
+        }
+        self.made.as_ref()?.as_ref().ok().map(SimpleVob::as_slice)
+    }
+
     /// The tokens allowed next, a bit each; none: any.
     ///
     /// # Errors
     /// `InvalidRequest` when the grammar is too costly to follow; `Internal` when making the mask panicked.
     pub fn mask(&mut self) -> Result<Option<SimpleVob>> {
+        if let Some(mask) = self.made.take() {
+            return mask.map(Some);
+        }
         match &mut self.place {
             Place::Free { .. } => Ok(None),
             Place::Bound(bound) => bound.mask().map(Some),
@@ -674,4 +698,4 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,7 +3,7 @@
 use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows, round_rows};
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, KvType, attend};
 use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
-use hfcore_kernels::matmul::{Matrix, Store, gated, matmul};
+use hfcore_kernels::matmul::{Matrix, Store, gated, matmul, matmul_chosen};
 use hfcore_kernels::mmap::Arena;
 use hfcore_kernels::pool::Pool;
 use hfcore_kernels::simd::Isa;
@@ -331,9 +331,25 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn download(&mut self, x: &Buffer, out: &mut Vec<f32>) -> Result<()> {
-        out.clear();
-        out.extend_from_slice(&x.values);
+    fn logits(
+        &mut self,
+        head: &Matrix,
+        x: &Buffer,
+        wanted: Option<&[u32]>,
+        softcap: Option<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        out.resize(x.rows() * head.outputs(), 0.0);
+        let store = softcap.map_or(Store::Set, Store::Softcap);
+        let (isa, pool) = (self.isa, &self.pool);
+        let x = activations(isa, pool, head, x, &mut self.converted);
+        match wanted {
+            // Of several parts not every tile would have all its tokens.
+            Some(tiles) if head.parts.len() == 1 => {
+                matmul_chosen(isa, pool, head, x, store, tiles, out);
+            }
+            _ => matmul(isa, pool, head, x, store, out),
+        }
         Ok(())
     }
 }

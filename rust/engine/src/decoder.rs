@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::arch::{Arch, LayerArch};
-use crate::batch::{Batch, Forward};
-use crate::device::{AttentionLayer, AttentionShape, Device};
+use crate::batch::{Batch, Caller, Forward};
+use crate::device::{AttentionLayer, AttentionShape, Device, TILE};
 use crate::error::{Error, Result};
 use crate::weights::{Tensor, Weights};
 
@@ -269,6 +269,7 @@ struct Workspace<D: Device> {
     y: D::Buffer,
     gated: D::Buffer,
     last: D::Buffer,
+    wanted: Wanted,
     logits: Vec<f32>,
 }
 
@@ -293,6 +294,7 @@ impl<D: Device> Decoder<D> {
             y: D::Buffer::default(),
             gated: D::Buffer::default(),
             last: D::Buffer::default(),
+            wanted: Wanted::default(),
             logits: Vec::new(),
         };
         Ok(Self {
@@ -309,7 +311,7 @@ impl<D: Device> Forward for Decoder<D> {
         self.model.arch.vocab_size
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<&[f32]> {
+    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
         let Self {
             device,
             model,
@@ -321,6 +323,9 @@ impl<D: Device> Forward for Decoder<D> {
         embed(model, batch, &mut w.embedded)?;
         device.upload(&w.embedded, arch.hidden_size, &mut w.x)?;
         for (i, layer) in model.layers.iter().enumerate() {
+            if caller.gone() {
+                return Ok(&[]);
+            }
             device.norm(
                 &w.x,
                 &layer.attn_norm,
@@ -377,14 +382,46 @@ impl<D: Device> Forward for Decoder<D> {
             Some(&model.output),
             &mut w.normed,
         )?;
-        device.linear(&model.output, &w.normed, &mut w.y)?;
-        device.download(&w.y, &mut w.logits)?;
-        if let Some(cap) = arch.logit_softcap {
-            w.logits
-                .iter_mut()
-                .for_each(|x| *x = cap * (*x / cap).tanh());
-        }
+        let wanted = w.wanted.few(batch.outputs.len(), arch.vocab_size, caller);
+        let softcap = arch.logit_softcap;
+        device.logits(&model.output, &w.normed, wanted, softcap, &mut w.logits)?;
         Ok(&w.logits)
+    }
+}
+
+/// The part of the head that a step needs.
+#[derive(Default)]
+struct Wanted {
+    /// What any row allows, a bit for each token.
+    tokens: Vec<u32>,
+    tiles: Vec<u32>,
+}
+
+impl Wanted {
+    /// The head's tiles that hold a token which any of the `rows` allows, where they are fewer than half of them. One row
+    /// that allows all asks for the whole head: the others then cost little more, since its weights are read in any case.
+    fn few(&mut self, rows: usize, vocab: usize, caller: &mut dyn Caller) -> Option<&[u32]> {
+        self.tokens.clear();
+        for row in 0..rows {
+            let of_row = caller.allowed(row)?;
+            let words = self.tokens.len().max(of_row.len());
+            self.tokens.resize(words, 0);
+            for (all, word) in self.tokens.iter_mut().zip(of_row) {
+                *all |= word;
+            }
+        }
+        const PER_WORD: usize = u32::BITS as usize / TILE;
+        let total = vocab.div_ceil(TILE);
+        self.tiles.clear();
+        for (i, word) in self.tokens.iter().enumerate() {
+            let holds = |tile: &usize| word >> (tile % PER_WORD * TILE) & ((1 << TILE) - 1) != 0;
+            let tiles = (i * PER_WORD..total.min((i + 1) * PER_WORD)).filter(holds);
+            self.tiles.extend(tiles.map(|tile| tile as u32));
+            if self.tiles.len() * 2 >= total {
+                return None;
+            }
+        }
+        Some(&self.tiles)
     }
 }
 

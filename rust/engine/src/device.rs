@@ -4,6 +4,7 @@ use hfcore_kernels::elementwise::Activation;
 use hfcore_kernels::elementwise::Pairing;
 
 pub use hfcore_kernels::attention::{AttentionShape, KvType};
+pub use hfcore_kernels::tile::TILE;
 
 use crate::arch::Rope;
 use crate::batch::Batch;
@@ -90,7 +91,16 @@ pub trait Device: Send + Sized {
     fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
     /// `out` = the chosen rows of `x`
     fn rows(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<()>;
-    fn download(&mut self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<()>;
+    /// `out = x head^T + bias`, and of that `softcap * tanh(_ / softcap)` where there is one. `wanted` names the tiles of
+    /// [`TILE`] tokens, ascending, that are read; what is in the others may be minus infinity instead. None: all are.
+    fn logits(
+        &mut self,
+        head: &Self::Matrix,
+        x: &Self::Buffer,
+        wanted: Option<&[u32]>,
+        softcap: Option<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<()>;
 }
 
 /// Cosines and sines of every row's position for one rope, `[rows][angles]`.

@@ -332,6 +332,11 @@ impl Sequence {
         }
     }
 
+    /// The tokens that may follow, a bit each, where that is known by now; see `batch::Allowed`.
+    pub fn allowed(&mut self) -> Option<&[u32]> {
+        self.constraint.as_mut()?.made()
+    }
+
     /// Take one row of the logits that were wanted, `[vocab_size]`: for the prompt's next token, or
     /// to choose a token after the last.
     ///

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hfcore_engine::arch::Arch;
-use hfcore_engine::batch::{Batch, Forward, PAGE};
+use hfcore_engine::batch::{Batch, Caller, Forward, PAGE};
 use hfcore_engine::candle::Candle;
 use hfcore_engine::cpu::Cpu;
 use hfcore_engine::decoder::{Decoder, Resident};
@@ -75,9 +75,9 @@ fn logits(
         batch.push(&ids[start..end], start, &pages, long);
         if end == ids.len() {
             batch.outputs.push((end - start - 1) as u32);
-            return decoder.forward(&batch).unwrap().to_vec();
+            return decoder.forward(&batch, &mut ()).unwrap().to_vec();
         }
-        decoder.forward(&batch).unwrap();
+        decoder.forward(&batch, &mut ()).unwrap();
         start = end;
     }
 }
@@ -281,7 +281,7 @@ fn ragged(decoder: &mut dyn Forward) -> Vec<f32> {
             batch.push(&tokens, start, pages, i == 2);
         }
         batch.outputs = (0..batch.tokens.len() as u32).collect();
-        logits = decoder.forward(&batch).unwrap().to_vec();
+        logits = decoder.forward(&batch, &mut ()).unwrap().to_vec();
     }
     logits
 }
@@ -327,4 +327,77 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
             "{name} with int8: {int8:.2e} of {largest:.2}"
         );
     }
+}
+
+/// A mask for each row.
+struct Masks(Vec<Option<Vec<u32>>>);
+
+impl Caller for Masks {
+    fn allowed(&mut self, output: usize) -> Option<&[u32]> {
+        self.0[output].as_deref()
+    }
+    fn gone(&mut self) -> bool {
+        false
+    }
+}
+
+/// Leaves when it has been asked so often.
+struct Leaving(usize);
+
+impl Caller for Leaving {
+    fn allowed(&mut self, _output: usize) -> Option<&[u32]> {
+        None
+    }
+    fn gone(&mut self) -> bool {
+        self.0 = self.0.saturating_sub(1);
+        self.0 == 0
+    }
+}
+
+#[test]
+fn allowed_tokens_have_the_same_logits_whether_the_others_are_computed_or_not() {
+    let own = json!({ "model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": 20,
+                      "sliding_window_pattern": 2, "final_logit_softcapping": 3.0 });
+    let dir = std::env::temp_dir().join(format!("hfcore-allowed-{}", std::process::id()));
+    write_model(&dir, &config(own));
+    let mut cpu = decoder(|| Cpu::new(Some(2)), &dir);
+    let mut candle = decoder(Candle::cpu, &dir);
+    std::fs::remove_dir_all(&dir).unwrap();
+    let mut batch = Batch::default();
+    batch.push(&[1, 5, 9], 0, &[2], false);
+    batch.push(&[7], 0, &[0], false);
+    batch.outputs = vec![2, 3];
+    // Of 80 tokens, five tiles of 16.
+    const VOCAB: usize = 80;
+    let whole = cpu.forward(&batch, &mut ()).unwrap().to_vec();
+    let reference = candle.forward(&batch, &mut ()).unwrap().to_vec();
+    assert_eq!(whole.len(), 2 * VOCAB);
+    let some = |mask: &[u32]| Some(mask.to_vec());
+    let cases = [
+        // Few: two tiles, of one row each; words beyond the vocabulary say nothing.
+        (some(&[0b11]), some(&[0, 0, 1 << 15, 8]), Some([0, 4])),
+        (some(&[0, 3 << 16]), some(&[1 << 31, 1 << 16]), Some([1, 3])),
+        // Three tiles, or a row without a mask: all.
+        (some(&[1 | 1 << 16]), some(&[0, 1]), None),
+        (some(&[1]), None, None),
+        (None, some(&[1]), None),
+    ];
+    for (first, second, tiles) in cases {
+        let mut masks = Masks(vec![first, second]);
+        let mut want = whole.clone();
+        for (i, want) in want.iter_mut().enumerate() {
+            if tiles.is_some_and(|tiles| !tiles.contains(&(i % VOCAB / 16))) {
+                *want = f32::NEG_INFINITY;
+            }
+        }
+        assert_eq!(cpu.forward(&batch, &mut masks).unwrap(), want);
+        assert_eq!(candle.forward(&batch, &mut masks).unwrap(), reference);
+    }
+    let mut none = Masks(vec![some(&[]), some(&[0, 0, 0])]);
+    let logits = cpu.forward(&batch, &mut none).unwrap();
+    assert!(logits.iter().all(|x| *x == f32::NEG_INFINITY));
+    assert_eq!(cpu.forward(&batch, &mut ()).unwrap(), whole);
+    // Half a step leaves nothing behind.
+    assert!(cpu.forward(&batch, &mut Leaving(2)).unwrap().is_empty());
+    assert_eq!(cpu.forward(&batch, &mut ()).unwrap(), whole);
 }

@@ -164,6 +164,17 @@ pub(crate) unsafe fn gate<S: Simd>(activation: Activation, g: S::F, u: S::F) -> 
     }
 }
 
+/// `cap * tanh(x / cap)` (gemma 2).
+#[inline(always)]
+pub(crate) unsafe fn softcap<S: Simd>(cap: f32, x: S::F) -> S::F {
+    unsafe {
+        // tanh(t) = 1 - 2 / (exp(2 t) + 1); the exponential saturates, so that infinity gives the cap.
+        let e = S::exp(S::div(S::add(x, x), S::splat(cap)));
+        let less = S::div(S::splat(-2.0), S::add(e, S::splat(1.0)));
+        S::mul(S::splat(cap), S::add(S::splat(1.0), less))
+    }
+}
+
 pub(crate) const EXP_LOW: f32 = -87.0;
 pub(crate) const EXP_HIGH: f32 = 88.0;
 pub(crate) const LOG2_E: f32 = std::f32::consts::LOG2_E;

@@ -1,9 +1,11 @@
 //! Weights in tiles times rows of activations. A row's bits do not depend on how many rows there are, nor on threads.
 
+use std::ops::Range;
+
 use crate::activations::{ActBlock, Activations, Scales};
 #[cfg(target_arch = "x86_64")]
 use crate::avx512::Avx512;
-use crate::elementwise::{Activation, gate};
+use crate::elementwise::{Activation, gate, softcap};
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
 use crate::simd::{Isa, LANES, Set, Simd, dispatch, prefetch_line};
@@ -58,6 +60,10 @@ impl Matrix {
     pub fn outputs(&self) -> usize {
         self.outputs
     }
+    /// Tiles of all parts.
+    pub fn tiles(&self) -> usize {
+        self.parts.iter().map(Tiles::tiles).sum()
+    }
     /// Whether a part needs activations quantised so.
     pub fn needs(&self, scales: Scales) -> bool {
         let mut parts = self.parts.iter();
@@ -85,7 +91,7 @@ impl Matrix {
 }
 
 /// What becomes of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Store {
     /// `out = product`
     Set,
@@ -93,6 +99,8 @@ pub enum Store {
     Add,
     /// `out = activation(out) * product`
     Gate(Activation),
+    /// `out = cap * tanh(product / cap)`
+    Softcap(f32),
 }
 
 /// `out[row] = matrix * x[row] + bias`, `[rows][outputs]`; or that added to what is there.
@@ -108,40 +116,89 @@ pub fn matmul(
     out: &mut [f32],
 ) {
     check(matrix, &x, matrix.outputs, out);
-    let tiles: usize = matrix.parts.iter().map(Tiles::tiles).sum();
+    let tiles = matrix.tiles();
     let per_unit = per_unit(pool, tiles);
     let base = SendPtr(out.as_mut_ptr());
     pool.run(tiles.div_ceil(per_unit), |unit| {
-        let mut column = 0;
-        let mut before = 0;
-        for part in &matrix.parts {
-            let range = unit * per_unit..(unit + 1) * per_unit;
-            let first = range.start.max(before);
-            let last = range.end.min(before + part.tiles());
-            if first < last {
-                let i = first - before;
-                let task = Task {
-                    tiles: part,
-                    first: i,
-                    count: last - first,
-                    inputs: matrix.inputs,
-                    x,
-                    bias: matrix
-                        .bias
-                        .as_ref()
-                        .map(|b| &b[first * LANES..last * LANES]),
-                    store,
-                    // SAFETY: a tile's columns are inside its row of `out`, and each tile is one unit's.
-                    out: unsafe { base.get().add(column + i * LANES) },
-                    stride: matrix.outputs,
-                };
-                // SAFETY: as above; lengths were checked at the top.
-                unsafe { run_tiles(isa, part.tensor_type(), &task) };
-            }
-            before += part.tiles();
-            column += part.rows();
+        let range = unit * per_unit..tiles.min((unit + 1) * per_unit);
+        // SAFETY: lengths were checked, `isa` was detected, and each tile is one unit's.
+        unsafe { run_range(isa, matrix, x, store, base.get(), range) };
+    });
+}
+
+/// What [`matmul`] gives for the tiles `chosen`, ascending, counted part by part; minus infinity for the other outputs.
+///
+/// # Panics
+/// When the lengths do not agree, the tiles do not ascend, or the matrix does not have them.
+pub fn matmul_chosen(
+    isa: Isa,
+    pool: &Pool,
+    matrix: &Matrix,
+    x: Activations,
+    store: Store,
+    chosen: &[u32],
+    out: &mut [f32],
+) {
+    check(matrix, &x, matrix.outputs, out);
+    let tiles = matrix.tiles();
+    assert!(
+        chosen.is_sorted_by(|a, b| a < b) && chosen.last().is_none_or(|t| (*t as usize) < tiles),
+        "chosen tiles ascend, below {tiles}"
+    );
+    out.fill(f32::NEG_INFINITY);
+    let per_unit = per_unit(pool, chosen.len());
+    let base = SendPtr(out.as_mut_ptr());
+    pool.run(chosen.len().div_ceil(per_unit), |unit| {
+        let mine = &chosen[unit * per_unit..chosen.len().min((unit + 1) * per_unit)];
+        for neighbours in mine.chunk_by(|a, b| a + 1 == *b) {
+            let first = neighbours[0] as usize;
+            let range = first..first + neighbours.len();
+            // SAFETY: lengths were checked, `isa` was detected, and each tile is one unit's.
+            unsafe { run_range(isa, matrix, x, store, base.get(), range) };
         }
     });
+}
+
+/// Some tiles, counted part by part, times all rows.
+///
+/// # Safety
+/// `isa` was detected, `out` is `[rows][outputs]`, and nobody else touches what these tiles give.
+unsafe fn run_range(
+    isa: Isa,
+    matrix: &Matrix,
+    x: Activations,
+    store: Store,
+    out: *mut f32,
+    range: Range<usize>,
+) {
+    let mut column = 0;
+    let mut before = 0;
+    for part in &matrix.parts {
+        let first = range.start.max(before);
+        let last = range.end.min(before + part.tiles());
+        if first < last {
+            let i = first - before;
+            let task = Task {
+                tiles: part,
+                first: i,
+                count: last - first,
+                inputs: matrix.inputs,
+                x,
+                bias: matrix
+                    .bias
+                    .as_ref()
+                    .map(|b| &b[first * LANES..last * LANES]),
+                store,
+                // SAFETY: a tile's columns are inside its row of `out`.
+                out: unsafe { out.add(column + i * LANES) },
+                stride: matrix.outputs,
+            };
+            // SAFETY: as above; the rest is the caller's.
+            unsafe { run_tiles(isa, part.tensor_type(), &task) };
+        }
+        before += part.tiles();
+        column += part.rows();
+    }
 }
 
 /// `out[row] = activation(gate * x[row]) * (up * x[row])` of a matrix with the parts gate and up, `[rows][outputs / 2]`.
@@ -540,13 +597,14 @@ pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32,
             LANES => out,
             _ => part.as_mut_ptr(),
         };
-        if width < LANES && task.store != Store::Set {
+        if width < LANES && matches!(task.store, Store::Add | Store::Gate(_)) {
             std::ptr::copy_nonoverlapping(out, to, width);
         }
         let total = match task.store {
             Store::Set => total,
             Store::Add => S::add(S::load_f32(to), total),
             Store::Gate(activation) => gate::<S>(activation, S::load_f32(to), total),
+            Store::Softcap(cap) => softcap::<S>(cap, total),
         };
         S::store(to, total);
         if width < LANES {
@@ -983,6 +1041,23 @@ mod tests {
                 matmul(isa, &pool, &alone[1], x, Store::Add, &mut added);
                 assert_eq!(added, sum, "{} of {rows} rows", isa.name());
             }
+            let cap = 3.0f32;
+            let mut first = None;
+            for isa in Isa::available() {
+                let mut capped = vec![0.0; rows * outputs];
+                matmul(isa, &pool, &alone[1], x, Store::Softcap(cap), &mut capped);
+                for (got, u) in capped.iter().zip(&up) {
+                    let want = f64::from(cap) * (f64::from(*u) / f64::from(cap)).tanh();
+                    let error = (f64::from(*got) - want).abs();
+                    assert!(error < 1e-6 * f64::from(cap), "{u}: {got} for {want}");
+                }
+                assert_eq!(
+                    first.get_or_insert(capped.clone()),
+                    &capped,
+                    "{}",
+                    isa.name()
+                );
+            }
             for activation in [Activation::Silu, Activation::GeluTanh] {
                 let mut first = None;
                 for isa in Isa::available() {
@@ -1004,6 +1079,47 @@ mod tests {
                         );
                     }
                     assert_eq!(first.get_or_insert(out.clone()), &out, "{}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn chosen_tiles_have_the_bits_of_the_whole_product_and_the_rest_is_impossible() {
+        let r = &mut Random(7);
+        let pool = Pool::new(2);
+        for t in TensorType::ALL {
+            // A part whose last tile is not whole, and one after it.
+            let (sizes, inputs) = ([101, 80], 256);
+            let outputs = sizes[0] + sizes[1];
+            let mut pack =
+                |rows| Tiles::pack(t, rows, inputs, &random_blocks(t, rows, inputs, r), &pool);
+            let parts = sizes.map(&mut pack).into();
+            let bias: Vec<f32> = (0..outputs).map(|i| i as f32 * 0.1).collect();
+            let matrix = Matrix::new(parts, Some(&bias));
+            assert_eq!(matrix.tiles(), 7 + 5);
+            let tile_of = |output: usize| match output.checked_sub(sizes[0]) {
+                None => output / LANES,
+                Some(output) => 7 + output / LANES,
+            };
+            for rows in [1, 3, 33] {
+                let x = activations(rows, inputs, r);
+                for chosen in [&[][..], &[6], &[0, 2, 3, 4, 6, 7, 11], &[9, 10]] {
+                    for (isa, store) in Isa::available()
+                        .into_iter()
+                        .flat_map(|isa| [(isa, Store::Set), (isa, Store::Softcap(5.0))])
+                    {
+                        let mut want = vec![0.0; rows * outputs];
+                        matmul(isa, &pool, &matrix, x.all(), store, &mut want);
+                        for (i, want) in want.iter_mut().enumerate() {
+                            if !chosen.contains(&(tile_of(i % outputs) as u32)) {
+                                *want = f32::NEG_INFINITY;
+                            }
+                        }
+                        let mut got = vec![f32::NAN; rows * outputs];
+                        matmul_chosen(isa, &pool, &matrix, x.all(), store, chosen, &mut got);
+                        assert_eq!(got, want, "{t:?} {} {rows} rows {chosen:?}", isa.name());
+                    }
                 }
             }
         }

@@ -14,6 +14,8 @@ use crate::simd::{LANES, Simd};
 
 /// Inputs in a block.
 pub const BLOCK: usize = 32;
+/// Outputs of a tile.
+pub const TILE: usize = LANES;
 
 /// Bytes of a matrix that are packed between two reports.
 const SLICE: usize = 8 << 20;

@@ -65,10 +65,10 @@ fn tokenizer() -> Arc<Tokenizer> {
     Arc::new(Tokenizer::from_bytes("test", tokenizer.to_string().as_bytes()).unwrap())
 }
 
-const END: u32 = 266;
+pub const END: u32 = 266;
 const CALL: u32 = 267;
 
-fn grammars(forcing: bool) -> Arc<Grammars> {
+pub fn grammars(forcing: bool) -> Arc<Grammars> {
     Arc::new(Grammars::new(tokenizer(), 268, &[END], forcing).unwrap())
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::{Counters, EngineConfig, Factory, LogitsJob, Task, Work, places};
-use crate::batch::{Batch, Forward, PAGE};
+use crate::batch::{Batch, Caller, Forward, PAGE};
 use crate::constraint::Aside;
 use crate::error::{Error, Result};
 use crate::pace::Pace;
@@ -38,6 +38,8 @@ pub(super) struct Core {
     /// In the order in which they were let in.
     running: Vec<Task>,
     batch: Batch,
+    /// Which of `running` chooses a token by each output of the batch, if one does.
+    choosers: Vec<Option<usize>>,
     /// Room for a request's next tokens.
     tokens: Vec<u32>,
     pace: Pace,
@@ -58,6 +60,7 @@ impl Core {
             waiting: VecDeque::new(),
             running: Vec::new(),
             batch: Batch::default(),
+            choosers: Vec::new(),
             tokens: Vec::new(),
             pace: Pace::default(),
             aside: Aside::default(),
@@ -329,19 +332,37 @@ impl Core {
             return Ok(());
         };
         self.batch.clear();
+        self.choosers.clear();
         for &(id, rows) in plan {
-            let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
+            let Some(place) = self.running.iter().position(|task| task.id == id) else {
                 continue;
             };
+            let task = &mut self.running[place];
             task.sequence.prepare(rows, &mut self.aside);
             let start = task.sequence.next(rows, &mut self.tokens);
             self.batch.push(&self.tokens, start, &task.table, task.long);
             let end = self.batch.tokens.len() as u32;
             let wanted = task.sequence.rows_wanted(rows) as u32;
             self.batch.outputs.extend(end - wanted..end);
+            self.choosers.resize(self.batch.outputs.len(), None);
+            // Who guesses is not within a grammar.
+            if rows == task.sequence.pending()
+                && let Some(last) = self.choosers.last_mut()
+            {
+                *last = Some(place);
+            }
         }
         self.counters.steps.fetch_add(1, Ordering::Relaxed);
-        let logits = forward.forward(&self.batch)?;
+        let mut watch = Watch {
+            tasks: &mut self.running,
+            choosers: &self.choosers,
+            plan,
+        };
+        let logits = forward.forward(&self.batch, &mut watch)?;
+        if watch.gone() {
+            // Those that are left run again.
+            return Ok(());
+        }
         check_logits(logits, &self.batch, self.config.vocab_size)?;
         let mut logits = logits.chunks_exact(self.config.vocab_size);
         for &(id, rows) in plan {
@@ -387,7 +408,7 @@ impl Core {
                 self.batch.outputs.push(rows - 1);
             }
             self.counters.steps.fetch_add(1, Ordering::Relaxed);
-            let chunk = forward.forward(&self.batch)?;
+            let chunk = forward.forward(&self.batch, &mut ())?;
             check_logits(chunk, &self.batch, self.config.vocab_size)?;
             logits.extend_from_slice(chunk);
         }
@@ -494,6 +515,31 @@ impl Core {
         set(&self.counters.waiting, places(&self.waiting));
         set(&self.counters.pages_used, self.pages.used());
         set(&self.counters.pages_cached, self.pages.idle());
+    }
+}
+
+/// A step's requests, while the model runs.
+struct Watch<'a> {
+    tasks: &'a mut [Task],
+    choosers: &'a [Option<usize>],
+    plan: &'a [(u64, usize)],
+}
+
+impl Caller for Watch<'_> {
+    fn allowed(&mut self, output: usize) -> Option<&[u32]> {
+        let chooser = (*self.choosers.get(output)?)?;
+        self.tasks.get_mut(chooser)?.sequence.allowed()
+    }
+
+    /// Whether those have left that have most of the rows.
+    fn gone(&mut self) -> bool {
+        let left = |id: u64| {
+            let mut tasks = self.tasks.iter();
+            tasks.any(|task| task.id == id && task.sender.over())
+        };
+        let rows = |of: &mut dyn Iterator<Item = &(u64, usize)>| of.map(|(_, n)| n).sum::<usize>();
+        let gone = rows(&mut self.plan.iter().filter(|(id, _)| left(*id)));
+        2 * gone > rows(&mut self.plan.iter())
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::core::LOGIT_ROWS;
 use super::*;
-use crate::batch::Batch;
+use crate::batch::{Batch, Caller};
 use crate::sequence::Text;
 use crate::sequence::{Delta, FinishReason};
 use crate::stream::Notifier;
@@ -49,8 +49,11 @@ impl Forward for Fake {
         VOCAB
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<&[f32]> {
+    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
         drop(lock(&self.plan.gate));
+        if caller.gone() {
+            return Ok(&[]);
+        }
         {
             let mut most = lock(&self.plan.most);
             *most = (
@@ -317,6 +320,131 @@ fn batched_is_alone_token_for_token_whatever_the_chunks_and_the_cache() {
         assert!(outputs > 1, "nothing ran together");
         assert_eq!(engine.metrics().preemptions > 0, pages == 13, "{config:?}");
     }
+}
+
+/// A decoder over the vocabulary of `constraint::tests` that computes what may come alone, unless `whole`. Rows that could
+/// be restricted are counted.
+struct Asking {
+    whole: bool,
+    restricted: Arc<AtomicU64>,
+    logits: Vec<f32>,
+}
+
+const ASKING_VOCAB: usize = 268;
+
+impl Forward for Asking {
+    fn vocab_size(&self) -> usize {
+        ASKING_VOCAB
+    }
+
+    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
+        // As long as layers might take, so that masks are there.
+        std::thread::sleep(Duration::from_millis(1));
+        self.logits.clear();
+        for (output, &row) in batch.outputs.iter().enumerate() {
+            let (token, position) = (batch.tokens[row as usize], batch.positions[row as usize]);
+            let mut hash = u64::from(token) << 20 | u64::from(position);
+            let logits = (0..ASKING_VOCAB).map(|_| random(&mut hash, 1 << 20) as f32 / 1e5);
+            let first = self.logits.len();
+            self.logits.extend(logits);
+            if let (false, Some(mask)) = (self.whole, caller.allowed(output)) {
+                self.restricted.fetch_add(1, Ordering::SeqCst);
+                for (id, logit) in self.logits[first..].iter_mut().enumerate() {
+                    if mask[id / 32] >> (id % 32) & 1 == 0 {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+        Ok(&self.logits)
+    }
+}
+
+#[test]
+fn a_grammars_text_is_the_same_whether_what_it_forbids_was_computed_or_not() {
+    use crate::constraint::tests::{END, grammars};
+    use crate::constraint::{Constraint, Rule, Source};
+    struct Bytes;
+    impl Text for Bytes {
+        fn push(&mut self, id: u32) -> String {
+            format!("{id} ")
+        }
+        fn finish(&mut self) -> String {
+            String::new()
+        }
+    }
+    let grammars = grammars(true);
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "name": {"enum": ["na", "name", "other"]},
+            "size": {"type": "integer"},
+            "note": {"type": "string"},
+        },
+        "required": ["name", "size", "note"],
+    });
+    let schema = Source::JsonSchema(schema).lark().unwrap();
+    let rule = Rule::Grammar(grammars.compile(&schema).unwrap());
+    let submit = |engine: &Engine, i: usize| {
+        let (grammars, rule) = (grammars.clone(), rule.clone());
+        let options = Options {
+            max_tokens: Some(60),
+            do_sample: i % 2 == 1,
+            temperature: 1.5,
+            top_p: 0.95,
+            seed: Some(i as u64),
+            frequency_penalty: 0.2,
+            logprobs: true,
+            top_logprobs: 4,
+            prompt_logprobs: i == 4,
+            ..Options::default()
+        };
+        let text = Box::new(move || Parts {
+            // The third has no grammar.
+            constraint: (i != 2).then(|| Constraint::new(grammars.clone(), &rule)),
+            ..(Box::new(Bytes) as Box<dyn Text>).into()
+        });
+        let request = Request {
+            ids: vec![65 + i as u32; 20],
+            options,
+            text,
+            long: false,
+            eos_ids: vec![END],
+        };
+        engine.submit(request).unwrap()
+    };
+    let all = |stream: Stream| {
+        let deltas = stream.map(|delta| {
+            let delta = delta.unwrap();
+            (delta.token_ids, delta.logprobs, delta.finish_reason)
+        });
+        deltas.collect::<Vec<_>>()
+    };
+    let engine = |whole: bool| {
+        let restricted = Arc::new(AtomicU64::new(0));
+        let counted = restricted.clone();
+        let factory: Factory = Arc::new(move || {
+            Ok(Box::new(Asking {
+                whole,
+                restricted: counted.clone(),
+                logits: Vec::new(),
+            }))
+        });
+        let config = EngineConfig::new(ASKING_VOCAB, 200, 64);
+        (Engine::new(factory, config).unwrap(), restricted)
+    };
+    let ((whole, none), (few, restricted)) = (engine(true), engine(false));
+    let wanted: Vec<_> = (0..6).map(|i| all(submit(&whole, i))).collect();
+    let alone: Vec<_> = (0..6).map(|i| all(submit(&few, i))).collect();
+    assert_eq!(alone, wanted);
+    let streams: Vec<_> = (0..6).map(|i| submit(&few, i)).collect();
+    let together: Vec<_> = streams.into_iter().map(all).collect();
+    assert_eq!(together, wanted);
+    assert_eq!(none.load(Ordering::SeqCst), 0);
+    assert!(
+        restricted.load(Ordering::SeqCst) > 50,
+        "{restricted:?} rows"
+    );
 }
 
 #[test]
@@ -1006,6 +1134,32 @@ fn requests_that_come_together_wait_for_the_one_that_runs_what_they_begin_with()
     assert!(rows - drafted <= 4 * PAGE as u64 + 6 * (2 + 4), "{rows}");
     // Four of the beginning, and no request has another whole one.
     assert_eq!(engine.metrics().pages_cached, 4);
+}
+
+#[test]
+fn a_step_is_left_when_those_have_gone_who_have_most_of_it() {
+    let plan = Plan::default();
+    let engine = engine_of(config(100), &plan);
+    let gate = lock(&plan.gate);
+    let left = engine.submit(request(prompt(1, 12), tokens(3))).unwrap();
+    wait_until("the first step", || engine.metrics().steps == 1);
+    left.cancel();
+    drop(gate);
+    assert_nothing_held(&engine);
+    assert_eq!(plan.rows.load(Ordering::SeqCst), 0);
+    assert_eq!(engine.metrics().cancelled, 1);
+
+    // Who has the smaller part goes, and the others are not held up.
+    let gate = lock(&plan.gate);
+    let small = engine.submit(request(vec![1], tokens(3))).unwrap();
+    wait_until("the next step", || engine.metrics().steps == 2);
+    let ids = prompt(2, 12);
+    let stays = engine.submit(request(ids.clone(), tokens(3))).unwrap();
+    small.cancel();
+    drop(gate);
+    let alone = alone(&[(ids, tokens(3))]);
+    assert_eq!(collect(stays).unwrap(), alone[0]);
+    assert_nothing_held(&engine);
 }
 
 #[test]
