@@ -159,8 +159,9 @@ def _calls(deltas: Sequence[Delta]) -> tuple[ToolCall, ...]:
 class Stream(Iterator[Delta]):
     """An iterator over the deltas of one request. Closing or dropping it cancels the request."""
 
-    def __init__(self, stream: _core.Stream) -> None:
+    def __init__(self, stream: _core.Stream, engine: Engine) -> None:
         self._stream = stream
+        self._engine = engine  # which ends when nobody holds it
 
     def __next__(self) -> Delta:
         return _delta(next(self._stream))
@@ -264,7 +265,7 @@ class Engine:
         `prompt`: str, list of message dicts, or token ids. Raises InvalidRequestError and its
         kinds, TemplateError, NoChatTemplateError, at once.
         """
-        return Stream(self._submit(prompt, request))
+        return Stream(self._submit(prompt, request), self)
 
     def generate(self, prompt: Prompt, **request: Any) -> Completion:
         """The whole completion. See `stream`."""
@@ -278,7 +279,8 @@ class Engine:
         cancelling the task that iterates, cancels the request. Raises RuntimeError where no such
         loop runs.
         """
-        reader = loops.reader(functools.partial(self._submit, prompt, request))
+        submit = functools.partial(self._submit, prompt, request)
+        reader = loops.reader(submit, light=_light(prompt, request))
         try:
             while (delta := await reader.next()) is not None:
                 yield _delta(delta)
@@ -525,6 +527,26 @@ def _checked_request(prompt: Prompt, given: Mapping[str, Any]) -> tuple[Prompt, 
     prompt = _checked(prompt)
     messages = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
     return prompt, options.request(given, messages=messages)
+
+
+def _light(prompt: Prompt, request: Mapping[str, Any]) -> bool:
+    """Whether a request takes well below a millisecond to submit: little to render and encode."""
+    if any(request.get(name) is not None for name in _HEAVY):
+        return False
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    return sum(map(_letters, texts[:_LIGHT])) < _LIGHT
+
+
+def _letters(item: object) -> int:
+    """Of a text, of a message, of a token id; too many where a look does not tell."""
+    text = item.get("content") if isinstance(item, Mapping) else item
+    return len(text) if isinstance(text, str) else 1 if isinstance(text, int) else _LIGHT
+
+
+_LIGHT = 400
+"""Letters of a prompt that are rendered and encoded in a fraction of a millisecond."""
+
+_HEAVY = (*options.CONSTRAINT, *options.TEMPLATE)
 
 
 def _checked(prompt: Prompt) -> Prompt:

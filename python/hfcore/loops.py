@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -27,11 +28,13 @@ Submit = Callable[[], _core.Stream]
 """Starts a request. Rendering and encoding a long prompt takes a while: not on a loop's thread."""
 
 SUBMITTERS = 2
-"""Requests of a loop that are submitted at a time, on its own pool of threads. More of them would
-take the GIL from the loop more often, and encode no faster."""
+"""Requests of a loop that its own pool of threads submits at a time. Light ones are not for it: at
+each the loop might wait 5 ms for the GIL, many times what submitting takes."""
 
-WOKEN_AT_ONCE = 64
-"""Streams that are woken before the loop gets to do other things."""
+TURN = 0.0005
+"""Seconds of submitting light requests, and"""
+WOKEN = 32
+"""streams that are woken, before the loop gets to do other things."""
 
 
 class Reader(Protocol):
@@ -44,10 +47,11 @@ class Reader(Protocol):
         """Cancel the request, if it is still running; never waits."""
 
 
-def reader(submit: Submit) -> Reader:
+def reader(submit: Submit, *, light: bool) -> Reader:
     """Submit a request and read its stream, on the event loop that runs now.
 
-    Raises RuntimeError where there is none of asyncio's or trio's.
+    `light`: submitting takes well below a millisecond. Raises RuntimeError where there is no loop
+    of asyncio or trio.
     """
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_task():
@@ -62,7 +66,7 @@ def reader(submit: Submit) -> Reader:
         pump = _pumps.get(loop) or _pumps.setdefault(loop, _Pump(loop))
     except NotImplementedError:  # e.g. the proactor loop of Windows
         return _ThreadReader(submit)
-    return pump.submit(loop, submit)
+    return pump.submit(loop, submit, light=light)
 
 
 _pumps: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -91,6 +95,7 @@ class _Pump:
         self.notifier = _core.Notifier()
         self.readers: dict[int, _LoopReader] = {}
         self._keys = itertools.count()
+        self._light: deque[tuple[_LoopReader, Submit]] = deque()
         self._ready: dict[int, None] = {}  # in order of arrival
         self._turning = False
         self._inbox: deque[tuple[_LoopReader, Submit]] = deque()
@@ -98,9 +103,15 @@ class _Pump:
         self._submitters = 0
         loop.add_reader(self.notifier.fileno(), self._wake)
 
-    def submit(self, loop: asyncio.AbstractEventLoop, submit: Submit) -> _LoopReader:
+    def submit(
+        self, loop: asyncio.AbstractEventLoop, submit: Submit, *, light: bool
+    ) -> _LoopReader:
         key = next(self._keys)
         reader = self.readers[key] = _LoopReader(self, key)
+        if light:
+            self._light.append((reader, submit))
+            self._turn_soon(loop)
+            return reader
         with self._lock:
             self._inbox.append((reader, submit))
             one_more = self._submitters < SUBMITTERS
@@ -123,29 +134,41 @@ class _Pump:
                     self._submitters -= 1
                     return
                 reader, submit = self._inbox.popleft()
-            reader.begin(submit, loop)
+            if not reader.begin(submit):
+                with contextlib.suppress(RuntimeError):  # of a loop that has been closed
+                    loop.call_soon_threadsafe(reader.wake)
 
     def _wake(self) -> None:
         self._ready.update(dict.fromkeys(self.notifier.drain()))
         if not self._turning:
             self._turn()
 
+    def _turn_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._turning:
+            self._turning = True
+            loop.call_soon(self._turn)
+
     def _turn(self) -> None:
-        for key in list(itertools.islice(self._ready, WOKEN_AT_ONCE)):
+        import asyncio
+
+        self._turning = False
+        for key in list(itertools.islice(self._ready, WOKEN)):
             del self._ready[key]
             reader = self.readers.get(key)
             if reader is not None:
                 reader.wake()
-        self._turning = bool(self._ready)
-        if self._turning:
-            import asyncio
-
-            # The loop is not kept: it would keep itself by its pump.
-            asyncio.get_running_loop().call_soon(self._turn)
+        end = time.perf_counter() + TURN
+        while self._light and time.perf_counter() < end:
+            reader, submit = self._light.popleft()
+            if not reader.begin(submit):
+                reader.wake()
+        if self._ready or self._light:
+            # The loop is not kept: it would keep itself, by its pump.
+            self._turn_soon(asyncio.get_running_loop())
 
 
 class _LoopReader:
-    """A stream that a submitter's thread begins and the loop's thread reads."""
+    """A stream that the loop's thread reads, whichever began it."""
 
     __slots__ = ("_failed", "_key", "_left", "_pump", "_stream", "_waiter")
 
@@ -179,20 +202,19 @@ class _LoopReader:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def begin(self, submit: Submit, loop: asyncio.AbstractEventLoop) -> None:
-        """On a submitter's thread. The first delta wakes the reader, and so does an error."""
+    def begin(self, submit: Submit) -> bool:
+        """Submit, on any thread. False: that raised, and nothing but `wake` will tell."""
         if self._left:
-            return
+            return True
         try:
             stream = self._stream = submit()
             stream.subscribe(self._pump.notifier, self._key)
         except BaseException as error:
             self._failed = error
-            with contextlib.suppress(RuntimeError):  # of a loop that has been closed
-                loop.call_soon_threadsafe(self.wake)
-            return
+            return False
         if self._left:  # while it was being submitted
             stream.close()
+        return True
 
     def close(self) -> None:
         self._left = True
