@@ -32,8 +32,12 @@ Main = Callable[[], Coroutine[Any, Any, Any]]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    roomy = tiny_model(tmp_path_factory.mktemp("roomy"), context_size=100_000)
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("roomy"), context_size=100_000)
+
+
+@pytest.fixture(scope="module")
+def engine(roomy: Path) -> Iterator[Engine]:
     with Engine(roomy) as opened:
         yield opened
 
@@ -109,17 +113,17 @@ def test_closing_a_stream_cancels_its_request(engine: Engine, run: Callable[[Mai
 
 
 @on_each_loop
-def test_a_closed_engine_ends_who_waits_for_it(tiny: Path, run: Callable[[Main], Any]) -> None:
+def test_a_closed_engine_ends_who_waits_for_it(roomy: Path, run: Callable[[Main], Any]) -> None:
     async def main() -> None:
-        engine = Engine(tiny, max_sequences=1)
-        deltas = [engine.astream("Hello", max_tokens=1500, ignore_eos=True) for _ in range(3)]
-        await anext(deltas[0])
+        engine = Engine(roomy)
+        running, late = (engine.astream("Hello", **ENDLESS) for _ in range(2))
+        await anext(running)
         closing = threading.Timer(0.05, engine.close)
         closing.start()
-        closing.join()
-        for stream in deltas:
+        for stream in (running, late):
             with pytest.raises(EngineClosedError):
                 [delta async for delta in stream]
+        closing.join()
 
     run(main)
 
