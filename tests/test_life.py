@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,9 @@ def test_copies_are_the_engine_itself(tiny: Path) -> None:
 
 
 def test_a_pickle_opens_an_engine_with_the_same_arguments(tiny: Path) -> None:
-    opening = {"n_ctx": 128, "max_sequences": 3, "kv_cache_dtype": "int8", "chat_template": "x"}
+    opening: dict[str, Any] = {
+        "n_ctx": 128, "max_sequences": 3, "kv_cache_dtype": "int8", "chat_template": "x",
+    }  # fmt: skip
     with Engine(tiny, **opening) as engine, pickle.loads(pickle.dumps(engine)) as other:
         assert other is not engine
         assert other.info == engine.info

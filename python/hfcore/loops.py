@@ -63,7 +63,7 @@ def reader(submit: Submit, *, light: bool) -> Reader:
     except RuntimeError:
         raise RuntimeError("async methods run in an event loop of asyncio or trio") from None
     try:
-        pump = _pumps.get(loop) or _pumps.setdefault(loop, _Pump(loop))
+        pump: _Pump = _pumps.get(loop) or _pumps.setdefault(loop, _Pump(loop))
     except NotImplementedError:  # e.g. the proactor loop of Windows
         return _ThreadReader(submit)
     return pump.submit(loop, submit, light=light)
