@@ -4,7 +4,8 @@
 
 On a tiny model of noise, so that deltas come as fast as they can. A task that sleeps for 1 ms, over
 and over, says how late the loop is by the clock (`lag`), and how much CPU time the loop's thread
-took meanwhile (`held`), to which other programs on the machine add nothing.
+took meanwhile (`held`): to that other programs on the machine add nothing, and Python's garbage
+collections are not counted (`gc` is the longest; its length is that of the whole program).
 
 Runs, in turn, in each round, on asyncio's own loop and on uvloop:
 bare: as many tasks, each woken as often, without hfcore, while two threads keep the CPUs busy;
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import json
 import os
@@ -100,25 +102,43 @@ def streams_of(engine: Engine) -> Load:
 # --- measuring ------------------------------------------------------------------------------------
 
 
+class Collections:
+    """How long Python's garbage collections took, in milliseconds of the thread's CPU time."""
+
+    def __init__(self) -> None:
+        self.begun = self.took = self.longest = 0.0
+
+    def __call__(self, phase: str, _: dict[str, int]) -> None:
+        now = 1e3 * time.thread_time()
+        if phase == "start":
+            self.begun = now
+        else:
+            self.took += now - self.begun
+            self.longest = max(self.longest, now - self.begun)
+
+
 async def watched(load: Load, args: argparse.Namespace) -> dict[str, float]:
     """One run of a load, with what the ticker saw, in milliseconds."""
     lags: list[float] = []
     held: list[float] = []
+    collections = Collections()
 
     async def tick() -> None:
         while True:
-            wall, cpu = time.perf_counter(), time.thread_time()
+            wall, cpu = time.perf_counter(), 1e3 * time.thread_time() - collections.took
             await asyncio.sleep(0.001)
             lags.append(1e3 * (time.perf_counter() - wall) - 1)
-            held.append(1e3 * (time.thread_time() - cpu))
+            held.append(1e3 * time.thread_time() - collections.took - cpu)
 
     ticker = asyncio.create_task(tick())
     await asyncio.sleep(0.01)
     lags.clear()
     held.clear()
+    gc.callbacks.append(collections)
     wall, cpu = time.perf_counter(), time.thread_time()
     wakes = await load(args)
     seconds, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+    gc.callbacks.remove(collections)
     ticker.cancel()
     with suppress(asyncio.CancelledError):
         await ticker
@@ -128,6 +148,7 @@ async def watched(load: Load, args: argparse.Namespace) -> dict[str, float]:
         "lag_max_ms": round(max(lags), 2),
         "lag_p99_ms": round(statistics.quantiles(lags, n=100)[98], 2),
         "held_max_ms": round(max(held), 2),
+        "gc_max_ms": round(collections.longest, 2),
         "wakes": wakes,
         "loop_cpu_s": round(cpu, 3),
         "loop_cpu_us_per_wake": round(1e6 * cpu / wakes, 1),
@@ -166,7 +187,7 @@ def rounds(args: argparse.Namespace, path: Path) -> dict[str, list[dict[str, flo
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
     """The median of the runs, and the worst of their longest lags."""
-    longest = ("lag_max_ms", "held_max_ms")
+    longest = ("lag_max_ms", "held_max_ms", "gc_max_ms")
     worst = {f"worst_{name}": max(run[name] for run in runs) for name in longest}
     return worst | {
         name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]
@@ -217,7 +238,8 @@ def main() -> int:
         met = "met" if of_runs["bar_met"] else "NOT met"
         print(
             f"{name}: bar {met}: longest lag {lag} ms, median of the runs (bar {BAR_MS:g} ms; bare"
-            f" {bare} ms); held by its own thread for {held} ms at most;"
+            f" {bare} ms); held by its own thread for {held} ms at most, and for"
+            f" {of_runs['worst_gc_max_ms']} ms by garbage collection;"
             f" {of_runs['loop_cpu_us_per_wake']} us of the loop's CPU for a delta"
         )
     options = {name: value for name, value in vars(args).items() if name != "out"}
