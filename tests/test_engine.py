@@ -193,22 +193,6 @@ def test_every_event_loop_gets_its_own_wake_ups(engine: Engine) -> None:
         asyncio.run(engine.agenerate("Hello", max_tokens=5, temperature=0)).text for _ in range(3)
     }
     assert len(texts) == 1
-    gc.collect()
-    assert not engine_module._pumps
-
-
-def test_a_loop_that_cannot_watch_descriptors_works_too(engine: Engine) -> None:
-    class Plain(asyncio.SelectorEventLoop):
-        def add_reader(self, *_: object) -> None:
-            raise NotImplementedError
-
-    loop = Plain()
-    try:
-        done = loop.run_until_complete(engine.agenerate("Hello", max_tokens=5, temperature=0))
-        loop.run_until_complete(loop.shutdown_default_executor())
-    finally:
-        loop.close()
-    assert done.text == engine.generate("Hello", max_tokens=5, temperature=0).text
 
 
 def test_an_int8_cache_takes_little_more_than_half_and_answers_nearly_the_same(tiny: Path) -> None:

@@ -218,7 +218,11 @@ class Usage:
 
 @final
 class Delta:
-    """What a request has produced since the delta before it. A value: it never changes."""
+    """What a request has produced since the delta before it. A value: it never changes.
+
+    A token each, several where a grammar forces them, and all that came since where the reader is
+    64 deltas behind.
+    """
 
     @property
     def index(self) -> int:
@@ -274,6 +278,7 @@ class Notifier:
 class Stream:
     """The deltas of one request as they come. Dropping or closing it cancels the request.
 
+    The engine never waits for who reads: what a slow reader has not read is merged.
     With `n` above 1 those of its completions are mixed, `Delta.index` tells them apart, and the
     stream ends when all of them have.
     """
@@ -283,7 +288,10 @@ class Stream:
         """Wait for the next delta. Ctrl-C interrupts the wait within 0.1 seconds."""
 
     def try_next(self) -> Delta | None:
-        """The next delta if it is there, None if not yet. Raises StopIteration after the last."""
+        """The next delta if it is there, None if not yet. Raises StopIteration after the last.
+
+        Keeps the GIL, and never waits.
+        """
 
     def subscribe(self, notifier: Notifier, key: int) -> None:
         """From now on put `key` into `notifier` whenever something comes; at once if it has."""

@@ -6,6 +6,7 @@ The work is done by the compiled `hfcore._core.Engine`; here is only what Python
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -15,11 +16,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import _core, hub, options
-from .errors import InvalidRequestError
+from . import _core, hub, loops, metrics, options
+from .errors import EngineClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
-    import asyncio
+    from pathlib import Path
     from types import TracebackType
 
     import numpy as np
@@ -86,9 +87,11 @@ class ToolCall:
 class Delta:
     """What one decoded token adds. The last one alone has `finish_reason` and `usage`.
 
-    `text` may be empty: a character may take several tokens, and text that might begin a stop
-    string is held back until it is known not to. `reasoning` is text of the model's thoughts,
-    `tool_calls` pieces of calls, `index` tells several completions of a request apart.
+    It has several tokens where a grammar forces them, and where a reader is 64 deltas behind: what
+    it has not read is then merged. `text` may be empty: a character may take several tokens, and
+    text that might begin a stop string is held back until it is known not to. `reasoning` is text
+    of the model's thoughts, `tool_calls` pieces of calls, `index` tells several completions of a
+    request apart.
     """
 
     text: str = ""
@@ -156,8 +159,9 @@ def _calls(deltas: Sequence[Delta]) -> tuple[ToolCall, ...]:
 class Stream(Iterator[Delta]):
     """An iterator over the deltas of one request. Closing or dropping it cancels the request."""
 
-    def __init__(self, stream: _core.Stream) -> None:
+    def __init__(self, stream: _core.Stream, engine: Engine) -> None:
         self._stream = stream
+        self._engine = engine  # which ends when nobody holds it
 
     def __next__(self) -> Delta:
         return _delta(next(self._stream))
@@ -199,6 +203,12 @@ class Engine:
     continue_final_message, template_variables; for text add_special_tokens. What is not given is
     as the model's generation_config says.
 
+    Copies are the engine itself. A pickle opens another one where it is read, with the same
+    arguments, from the same files if these are there; `token` and `progress` are left out of it, so
+    that other files are fetched with the token of whoever reads it. After `os.fork` the child's
+    first request starts threads and a cache of its own, with the parent's weights; the parent's
+    streams raise there. Dropping the last reference is as good as `close`.
+
     Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, ModelTooLargeError.
 
     >>> import tempfile
@@ -235,17 +245,19 @@ class Engine:
             "token": token, "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
-        path = hub.resolve(model, **{n: opening.pop(n) for n in _HUB if n in opening})
+        path = hub.resolve(model, **{n: v for n, v in opening.items() if n in _HUB})
+        opening |= {"device": options.device(device), "max_sequences": max_sequences}
         self._closed = False
         with contextlib.closing(_LoadBar()) as bar:
             self._core = _core.Engine(
                 path,
-                device=options.device(device),
-                max_sequences=max_sequences,
                 progress=progress or bar.shown(),
-                **opening,
+                **{n: v for n, v in opening.items() if n not in _HUB},
             )
+        self.model = os.fspath(model)
         self.path = path
+        self._opening = {n: v for n, v in opening.items() if n != "token"}
+        self._begun: float | None = None  # the first request, by the monotonic clock
 
     def stream(self, prompt: Prompt, **request: Any) -> Stream:
         """Submit now; an iterator of Delta, one for each decoded token.
@@ -253,7 +265,7 @@ class Engine:
         `prompt`: str, list of message dicts, or token ids. Raises InvalidRequestError and its
         kinds, TemplateError, NoChatTemplateError, at once.
         """
-        return Stream(self._core.submit(*_checked_request(prompt, request)))
+        return Stream(self._submit(prompt, request), self)
 
     def generate(self, prompt: Prompt, **request: Any) -> Completion:
         """The whole completion. See `stream`."""
@@ -261,26 +273,29 @@ class Engine:
             return total(list(stream))
 
     async def astream(self, prompt: Prompt, **request: Any) -> AsyncGenerator[Delta, None]:
-        """As `stream`, without blocking the event loop.
+        """As `stream`, on an event loop of asyncio (or uvloop) or trio, which it never blocks.
 
-        `aclose()`, or cancelling the task that iterates, cancels the request.
+        No thread per stream: all streams of a loop share one file descriptor. `aclose()`, or
+        cancelling the task that iterates, cancels the request. Raises RuntimeError where no such
+        loop runs.
         """
-        import asyncio
-
-        checked = _checked_request(prompt, request)
-        # Rendering and encoding a long prompt takes a while: not on the loop's thread.
-        stream = await asyncio.to_thread(self._core.submit, *checked)
+        submit = functools.partial(self._submit, prompt, request)
+        reader = loops.reader(submit, light=_light(prompt, request))
         try:
-            async with contextlib.aclosing(_pumped(stream)) as deltas:
-                async for delta in deltas:
-                    yield _delta(delta)
+            while (delta := await reader.next()) is not None:
+                yield _delta(delta)
         finally:
-            stream.close()
+            reader.close()
 
     async def agenerate(self, prompt: Prompt, **request: Any) -> Completion:
         """As `generate`, without blocking the event loop."""
         async with contextlib.aclosing(self.astream(prompt, **request)) as deltas:
             return total([delta async for delta in deltas])
+
+    def _submit(self, prompt: Prompt, request: Mapping[str, Any]) -> _core.Stream:
+        stream = self._core.submit(*_checked_request(prompt, request))
+        self._begun = self._begun or time.monotonic()
+        return stream
 
     def render(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> str:
         """Messages as the model's prompt: what `generate` would encode."""
@@ -308,8 +323,25 @@ class Engine:
         return self._core.info
 
     def metrics(self) -> dict[str, int | float]:
-        """Counters since the engine was opened."""
-        return self._core.metrics()
+        """What the engine did since it was opened (in this process), and does now.
+
+        `requests` accepted, `prompt_tokens` of them, `completion_tokens` generated, `steps` of the
+        model, `preemptions`; now: completions `running` and `waiting`, cache `pages_used` of
+        `pages_total`; `tokens_per_second`: completion tokens by the time since the first request,
+        or by `seconds_busy` where that is counted; `memory_bytes`, resident, of the whole process
+        (Linux only). With a prefix cache or a draft also their tokens, `prefix_hit_rate` and
+        `acceptance_rate`.
+        """
+        seconds = 0.0 if self._begun is None else time.monotonic() - self._begun
+        return metrics.completed(self._core.metrics(), seconds)
+
+    def metrics_text(self, prefix: str = "hfcore") -> str:
+        """`metrics()` in Prometheus' text format 0.0.4, labelled by `model`.
+
+        For several engines see `hfcore.metrics.exposition`. Raises InvalidRequestError for a prefix
+        that no metric's name can begin with.
+        """
+        return metrics.exposition([(self.model, self.metrics())], prefix)
 
     @property
     def closed(self) -> bool:
@@ -332,8 +364,28 @@ class Engine:
     ) -> None:
         self.close()
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._closed:
+            raise EngineClosedError("a closed engine cannot be pickled")
+        return _reopened, (type(self), self.model, self.path.absolute(), self._opening)
+
     def __repr__(self) -> str:
         return f"Engine({str(self.path)!r}{', closed' if self._closed else ''})"
+
+
+def _reopened(kind: type[Engine], model: str, path: Path, opening: dict[str, Any]) -> Engine:
+    """The engine of a pickle: of the same files where they are here, else of the same name."""
+    if not path.exists():
+        return kind(model, **opening)
+    engine = kind(path, **{n: v for n, v in opening.items() if n not in _HUB})
+    engine.model, engine._opening = model, opening
+    return engine
 
 
 class _LoadBar:
@@ -461,75 +513,10 @@ def _after_fork() -> None:
     _locks.clear()
     _inherited.extend(_registry.values())
     _registry.clear()
-    _inherited.append(dict(_pumps))
-    _pumps.clear()
 
-
-# Event loops --------------------------------------------------------------------------------------
-
-
-class _Pump:
-    """One event loop's wake-ups: a file descriptor that is readable when streams have deltas."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.notifier = _core.Notifier()
-        self.waiting: dict[int, asyncio.Event] = {}
-        self.next_key = 0
-        loop.add_reader(self.notifier.fileno(), self._wake)
-
-    def subscribe(self, stream: _core.Stream, event: asyncio.Event) -> int:
-        self.next_key += 1
-        self.waiting[self.next_key] = event
-        stream.subscribe(self.notifier, self.next_key)
-        return self.next_key
-
-    def _wake(self) -> None:
-        for key in self.notifier.drain():
-            event = self.waiting.get(key)
-            if event is not None:
-                event.set()
-
-
-_pumps: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pump] = weakref.WeakKeyDictionary()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-async def _pumped(stream: _core.Stream) -> AsyncGenerator[_core.Delta, None]:
-    """The deltas of a stream on this event loop; no thread, where the loop watches descriptors."""
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    try:
-        pump = _pumps.get(loop) or _pumps.setdefault(loop, _Pump(loop))
-    except NotImplementedError:  # e.g. the proactor loop of Windows
-        async for delta in _threaded(stream):
-            yield delta
-        return
-    event = asyncio.Event()
-    key = pump.subscribe(stream, event)
-    try:
-        while True:
-            try:
-                delta_or_none = stream.try_next()
-            except StopIteration:
-                return
-            if delta_or_none is not None:
-                yield delta_or_none
-                continue
-            await event.wait()
-            event.clear()
-    finally:
-        del pump.waiting[key]
-
-
-async def _threaded(stream: _core.Stream) -> AsyncGenerator[_core.Delta, None]:
-    """As `_pumped` for loops that cannot watch a descriptor: each wait is in the thread pool."""
-    import asyncio
-
-    while (delta := await asyncio.to_thread(next, stream, None)) is not None:
-        yield delta
 
 
 # Small conversions --------------------------------------------------------------------------------
@@ -540,6 +527,26 @@ def _checked_request(prompt: Prompt, given: Mapping[str, Any]) -> tuple[Prompt, 
     prompt = _checked(prompt)
     messages = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
     return prompt, options.request(given, messages=messages)
+
+
+def _light(prompt: Prompt, request: Mapping[str, Any]) -> bool:
+    """Whether a request takes well below a millisecond to submit: little to render and encode."""
+    if any(request.get(name) is not None for name in _HEAVY):
+        return False
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    return sum(map(_letters, texts[:_LIGHT])) < _LIGHT
+
+
+def _letters(item: object) -> int:
+    """Of a text, of a message, of a token id; too many where a look does not tell."""
+    text = item.get("content") if isinstance(item, Mapping) else item
+    return len(text) if isinstance(text, str) else 1 if isinstance(text, int) else _LIGHT
+
+
+_LIGHT = 400
+"""Letters of a prompt that are rendered and encoded in a fraction of a millisecond."""
+
+_HEAVY = (*options.CONSTRAINT, *options.TEMPLATE)
 
 
 def _checked(prompt: Prompt) -> Prompt:

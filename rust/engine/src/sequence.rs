@@ -106,7 +106,7 @@ pub struct Delta {
 
 impl Delta {
     /// Add what came after it. Pieces of one call become one.
-    fn append(&mut self, more: Self) {
+    pub(crate) fn append(&mut self, more: Self) {
         self.text += &more.text;
         self.reasoning += &more.reasoning;
         self.token_ids.extend(more.token_ids);

@@ -1,5 +1,6 @@
 //! One request's way out of the engine: a queue of deltas, for a thread that waits or for an event
-//! loop that watches a file descriptor. Knows no engine.
+//! loop that watches a file descriptor. The engine never waits for a reader: see `BACKLOG`. Knows
+//! no engine.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
@@ -11,6 +12,11 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::sequence::Delta;
+
+/// Deltas that wait for a slow reader before new ones are added to those that wait: a queue never has
+/// more than these and one for each further completion. Nothing of a delta is lost, a completion's
+/// tokens stay in order, and what is held is bounded by what the request may generate.
+const BACKLOG: usize = 64;
 
 /// Lock, whatever became of the last holder: every state here is sound between statements.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -90,6 +96,22 @@ struct State {
     subscriber: Option<(Arc<Notifier>, u64)>,
 }
 
+impl State {
+    /// Let the reader have a delta: by itself, or, where it is behind, with the last that waits of
+    /// the same completion.
+    fn put(&mut self, delta: Delta) {
+        let behind = self.queue.len() >= BACKLOG;
+        let waiting = self.queue.iter_mut().rev().filter(|_| behind);
+        match waiting
+            .flatten()
+            .find(|waiting| waiting.index == delta.index)
+        {
+            Some(waiting) => waiting.append(delta),
+            None => self.queue.push_back(Ok(delta)),
+        }
+    }
+}
+
 impl Channel {
     fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = lock(&self.state);
@@ -140,7 +162,8 @@ impl Sender {
         }
     }
 
-    /// A delta with a finish reason is the completion's last; an error is the whole request's.
+    /// A delta with a finish reason is the completion's last; an error is the whole request's. Never
+    /// waits: see `BACKLOG`.
     pub fn send(&mut self, item: Result<Delta>) {
         if self.ended {
             return;
@@ -157,7 +180,10 @@ impl Sender {
         self.channel.change(|state| {
             // A consumer that cancelled has ended the stream itself.
             if !state.ended {
-                state.queue.push_back(item);
+                match item {
+                    Ok(delta) => state.put(delta),
+                    Err(error) => state.queue.push_back(Err(error)),
+                }
                 state.open -= usize::from(ended);
                 state.ended = failed || state.open == 0;
             }
@@ -301,7 +327,8 @@ impl Drop for Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sequence::FinishReason;
+    use crate::response::CallDelta;
+    use crate::sequence::{FinishReason, TokenLogprob, Usage};
 
     fn delta(text: &str, finish_reason: Option<FinishReason>) -> Result<Delta> {
         Ok(Delta {
@@ -362,6 +389,96 @@ mod tests {
         drop(two);
         assert!(matches!(stream.next(), Some(Err(Error::Closed))));
         assert!(stream.next().is_none());
+    }
+
+    /// What a token of completion `index` brings: everything a delta can have of it.
+    fn token(index: usize, id: u32) -> Delta {
+        Delta {
+            index,
+            text: format!("{id} "),
+            reasoning: format!("{id}?"),
+            tool_calls: vec![CallDelta {
+                index: 0,
+                id: (id == 0).then(|| "call".into()),
+                name: (id == 0).then(|| "add".into()),
+                arguments: format!("{id},"),
+            }],
+            token_ids: vec![id],
+            logprobs: vec![TokenLogprob {
+                token: id,
+                logprob: -1.0,
+                top: Vec::new(),
+            }],
+            ..Delta::default()
+        }
+    }
+
+    fn sum(deltas: impl IntoIterator<Item = Delta>) -> Delta {
+        let mut deltas = deltas.into_iter();
+        let mut sum = deltas.next().unwrap_or_default();
+        deltas.for_each(|delta| sum.append(delta));
+        sum
+    }
+
+    #[test]
+    fn a_reader_that_is_behind_gets_everything_in_order_from_a_queue_that_stays_short() {
+        let (mut one, mut stream) = channel();
+        let mut two = one.beside(1);
+        let usage = Usage {
+            prompt_tokens: 1,
+            completion_tokens: 1000,
+            reasoning_tokens: None,
+            time_to_first_token: Duration::ZERO,
+            total_time: Duration::ZERO,
+        };
+        let sent = |index| {
+            (0..1000).map(move |id| Delta {
+                prompt_logprobs: (id == 0 && index == 0).then(Vec::new),
+                finish_reason: (id == 999).then_some(FinishReason::Length),
+                usage: (id == 999).then_some(usage),
+                ..token(index, id)
+            })
+        };
+        for (of_one, of_two) in sent(0).zip(sent(1)) {
+            one.send(Ok(of_one));
+            two.send(Ok(of_two));
+        }
+        let got: Vec<Delta> = stream.by_ref().map(Result::unwrap).collect();
+        assert!((3..=BACKLOG + 1).contains(&got.len()), "{}", got.len());
+        for index in [0, 1] {
+            let got = sum(got.iter().filter(|delta| delta.index == index).cloned());
+            assert_eq!(got, sum(sent(index)));
+            assert_eq!(got.token_ids, (0..1000).collect::<Vec<u32>>());
+            assert_eq!(got.logprobs.len(), 1000);
+            assert_eq!(got.usage, Some(usage));
+        }
+        assert!(stream.ended());
+    }
+
+    #[test]
+    fn a_completion_that_has_nothing_waiting_gets_a_place_behind_a_full_queue() {
+        let (mut one, mut stream) = channel();
+        let mut two = one.beside(1);
+        (0..BACKLOG as u32 + 3).for_each(|id| one.send(Ok(token(0, id))));
+        two.send(Ok(token(1, 0)));
+        two.send(Ok(token(1, 1)));
+        one.send(Err(Error::Closed));
+        let last = stream.by_ref().nth(BACKLOG).unwrap().unwrap();
+        assert_eq!((last.index, last.token_ids), (1, vec![0, 1]));
+        assert!(matches!(stream.next(), Some(Err(Error::Closed))));
+    }
+
+    #[test]
+    fn a_reader_that_caught_up_gets_a_delta_for_each_token_again() {
+        let (mut sender, stream) = channel();
+        (0..3 * BACKLOG as u32).for_each(|id| sender.send(Ok(token(0, id))));
+        while stream.try_recv().unwrap().is_some() {}
+        for id in [7, 8] {
+            sender.send(Ok(token(0, id)));
+        }
+        let one = |id| Some(token(0, id));
+        assert_eq!(stream.try_recv().unwrap(), one(7));
+        assert_eq!(stream.try_recv().unwrap(), one(8));
     }
 
     #[test]

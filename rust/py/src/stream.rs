@@ -9,7 +9,7 @@ use pyo3::exceptions::PyStopIteration;
 use pyo3::prelude::*;
 
 use crate::delta::Delta;
-use crate::error::run;
+use crate::error::{run, to_py};
 
 /// How long Ctrl-C may go unnoticed.
 const TICK: Duration = Duration::from_millis(100);
@@ -29,6 +29,13 @@ impl Stream {
 
     fn receive(&self, py: Python<'_>, patience: Duration) -> PyResult<Option<Delta>> {
         let delta = run(py, || self.inner.recv_timeout(patience))?;
+        Ok(delta.map(|delta| Delta::new(&self.tokenizer, delta)))
+    }
+
+    /// With the GIL: taking a delta is quicker than getting that back, for which an event loop may
+    /// wait 5 ms while another thread computes.
+    fn receive_now(&self, py: Python<'_>) -> PyResult<Option<Delta>> {
+        let delta = self.inner.try_recv().map_err(|error| to_py(py, error))?;
         Ok(delta.map(|delta| Delta::new(&self.tokenizer, delta)))
     }
 }
@@ -55,7 +62,7 @@ impl Stream {
 
     /// The next delta if it is there, None if not yet. Raises StopIteration after the last.
     fn try_next(&self, py: Python<'_>) -> PyResult<Option<Delta>> {
-        let delta = self.receive(py, Duration::ZERO)?;
+        let delta = self.receive_now(py)?;
         if delta.is_none() && self.inner.ended() {
             return Err(PyStopIteration::new_err(()));
         }
