@@ -191,6 +191,10 @@ class Engine:
         kv_cache_dtype: what the cache keeps: "f16", the default, or "int8", which takes about half
             the memory and the reading, and changes answers a little.
         max_sequences: most requests decoded together; more wait their turn.
+        prefix_cache: whether what has run stays in the cache, as long as nobody else needs the room:
+            requests that begin alike, such as the turns of a chat, share it.
+        speculation: whether next tokens are guessed from the text so far and looked at together,
+            where that is faster. It changes no token.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
             the loading. None: a bar on a terminal, if loading takes long.
@@ -199,7 +203,7 @@ class Engine:
     Options of `generate`, `stream`, `agenerate` and `astream` (see `hfcore.options`): max_tokens,
     temperature (0 is greedy), top_k, top_p, min_p, typical_p, repetition_penalty,
     frequency_penalty, presence_penalty, logit_bias, seed, do_sample, stop, ignore_eos, logprobs,
-    top_logprobs, timeout; for messages also tools, documents, add_generation_prompt,
+    top_logprobs, timeout, priority; for messages also tools, documents, add_generation_prompt,
     continue_final_message, template_variables; for text add_special_tokens. What is not given is
     as the model's generation_config says.
 
@@ -230,6 +234,8 @@ class Engine:
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: str | int | None = None,
         max_sequences: int = 32,
+        prefix_cache: bool = True,
+        speculation: bool = True,
         quantization: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -241,6 +247,7 @@ class Engine:
         given: dict[str, Any] = {
             "context_size": context_size, "threads": threads, "chat_template": chat_template,
             "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
+            "prefix_cache": prefix_cache, "speculation": speculation,
             "quantization": quantization, "revision": revision, "cache_dir": cache_dir,
             "token": token, "local_files_only": local_files_only,
         }  # fmt: skip
