@@ -39,7 +39,7 @@ impl Forward for Fake {
         VOCAB
     }
 
-    fn forward(&mut self, batch: &Batch, allowed: &mut dyn Allowed) -> Result<&[f32]> {
+    fn forward(&mut self, batch: &Batch, _allowed: &mut dyn Allowed) -> Result<&[f32]> {
         drop(lock(&self.plan.gate));
         {
             let mut most = lock(&self.plan.most);
