@@ -153,7 +153,7 @@ OPTIONS: dict[str, Any] = {
     "skip_special_tokens": False, "template_variables": {"a": 1}, "timeout": 5.0,
     "response_format": {"type": "json_object"}, "regex": "a+", "choice": ["a", "b"],
     "grammar": 'start: "a"', "parallel_tool_calls": False, "reasoning": True,
-    "tool_style": "hermes", "n": 1,
+    "tool_style": "hermes", "n": 1, "priority": 2,
 }  # fmt: skip
 
 

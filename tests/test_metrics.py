@@ -108,10 +108,10 @@ def test_rates_follow_from_what_is_counted() -> None:
         "completion_tokens": 30, "seconds_busy": 2.0, "prefix_lookup_tokens": 40,
         "prefix_hit_tokens": 10, "drafted_tokens": 0, "accepted_tokens": 0,
     }  # fmt: skip
-    rates = completed(counted, 100.0)
+    rates = completed(counted)
     assert rates["tokens_per_second"] == 15
     assert rates["prefix_hit_rate"] == 0.25
     assert rates["acceptance_rate"] == 0
-    plain = completed({"completion_tokens": 30}, 3.0)
+    plain = completed({"completion_tokens": 30, "seconds_busy": 3.0})
     assert plain["tokens_per_second"] == 10
     assert not {"prefix_hit_rate", "acceptance_rate"} & set(plain)

@@ -74,10 +74,11 @@ class ChatHuggingFace(BaseChatModel):
     For each option the call wins over what was bound, that over this object, that over `llm`, that
     over the model's own defaults.
 
-    Others: `timeout`, seconds for a whole request; `template_variables`, passed to the chat
-    template; `streaming`, whether invoke goes through the stream; `stream_usage=False` leaves
-    usage out of streams. `max_retries` and `api_key` are accepted for the sake of programs that
-    pass them to every model: there is no server to try again or to log in to.
+    Others: `timeout`, seconds for a whole request; `priority`, -100 to 100: who has the higher one
+    runs first; `template_variables`, passed to the chat template; `streaming`, whether invoke goes
+    through the stream; `stream_usage=False` leaves usage out of streams. `max_retries` and
+    `api_key` are accepted for the sake of programs that pass them to every model: there is no
+    server to try again or to log in to.
 
     The conversation may have any shape that the model's template allows. Where it refuses one,
     see `hfcore.backends`. Errors are hfcore's own (`hfcore.errors`).
@@ -121,6 +122,7 @@ class ChatHuggingFace(BaseChatModel):
     reasoning: bool | None = None
     tool_style: str | None = None
     timeout: float | None = None
+    priority: int | None = None
     streaming: bool = False
     stream_usage: bool = True
     max_retries: int | None = None
@@ -168,7 +170,7 @@ class ChatHuggingFace(BaseChatModel):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The cache's key: the model, and the whole request but for its messages."""
         request = self._request((), stop, kwargs)
-        asked = {n: v for n, v in request.options.items() if n != "timeout"}
+        asked = {n: v for n, v in request.options.items() if n not in ("timeout", "priority")}
         key = [self._llm_type, request.backend.identity(), asked, request.tools]
         return json.dumps(key, sort_keys=True, default=str)
 

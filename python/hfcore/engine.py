@@ -264,7 +264,6 @@ class Engine:
         self.model = os.fspath(model)
         self.path = path
         self._opening = {n: v for n, v in opening.items() if n != "token"}
-        self._begun: float | None = None  # the first request, by the monotonic clock
 
     def stream(self, prompt: Prompt, **request: Any) -> Stream:
         """Submit now; an iterator of Delta, one for each decoded token.
@@ -300,9 +299,7 @@ class Engine:
             return total([delta async for delta in deltas])
 
     def _submit(self, prompt: Prompt, request: Mapping[str, Any]) -> _core.Stream:
-        stream = self._core.submit(*_checked_request(prompt, request))
-        self._begun = self._begun or time.monotonic()
-        return stream
+        return self._core.submit(*_checked_request(prompt, request))
 
     def render(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> str:
         """Messages as the model's prompt: what `generate` would encode."""
@@ -333,14 +330,15 @@ class Engine:
         """What the engine did since it was opened (in this process), and does now.
 
         `requests` accepted, `prompt_tokens` of them, `completion_tokens` generated, `steps` of the
-        model, `preemptions`; now: completions `running` and `waiting`, cache `pages_used` of
-        `pages_total`; `tokens_per_second`: completion tokens by the time since the first request,
-        or by `seconds_busy` where that is counted; `memory_bytes`, resident, of the whole process
-        (Linux only). With a prefix cache or a draft also their tokens, `prefix_hit_rate` and
-        `acceptance_rate`.
+        model, which took `seconds_busy`, `preemptions`, requests `cancelled` before their end; now:
+        completions `running` and `waiting`, cache pages of `pages_total` that they have
+        (`pages_used`) and that are kept for others (`pages_cached`); `tokens_per_second`, of
+        completions; `memory_bytes`, resident, of the whole process (Linux only). Of the tokens
+        looked for in the cache (`prefix_lookup_tokens`) those found (`prefix_hit_tokens`,
+        `prefix_hit_rate`), of the guessed ones (`drafted_tokens`) those that came true
+        (`accepted_tokens`, `acceptance_rate`).
         """
-        seconds = 0.0 if self._begun is None else time.monotonic() - self._begun
-        return metrics.completed(self._core.metrics(), seconds)
+        return metrics.completed(self._core.metrics())
 
     def metrics_text(self, prefix: str = "hfcore") -> str:
         """`metrics()` in Prometheus' text format 0.0.4, labelled by `model`.

@@ -51,19 +51,15 @@ KNOWN: dict[str, tuple[str, str, str]] = {
 _PREFIX = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
 
-def completed(numbers: Numbers, seconds: float) -> dict[str, int | float]:
+def completed(numbers: Numbers) -> dict[str, int | float]:
     """An engine's numbers with those that follow from them, and the process's memory.
 
-    `seconds`: time in which tokens were generated, where the numbers do not say how long.
-
-    >>> completed({"completion_tokens": 30}, 2.0)["tokens_per_second"]
+    >>> completed({"completion_tokens": 30, "seconds_busy": 2.0})["tokens_per_second"]
     15.0
     """
     result = dict(numbers)
-    result["tokens_per_second"] = _ratio(
-        numbers["completion_tokens"], numbers.get("seconds_busy", seconds)
-    )
     for rate, part, whole in (
+        ("tokens_per_second", "completion_tokens", "seconds_busy"),
         ("prefix_hit_rate", "prefix_hit_tokens", "prefix_lookup_tokens"),
         ("acceptance_rate", "accepted_tokens", "drafted_tokens"),
     ):
