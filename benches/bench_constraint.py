@@ -154,7 +154,10 @@ def spread(values: list[float]) -> list[float]:
 
 
 def measure_all(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    opening: dict[str, Any] = {"threads": options.threads, "context_size": CONTEXT}
+    opening: dict[str, Any] = {
+        "threads": options.threads, "context_size": CONTEXT, "prefix_cache": False,
+        "speculation": False,
+    }  # fmt: skip
     sampling = _core.Engine(str(model), **opening | {"forced_tokens": False})
     forcing = _core.Engine(str(model), **opening | {"forced_tokens": True})
     listing = {"max_tokens": options.new, "response_format": schema_format(LIST)}

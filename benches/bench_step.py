@@ -51,7 +51,10 @@ def in_turn(rounds: int, runs: Sequence[Callable[[int], float]]) -> list[list[fl
 
 
 def measure(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    opening: dict[str, Any] = {"threads": options.threads, "context_size": options.depth + 256}
+    opening: dict[str, Any] = {
+        "threads": options.threads, "context_size": options.depth + 256, "prefix_cache": False,
+        "speculation": False,
+    }  # fmt: skip
     usual = _core.Engine(str(model), **opening, max_sequences=ROWS)
     small = _core.Engine(str(model), **opening, kv_cache_dtype="int8")
     try:

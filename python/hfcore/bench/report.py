@@ -33,7 +33,8 @@ NOTES = """\
 Every engine runs the same file in a process of its own and is stopped while another works; they
 take turns within each round, after a warm-up round. A cell has the median of its rounds; "x" is
 hfcore's figure over the rival's, round by round: median (least-most). Of an engine's modes the best
-counts. Greedy; nothing ends early. "first token, cold" is from process start, with Python and the
+counts. Greedy; nothing ends early. hfcore computes every token, as the others do: it neither
+guesses nor finds any in its cache. "first token, cold" is from process start, with Python and the
 file in the page cache. "N at once" is all new tokens of N short prompts by all of the time.
 "twice the threads": hfcore held to as many CPUs as it usually has threads, with twice the threads;
 "a CPU busy": held to them too, while another process computes on one of them. Beside it is its part

@@ -59,7 +59,9 @@ class _Hfcore(Adapter):
     def __init__(self, model: str, threads: int, context: int, mode: Reply) -> None:
         import hfcore
 
-        self._engine = hfcore.Engine(model, threads=threads, context_size=context, **mode)
+        # Every token is computed, as the others compute it: none guessed, none found in the cache.
+        plain = {"prefix_cache": False, "speculation": False} | dict(mode)
+        self._engine = hfcore.Engine(model, threads=threads, context_size=context, **plain)
 
     def generate(self, ids: Ids, new: int) -> Reply:
         start = time.perf_counter()

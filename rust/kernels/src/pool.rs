@@ -18,6 +18,11 @@ const SPIN: Duration = Duration::from_micros(200);
 /// or to the caller itself.
 const PATIENCE: Duration = Duration::from_micros(50);
 
+/// Operations after a long wait in which a next one is likely: some tokens' worth. Without it decoding beside a busy CPU
+/// had 0.47 of its speed, with it 0.63; a prefill 0.54 and 0.58.
+const CROWDED: usize = 2000;
+const FOR_EVER: usize = usize::MAX;
+
 /// One operation: `call(context, unit)` for every unit below `units`.
 #[derive(Clone, Copy)]
 struct Job {
@@ -36,8 +41,9 @@ struct Shared {
     /// faster in one go. Who is done helps the others.
     next: Box<[Next]>,
     stop: AtomicBool,
-    /// More threads than CPUs: who waits gives its CPU to who works.
-    crowded: bool,
+    /// For so many more operations who waits gives its CPU to who works: there are more threads than CPUs, or another
+    /// process takes its part of one. A thread then loses its CPU where nobody waits for it. Written by the caller.
+    crowded: AtomicUsize,
     asleep: Vec<AtomicBool>,
     /// The caller, where it sleeps until all are out.
     caller: Mutex<Option<Thread>>,
@@ -86,7 +92,10 @@ impl Pool {
             state: AtomicU64::new(0),
             next: (0..=workers).map(|_| Next(AtomicUsize::new(0))).collect(),
             stop: AtomicBool::new(false),
-            crowded: threads > Self::available(),
+            crowded: AtomicUsize::new(match threads > Self::available() {
+                true => FOR_EVER,
+                false => 0,
+            }),
             asleep: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             caller: Mutex::new(None),
             panic: Mutex::new(None),
@@ -138,6 +147,10 @@ impl Pool {
         };
         for (i, Next(next)) in shared.next.iter().enumerate() {
             next.store(shared.part(units, i), Relaxed);
+        }
+        let crowded = shared.crowded.load(Relaxed);
+        if crowded > 0 && crowded < FOR_EVER {
+            shared.crowded.store(crowded - 1, Relaxed);
         }
         let number = shared.state.load(Relaxed) >> 32;
         shared.state.store((number + 1) << 32 | OPEN, SeqCst);
@@ -243,9 +256,9 @@ fn take_units(shared: &Shared, me: usize) {
 
 /// One turn of waiting.
 fn pause(shared: &Shared) {
-    match shared.crowded {
-        true => thread::yield_now(),
-        false => std::hint::spin_loop(),
+    match shared.crowded.load(Relaxed) {
+        0 => std::hint::spin_loop(),
+        _ => thread::yield_now(),
     }
 }
 
@@ -261,6 +274,7 @@ fn wait_for_workers(shared: &Shared) {
             pause(shared);
         }
     }
+    shared.crowded.store(shared.crowded.load(Relaxed).max(CROWDED), Relaxed);
     *lock(&shared.caller) = Some(thread::current());
     while inside() {
         thread::park();
