@@ -229,19 +229,13 @@ def differs(got: Got, alone: Sequence[Completion]) -> str | None:
 # Rounds -------------------------------------------------------------------------------------------
 
 
-def known(**opening: Any) -> dict[str, Any]:
-    """Those of an engine's options that this version has."""
-    return {name: value for name, value in opening.items() if name in options.MODEL}
-
-
 class Pair:
     """An engine with few pages, that all share; and one without cache or drafts, for one a time."""
 
     def __init__(self, model: Path, dtype: str) -> None:
         opening = OPENING | {"kv_cache_dtype": dtype}
-        plain = known(prefix_cache=False, speculation=False)
         self.shared = Engine(model, **opening, kv_cache_bytes=SCARCE[dtype])
-        self.alone = Engine(model, **opening, **plain)
+        self.alone = Engine(model, **opening, prefix_cache=False, speculation=False)
 
     def round(self, seed: int, requests: int) -> None:
         """So many requests together, then each alone. Raises AssertionError for a difference."""

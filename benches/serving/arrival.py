@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hfcore import Engine
 
-from .measure import GREEDY, Line, Reader, Run, ids, known, opened, run, shown, spread
+from .measure import GREEDY, Line, Reader, Run, ids, opened, run, shown, spread
 
 DECODING, SHORT, PROMPT, CONTEXT = 15, 32, 256, 2048
 SETTLED = 12  # tokens of each stream before the other comes: gaps by which the usual is known
@@ -18,9 +18,8 @@ BAR = {"first_token": 3.0, "gap": 2.0}
 
 def arrival(model: Path, options: Namespace) -> Line:
     """First token beside that of an idle engine; each stream's worst gap beside its usual one."""
-    opening = known(speculation=False)
-    opening |= {"context_size": CONTEXT, "max_sequences": DECODING + 1}
-    with opened(model, options, **opening) as engine:
+    room = {"context_size": CONTEXT, "max_sequences": DECODING + 1}
+    with opened(model, options, **room, speculation=False) as engine:
         rounds = [one_round(engine, seed) for seed in range(options.rounds + 1)][1:]
     ratios = [busy.first / idle for idle, busy, _ in rounds]
     gaps = [sorted(gaps) for *_, gaps in rounds]

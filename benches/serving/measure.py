@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from hfcore import Delta, Engine, Usage
-from hfcore import options as options_module
 from hfcore.engine import Prompt
 from hfcore.errors import UnknownOptionError
 
@@ -40,11 +39,6 @@ def opened(model: Path, options: Namespace, **opening: Any) -> Iterator[Engine]:
         raise LackingError(f"the engine has no option {error.name}") from error
     with engine:
         yield engine
-
-
-def known(**opening: Any) -> dict[str, Any]:
-    """Those of an engine's options that this version has."""
-    return {name: value for name, value in opening.items() if name in options_module.MODEL}
 
 
 @dataclass

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hfcore import Completion, Engine
-from hfcore import options as options_module
 
-from .measure import REPO, LackingError, Line, metric, opened, shown, spread, text_of_repo
+from .measure import REPO, Line, metric, opened, shown, spread, text_of_repo
 
 BAR = {"same": 1.0, "edit": 1.8, "chat": 0.97}
 CONTEXT, SAME_NEW, CHAT_NEW = 2048, 48, 160
@@ -29,22 +28,28 @@ CHATS = (
     "How do vaccines work?",
 )
 Messages = list[dict[str, str]]
+Engines = dict[bool, Engine]
+"""One that guesses (True) and one that does not."""
 
 
 def speculation(model: Path, options: Namespace) -> Line:
-    """All greedy, on one engine; each request says whether drafts are made for it."""
-    if "speculation" not in options_module.REQUEST:
-        raise LackingError("requests have no option speculation")
-    with opened(model, options, context_size=CONTEXT) as engine:
-        metric(engine, "drafted_tokens", "accepted_tokens")
-        different = [n for n in range(0, options.prompts, TOGETHER) if not same(engine, n, options)]
+    """All greedy, on an engine that guesses and on one that does not."""
+    with (
+        opened(model, options, context_size=CONTEXT) as guessing,
+        opened(model, options, context_size=CONTEXT, speculation=False) as plain,
+    ):
+        engines = {True: guessing, False: plain}
+        firsts = range(0, options.prompts, TOGETHER)
+        different = [n for n in firsts if not same(engines, n, options)]
         line: Line = {"prompts": options.prompts, "batches_that_differ": different}
         edits = [ask(edit_prompt(*names)) for names in RENAMED]
-        line |= in_turn(engine, "edit", edits, len(engine.tokenizer.encode(FILE)), options.rounds)
+        new = len(guessing.tokenizer.encode(FILE))
+        line |= in_turn(engines, "edit", edits, new, options.rounds)
         line["edit_lines_right"] = [
-            lines_right(engine, prompt, names) for prompt, names in zip(edits, RENAMED, strict=True)
+            lines_right(guessing, prompt, names)
+            for prompt, names in zip(edits, RENAMED, strict=True)
         ]
-        line |= in_turn(engine, "chat", [ask(text) for text in CHATS], CHAT_NEW, options.rounds)
+        line |= in_turn(engines, "chat", [ask(text) for text in CHATS], CHAT_NEW, options.rounds)
     each_edit, each_chat = line.pop("edit_ratios"), line.pop("chat_ratios")
     met = not different and statistics.median(each_edit) >= BAR["edit"]
     met = met and min(line["chat_by_prompt"]) >= BAR["chat"]
@@ -62,13 +67,13 @@ def speculation(model: Path, options: Namespace) -> Line:
 # The same -----------------------------------------------------------------------------------------
 
 
-def same(engine: Engine, first: int, options: Namespace) -> bool:
+def same(engines: Engines, first: int, options: Namespace) -> bool:
     """Whether some prompts get the same tokens alone with drafts as together without."""
     prompts = [varied(n) for n in range(first, min(first + TOGETHER, options.prompts))]
     wishes: dict[str, Any] = {"temperature": 0, "max_tokens": SAME_NEW}
-    streams = [engine.stream(prompt, **wishes, speculation=False) for prompt in prompts]
+    streams = [engines[False].stream(prompt, **wishes) for prompt in prompts]
     plain = [[i for delta in stream for i in delta.token_ids] for stream in streams]
-    drafted = [engine.generate(prompt, **wishes, speculation=True) for prompt in prompts]
+    drafted = [engines[True].generate(prompt, **wishes) for prompt in prompts]
     return [list(done.token_ids) for done in drafted] == plain
 
 
@@ -101,22 +106,20 @@ def ask(text: str) -> Messages:
 # Faster -------------------------------------------------------------------------------------------
 
 
-def in_turn(engine: Engine, name: str, prompts: list[Messages], new: int, rounds: int) -> Line:
+def in_turn(engines: Engines, name: str, prompts: list[Messages], new: int, rounds: int) -> Line:
     """Decoding with drafts over without, on neighbouring runs; who goes first alternates."""
-    before = metric(engine, "drafted_tokens", "accepted_tokens")
+    before = metric(engines[True], "drafted_tokens", "accepted_tokens")
     ratios: list[list[float]] = [[] for _ in prompts]
     rates: dict[bool, list[float]] = {True: [], False: []}
     for round_ in range(rounds + 1):  # the first is the warm-up
         for i, prompt in enumerate(prompts):
-            pair = {
-                on: decoded(engine, prompt, new, speculation=on)
-                for on in ((True, False) if (round_ + i) % 2 else (False, True))
-            }
+            turn = (True, False) if (round_ + i) % 2 else (False, True)
+            pair = {on: decoded(engines[on], prompt, new) for on in turn}
             if round_:
                 ratios[i].append(pair[True] / pair[False])
                 for on, rate in pair.items():
                     rates[on].append(round(rate, 1))
-    drafted, accepted = metric(engine, "drafted_tokens", "accepted_tokens")
+    drafted, accepted = metric(engines[True], "drafted_tokens", "accepted_tokens")
     return {
         f"{name}_ratios": [ratio for each in ratios for ratio in each],
         f"{name}_by_prompt": [round(statistics.median(each), 3) for each in ratios],
@@ -127,11 +130,9 @@ def in_turn(engine: Engine, name: str, prompts: list[Messages], new: int, rounds
     }
 
 
-def decoded(engine: Engine, prompt: Messages, new: int, **wishes: Any) -> float:
+def decoded(engine: Engine, prompt: Messages, new: int) -> float:
     """Tokens a second after the first."""
-    usage = engine.generate(
-        prompt, temperature=0, max_tokens=new, ignore_eos=True, **wishes
-    ).usage  # fmt: skip
+    usage = engine.generate(prompt, temperature=0, max_tokens=new, ignore_eos=True).usage
     assert usage is not None
     return usage.tokens_per_second
 

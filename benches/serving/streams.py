@@ -11,7 +11,7 @@ from typing import Any
 from hfcore import Engine, Usage
 from hfcore.bench.processes import RIVALS, Worker, WorkerError, first_python, installed
 
-from .measure import GREEDY, Line, ids, known, opened, shown, spread, together
+from .measure import GREEDY, Line, ids, opened, shown, spread, together
 
 STREAMS, PROMPT, NEW, CONTEXT = 16, 32, 64, 512
 RIVAL = "llama-cpp-python"
@@ -34,8 +34,8 @@ def streams(model: Path, options: Namespace) -> Line:
             line["rival_mode"] = mode
         except WorkerError as error:
             line["rival"] = f"not measured: {error}"
-        opening = known(speculation=False) | {"context_size": CONTEXT, "max_sequences": STREAMS}
-        engine = stack.enter_context(opened(model, options, **opening))
+        room = {"context_size": CONTEXT, "max_sequences": STREAMS}
+        engine = stack.enter_context(opened(model, options, **room, speculation=False))
         rounds = [one_round(engine, rival, seed) for seed in range(options.rounds + 1)][1:]
     for name in rounds[0]:
         line[name] = [round(found[name], 2) for found in rounds]

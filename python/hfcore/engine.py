@@ -191,8 +191,8 @@ class Engine:
         kv_cache_dtype: what the cache keeps: "f16", the default, or "int8", which takes about half
             the memory and the reading, and changes answers a little.
         max_sequences: most requests decoded together; more wait their turn.
-        prefix_cache: whether what has run stays in the cache, as long as nobody else needs the room:
-            requests that begin alike, such as the turns of a chat, share it.
+        prefix_cache: whether what has run stays in the cache, as long as nobody else needs the
+            room: requests that begin alike, such as the turns of a chat, share it.
         speculation: whether next tokens are guessed from the text so far and looked at together,
             where that is faster. It changes no token.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
