@@ -14,6 +14,8 @@ pub mod kv;
 pub mod limits;
 pub mod matmul;
 pub mod mmap;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod pool;
 pub mod quant;
 mod scalar;

@@ -21,7 +21,7 @@ const OPERATIONS: usize = LANES * 4 * 2;
 /// Vectors that one unit of multiplying goes round: they stay in the nearest cache.
 const CODES: usize = 16;
 /// Independent sums that keep the multipliers busy: their latency times their number per cycle, and at most what the
-/// registers hold (32 of 64 bytes, or 16 of 32).
+/// registers hold (32 of 64 bytes, 16 of 32, or 32 of 16).
 const SUMS_AVX512: usize = 12;
 const SUMS: usize = 4;
 

@@ -8,7 +8,9 @@ use crate::avx512::Avx512;
 use crate::elementwise::{Activation, gate, softcap};
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
-use crate::simd::{Isa, LANES, Set, Simd, dispatch, prefetch_line};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Set;
+use crate::simd::{Isa, LANES, Simd, dispatch, prefetch_line};
 use crate::spread::many_rows;
 use crate::tile::{self, BLOCK, Format, Tiles};
 
@@ -546,6 +548,11 @@ pub(crate) unsafe fn first_sum<S: Simd, F: Format, const FROM: usize, const TO: 
         let Some(zero) = F::ZERO else {
             return S::sums_zero();
         };
+        const { assert!(F::SMALL || matches!(F::ZERO, Some(7))) };
+        if S::CENTRED && !F::SMALL {
+            // `dot4` takes it off each code.
+            return S::sums_zero();
+        }
         let [first, second] = x.negated_sums;
         let negated = match (FROM, TO) {
             (0, 4) => S::sums_splat(first),

@@ -26,6 +26,8 @@ pub(crate) trait Simd: Copy {
     const QUERIES: usize;
     /// Sums that attention keeps in registers, at most.
     const SUMS: usize;
+    /// `dot4` takes 128, their zero point, off codes that are not `SMALL`, since signed bytes are what it multiplies.
+    const CENTRED: bool = false;
 
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn and(a: Self::I, mask: u8) -> Self::I;
@@ -44,7 +46,7 @@ pub(crate) trait Simd: Copy {
     /// The same for any `n`.
     unsafe fn sums_shift(a: Self::S, n: i32) -> Self::S;
     /// Per lane: `sum` + the dot product of its four unsigned codes with the four signed bytes at `x`. `SMALL` codes are
-    /// at most 127.
+    /// at most 127; of others `CENTRED` takes 128 off.
     unsafe fn dot4<const SMALL: bool>(sum: Self::S, codes: Self::I, x: *const i8) -> Self::S;
     unsafe fn to_f32(a: Self::S) -> Self::F;
     unsafe fn splat(x: f32) -> Self::F;
@@ -137,7 +139,16 @@ pub(crate) fn prefetch_line(at: *const u8) {
         // SAFETY: a prefetch of any address is allowed.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!(
+            "prfm pldl1keep, [{at}]",
+            at = in(reg) at.addr(),
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;
 }
 
@@ -148,6 +159,7 @@ pub struct Isa(pub(crate) Set);
 
 /// The instruction sets that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(dead_code, reason = "no CPU has them all")]
 pub(crate) enum Set {
     Scalar,
     /// AVX2 + FMA + F16C.
@@ -158,6 +170,12 @@ pub(crate) enum Set {
     Avx512,
     /// The same with BF16, which products of bf16 weights alone are compiled for.
     Avx512Bf16,
+    /// Plain NEON.
+    Neon,
+    /// The same with dot products of four bytes.
+    NeonDot,
+    /// And with those of unsigned and signed bytes.
+    NeonI8mm,
 }
 
 impl Isa {
@@ -222,6 +240,17 @@ impl Isa {
                 }
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            use std::arch::is_aarch64_feature_detected;
+            all.push(Self(Set::Neon));
+            if is_aarch64_feature_detected!("dotprod") {
+                all.push(Self(Set::NeonDot));
+            }
+            if is_aarch64_feature_detected!("i8mm") {
+                all.push(Self(Set::NeonI8mm));
+            }
+        }
         all
     }
 
@@ -233,6 +262,9 @@ impl Isa {
             Set::AvxVnni => "avxvnni",
             Set::Avx512 => "avx512vnni",
             Set::Avx512Bf16 => "avx512bf16",
+            Set::Neon => "neon",
+            Set::NeonDot => "dotprod",
+            Set::NeonI8mm => "i8mm",
         }
     }
 }
@@ -265,7 +297,32 @@ macro_rules! dispatch {
                         }
                         $crate::simd::Set::AvxVnni => return avxvnni::<$($g,)* $($c)?>($($arg),*),
                         $crate::simd::Set::Avx2 => return avx2::<$($g,)* $($c)?>($($arg),*),
-                        $crate::simd::Set::Scalar => {}
+                        _ => {}
+                    }
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            {
+                #[target_feature(enable = "neon,i8mm")]
+                unsafe fn i8mm<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
+                    unsafe { $body::<$crate::neon::Neon<$crate::neon::I8mm>, $($g,)* $($c)?>($($arg),*) }
+                }
+                #[target_feature(enable = "neon,dotprod")]
+                unsafe fn dotprod<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
+                    unsafe { $body::<$crate::neon::Neon<$crate::neon::Dotprod>, $($g,)* $($c)?>($($arg),*) }
+                }
+                // Apart from plain code, as the others are: their frames are large.
+                #[inline(never)]
+                unsafe fn neon<$($g $(: $bound)?,)* $(const $c: $ct)?>($($arg: $ty),*) {
+                    unsafe { $body::<$crate::neon::Neon<$crate::neon::Widening>, $($g,)* $($c)?>($($arg),*) }
+                }
+                // SAFETY: as above; every aarch64 CPU that Rust's standard library runs on has NEON.
+                unsafe {
+                    match isa.0 {
+                        $crate::simd::Set::NeonI8mm => return i8mm::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Set::NeonDot => return dotprod::<$($g,)* $($c)?>($($arg),*),
+                        $crate::simd::Set::Neon => return neon::<$($g,)* $($c)?>($($arg),*),
+                        _ => {}
                     }
                 }
             }
@@ -275,3 +332,155 @@ macro_rules! dispatch {
     };
 }
 pub(crate) use dispatch;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Floats = [f32; LANES];
+
+    dispatch! {
+        unsafe fn of_floats<>(a: &Floats, b: &Floats, out: &mut Vec<u32>) = of_floats_body
+    }
+
+    /// What operations on floats make of two vectors: a NaN is one, whatever its bits.
+    #[inline(always)]
+    unsafe fn of_floats_body<S: Simd>(a: &Floats, b: &Floats, out: &mut Vec<u32>) {
+        // SAFETY: sixteen of everything; the test has the set from `available`.
+        unsafe {
+            let (x, y) = (S::load_f32(a.as_ptr()), S::load_f32(b.as_ptr()));
+            let below = S::mul(S::abs(x), S::splat(-1.0));
+            let made = [
+                S::exp(x),
+                S::exp2(below),
+                S::max(x, y),
+                S::max(y, x),
+                S::keep_unequal(x, x, y),
+                S::fma(x, y, x),
+                S::div(x, y),
+            ];
+            for made in made {
+                let mut floats = [0f32; LANES];
+                S::store(floats.as_mut_ptr(), made);
+                let bits = |x: f32| if x.is_nan() { u32::MAX } else { x.to_bits() };
+                out.extend(floats.map(bits));
+            }
+            let mut halves = [0u16; LANES];
+            S::store_f16(halves.as_mut_ptr(), x);
+            let nan = |h: u16| h & 0x7FFF > 0x7C00;
+            out.extend(halves.map(|h| if nan(h) { u32::MAX } else { h.into() }));
+            S::store_bf16(halves.as_mut_ptr(), x);
+            let nan = |h: u16| h & 0x7FFF > 0x7F80;
+            out.extend(halves.map(|h| if nan(h) { u32::MAX } else { h.into() }));
+        }
+    }
+
+    dispatch! {
+        unsafe fn of_bytes<>(codes: &[u8; 4 * LANES], x: [i8; 4], out: &mut Vec<u32>) = of_bytes_body
+    }
+
+    /// What operations on bytes make of them.
+    #[inline(always)]
+    unsafe fn of_bytes_body<S: Simd>(codes: &[u8; 4 * LANES], x: [i8; 4], out: &mut Vec<u32>) {
+        // SAFETY: as above; four bytes at `x`.
+        unsafe {
+            let all = S::load(codes.as_ptr());
+            let small = S::dot4::<true>(S::sums_splat(7), S::and(all, 127), x.as_ptr());
+            let mut dots = S::dot4::<false>(S::sums_zero(), all, x.as_ptr());
+            if S::CENTRED {
+                let sum: i32 = x.iter().map(|x| i32::from(*x)).sum();
+                dots = S::sums_add(dots, S::sums_splat(128 * sum));
+            }
+            let made = [
+                S::to_f32(small),
+                S::to_f32(dots),
+                S::to_f32(S::sums_shift(small, 3)),
+                S::load_f16(codes.as_ptr().cast()),
+                S::load_u8(codes.as_ptr(), 4, 15),
+                S::load_i8(codes.as_ptr()),
+                S::load_e8m0(codes.as_ptr()),
+            ];
+            for made in made {
+                let mut floats = [0f32; LANES];
+                S::store(floats.as_mut_ptr(), made);
+                let bits = |x: f32| if x.is_nan() { u32::MAX } else { x.to_bits() };
+                out.extend(floats.map(bits));
+            }
+            for made in [S::shr_mask::<3>(all, 31), S::shl_mask::<3>(all, 0xF8)] {
+                let mut bytes = [0u8; 4 * LANES];
+                S::store_codes(bytes.as_mut_ptr(), made);
+                out.extend(bytes.map(u32::from));
+            }
+            for numbers in [S::load_i8(codes.as_ptr()), S::splat(f32::NAN)] {
+                let mut rounded = [0i8; LANES];
+                let numbers = S::mul(numbers, S::splat(0.5));
+                out.push(S::store_i8(rounded.as_mut_ptr(), numbers) as u32);
+                out.extend(rounded.map(|code| code as u32));
+            }
+        }
+    }
+
+    /// Any bytes, the outermost ones often.
+    fn bytes<const N: usize>(state: &mut u64) -> [u8; N] {
+        std::array::from_fn(|_| {
+            *state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            match *state >> 60 {
+                0 => 0,
+                1 => 255,
+                2 => 127,
+                3 => 128,
+                _ => (*state >> 40) as u8,
+            }
+        })
+    }
+
+    #[test]
+    fn every_operation_has_the_bits_of_plain_code() {
+        const EDGES: [f32; 16] = [
+            0.0,
+            -0.0,
+            0.5,
+            -1.5,
+            65504.0,
+            65520.0,
+            -1e9,
+            6e-8,
+            3e-5,
+            -87.5,
+            88.5,
+            1e-40,
+            f32::NAN,
+            -f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+        ];
+        let mut state = 1;
+        for round in 0..2000 {
+            let codes = bytes::<64>(&mut state);
+            let x = bytes::<4>(&mut state).map(|x| x as i8);
+            let floats = |state: &mut u64, i: usize| -> Floats {
+                std::array::from_fn(|lane| match (round + lane) % 3 {
+                    0 => EDGES[(lane + i * round) % 16],
+                    1 => f32::from_bits(u32::from_le_bytes(bytes(state))),
+                    _ => f32::from(bytes::<1>(state)[0] as i8) / 1.37,
+                })
+            };
+            let (a, b) = (floats(&mut state, 1), floats(&mut state, 3));
+            let made = |isa| {
+                let mut out = Vec::new();
+                // SAFETY: the set is available.
+                unsafe {
+                    of_floats(isa, &a, &b, &mut out);
+                    of_bytes(isa, &codes, x, &mut out);
+                }
+                out
+            };
+            let want = made(Isa::SCALAR);
+            for isa in Isa::available() {
+                assert_eq!(made(isa), want, "{isa:?}: {a:?} {b:?} {codes:?} {x:?}");
+            }
+        }
+    }
+}
