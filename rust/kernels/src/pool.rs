@@ -274,7 +274,9 @@ fn wait_for_workers(shared: &Shared) {
             pause(shared);
         }
     }
-    shared.crowded.store(shared.crowded.load(Relaxed).max(CROWDED), Relaxed);
+    shared
+        .crowded
+        .store(shared.crowded.load(Relaxed).max(CROWDED), Relaxed);
     *lock(&shared.caller) = Some(thread::current());
     while inside() {
         thread::park();

@@ -109,19 +109,22 @@ impl Core {
             return;
         }
         let start = Instant::now();
-        match self.guarded(|core| core.run(&plan)) {
-            Ok(()) => self.start_followers(),
+        let run = self.guarded(|core| core.run(&plan));
+        let took = start.elapsed();
+        let micros = took.as_micros() as u64;
+        let busy = &self.counters.busy_micros;
+        busy.fetch_add(micros, Ordering::Relaxed);
+        match run {
+            Ok(Ran::Left) => {}
+            Ok(Ran::Whole) => {
+                let rows: usize = plan.iter().map(|(_, rows)| rows).sum();
+                let decode = decode.min(rows);
+                let pace = &mut self.pace;
+                pace.measured(decode, rows - decode, took.as_secs_f32());
+                self.start_followers();
+            }
             Err(error) => self.fail(&plan, &error),
         }
-        let took = start.elapsed();
-        let rows: usize = plan.iter().map(|(_, rows)| rows).sum();
-        let decode = decode.min(rows);
-        self.pace
-            .measured(decode, rows - decode, took.as_secs_f32());
-        let micros = took.as_micros() as u64;
-        self.counters
-            .busy_micros
-            .fetch_add(micros, Ordering::Relaxed);
         self.retire();
     }
 
@@ -326,10 +329,10 @@ impl Core {
     }
 
     /// Run the model over the planned tokens, and take each sequence on that reached its end.
-    fn run(&mut self, plan: &[(u64, usize)]) -> Result<()> {
+    fn run(&mut self, plan: &[(u64, usize)]) -> Result<Ran> {
         // Lost to a panic in `admit`: the next step makes a new one.
         let Some(forward) = &mut self.forward else {
-            return Ok(());
+            return Ok(Ran::Left);
         };
         self.batch.clear();
         self.choosers.clear();
@@ -360,8 +363,7 @@ impl Core {
         };
         let logits = forward.forward(&self.batch, &mut watch)?;
         if watch.gone() {
-            // Those that are left run again.
-            return Ok(());
+            return Ok(Ran::Left);
         }
         check_logits(logits, &self.batch, self.config.vocab_size)?;
         let mut logits = logits.chunks_exact(self.config.vocab_size);
@@ -384,7 +386,7 @@ impl Core {
                 }
             }
         }
-        Ok(())
+        Ok(Ran::Whole)
     }
 
     /// Run a prompt for its logits alone, in chunks.
@@ -518,6 +520,13 @@ impl Core {
     }
 }
 
+/// How far a step came.
+enum Ran {
+    Whole,
+    /// Those who had most of it have gone, or there is no decoder: the others run again.
+    Left,
+}
+
 /// A step's requests, while the model runs.
 struct Watch<'a> {
     tasks: &'a mut [Task],
@@ -551,7 +560,8 @@ fn places_of(running: &[Task]) -> usize {
 /// given, where they are not to be had.
 fn grow(pages: &mut Pages, prefixes: &mut Prefixes, table: &mut Vec<u32>, length: usize) -> bool {
     let missing = length.saturating_sub(table.len());
-    if missing > pages.free() {
+    // What would not suffice stays: another request may find it.
+    if missing > pages.free() && missing <= pages.free() + pages.idle() {
         prefixes.evict(missing, pages);
     }
     pages.grow(table, length)
