@@ -22,7 +22,7 @@ from hfcore.testing import tiny_model
 try:
     import uvloop
 except ImportError:  # there are platforms without
-    uvloop = None  # type: ignore[assignment]
+    uvloop = None  # type: ignore[assignment]  # its stub is a module
 
 ENDLESS = {"max_tokens": 90_000, "ignore_eos": True}
 FOUR = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -244,7 +244,7 @@ async def test_a_loop_gets_its_turn_between_many_streams() -> None:
     readers = [Woken(pump, key) for key in range(100)]
     for key, reader in enumerate(readers):
         reader.woken = False
-        pump.readers[key] = pump._ready[key] = reader  # type: ignore[assignment]
+        pump.readers[key] = pump._ready[key] = reader  # type: ignore[assignment]  # a stand-in
     pump._wake()
     woken = [sum(reader.woken for reader in readers)]
     while woken[-1] < len(readers):

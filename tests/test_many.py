@@ -132,7 +132,7 @@ def clients(seed: int, requests: int) -> list[Client]:
     while left:
         turns = min(left, drawn.choice((1, 1, 1, 1, 1, 2, 4)))
         system = drawn.choice(systems) if drawn.random() < 0.8 else text(drawn, 1, 50)
-        own = random.Random(drawn.random())  # noqa: S311
+        own = random.Random(drawn.random())  # noqa: S311  # not for secrets
         made.append(Client(own, system, turns, slow=drawn.random() < 0.05))
         left -= turns
     return made

@@ -143,7 +143,7 @@ def shown(values: Sequence[float]) -> str:
 def text_of_repo(seed: int, words: int) -> str:
     """Consecutive words of the repository's own texts."""
     all_ = words_of_repo()
-    start = random.Random(seed).randrange(len(all_))  # noqa: S311
+    start = random.Random(seed).randrange(len(all_))  # noqa: S311  # not for secrets
     return " ".join((all_ * (2 + words // len(all_)))[start : start + words])
 
 

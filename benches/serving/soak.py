@@ -177,7 +177,7 @@ async def loop(engine: Engine, end: float) -> Counter[str]:
     """Clients in an event loop."""
 
     async def client(seed: int) -> Counter[str]:
-        drawn, found = random.Random(seed), Counter[str]()  # noqa: S311
+        drawn, found = random.Random(seed), Counter[str]()  # noqa: S311  # not for secrets
         while time.monotonic() < end:
             task = job(drawn)
             error: Exception | None = None

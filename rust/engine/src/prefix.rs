@@ -125,7 +125,8 @@ impl Prefixes {
             ready: 0,
         };
         self.extend(&mut path, &ids[..ids.len().saturating_sub(1)], table, pages);
-        path.ready = found.min(path.pages);
+        // What was found is there, also where the tree has given its place up since.
+        self.ran(&mut path, ids, found * PAGE, table, pages);
         path
     }
 
@@ -422,6 +423,30 @@ mod tests {
         cache.leave(held);
         cache.prefixes.clear(&mut cache.pages);
         assert_eq!((cache.pages.free(), cache.prefixes.len()), (10, 0));
+    }
+
+    #[test]
+    fn what_was_found_and_given_up_before_its_request_entered_is_there_again() {
+        let mut cache = Cache::new(20);
+        cache.run(ids(0, 3));
+        let asked = ids(0, 5);
+        let mut table = cache.prefixes.find(&asked, false).pages;
+        cache.pages.retain(&table);
+        cache.prefixes.evict(20, &mut cache.pages);
+        assert!(cache.prefixes.is_empty() && cache.pages.grow(&mut table, 5));
+        let mut path = cache
+            .prefixes
+            .enter(&asked, false, 3, &table, &mut cache.pages);
+        // The first three hold their keys and values, the fourth is yet to run.
+        let found = cache.prefixes.find(&asked, false);
+        assert_eq!((found.pages.len(), found.pending.is_some()), (3, true));
+        let whole = 5 * PAGE;
+        cache
+            .prefixes
+            .ran(&mut path, &asked, whole, &table, &mut cache.pages);
+        cache.prefixes.leave(path, &mut cache.pages);
+        cache.pages.release(&mut table);
+        assert_eq!((cache.prefixes.len(), cache.pages.used()), (5, 0));
     }
 
     #[test]
