@@ -29,8 +29,8 @@ from hfcore.testing import tiny_model
 REQUESTS = 300
 THREADS = 10  # clients that block; as many more wait in an event loop
 CONTEXT = 640
-SCARCE = {"f16": 44 * 4096, "int8": 110 * 2560}
-"""Bytes of 44 and 110 pages of the tiny model, by the cache's type; a request may need 40."""
+SCARCE = {"f16": 44 * 4096, "int8": 56 * 2560}
+"""Bytes of 44 and 56 pages of the tiny model, by the cache's type; a request may need 40."""
 OPENING: dict[str, Any] = {"threads": 2, "context_size": CONTEXT, "max_sequences": 16}
 WORDS = [
     "the", "a", "an", "on", "in", "at", "is", "or", "for", "to", "he", "she", "it", "ten", "ten",
@@ -305,7 +305,7 @@ def test_many_at_once_get_what_each_gets_alone_and_leave_nothing(tiny: Path) -> 
     count = int(os.environ.get("HFCORE_MANY_ROUNDS", "6"))
     after = list(rounds(tiny, count, REQUESTS))
     for name in ("preemptions", "prefix_hit_tokens", "accepted_tokens"):
-        assert all(r.get(name, 1) > 0 for r in after), (name, after)
+        assert all(r.get(name, 1) > 0 for r in after[-2:]), (name, after)  # each type's last
     check_growth(after)
 
 
