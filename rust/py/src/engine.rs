@@ -15,7 +15,8 @@ use crate::convert::{
 };
 use crate::error::{invalid, run};
 use crate::stream::Stream;
-use crate::text::{ChatTemplate, Flags, Tokenizer, render_request};
+use crate::template::{ChatTemplate, Flags, render_request};
+use crate::tokenizer::Tokenizer;
 
 /// Options that a chat template reads, where integers may be of any size.
 const FOR_TEMPLATE: [&str; 3] = ["tools", "documents", "template_variables"];

@@ -6,7 +6,8 @@ mod delta;
 mod engine;
 mod error;
 mod stream;
-mod text;
+mod template;
+mod tokenizer;
 
 use hfcore_engine::error::Error;
 use hfcore_engine::memory;
@@ -56,8 +57,8 @@ fn limits(py: Python<'_>, threads: usize, read_bytes: usize) -> PyResult<Bound<'
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("OPTION_NAMES", PyTuple::new(module.py(), OPTION_NAMES)?)?;
-    module.add_class::<text::ChatTemplate>()?;
-    module.add_class::<text::Tokenizer>()?;
+    module.add_class::<template::ChatTemplate>()?;
+    module.add_class::<tokenizer::Tokenizer>()?;
     module.add_class::<engine::Engine>()?;
     module.add_class::<stream::Stream>()?;
     module.add_class::<delta::Delta>()?;
