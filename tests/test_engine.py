@@ -368,3 +368,20 @@ def test_quick_loads_and_pipes_show_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert terminal.getvalue() == ""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     assert _LoadBar(terminal).shown() is None
+
+
+def test_a_draft_model_changes_no_answer_and_must_know_the_same_tokens(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, name="model")
+    other = tiny_model(tmp_path, name="other", seed=1)
+    request = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    with Engine(model) as plain, Engine(model, draft_model=model) as own:
+        for prompt in ("Hello", "One two three"):
+            assert plain.generate(prompt, **request).text == own.generate(prompt, **request).text
+        assert own.info["draft_model"] == str(model)
+        again = pickle.loads(pickle.dumps(own))
+        assert again.info["draft_model"] == str(model)
+        again.close()
+    with Engine(model, draft_model=other) as drafted:
+        assert drafted.generate("Hello", **request).finish_reason == "length"
+    with pytest.raises(InvalidRequestError, match="draft_model would do nothing"):
+        Engine(model, draft_model=other, speculation=False)

@@ -195,6 +195,8 @@ class Engine:
             room: requests that begin alike, such as the turns of a chat, share it.
         speculation: whether next tokens are guessed from the text so far and looked at together,
             where that is faster. It changes no token.
+        draft_model: a smaller model of the same vocabulary, named as `model` is, that guesses too
+            where the text so far does not; as long as that pays. It changes no token.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
             the loading. None: a bar on a terminal, if loading takes long.
@@ -236,6 +238,7 @@ class Engine:
         max_sequences: int = 32,
         prefix_cache: bool = True,
         speculation: bool = True,
+        draft_model: str | os.PathLike[str] | None = None,
         quantization: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -248,22 +251,18 @@ class Engine:
             "context_size": context_size, "threads": threads, "chat_template": chat_template,
             "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
             "prefix_cache": prefix_cache, "speculation": speculation,
-            "quantization": quantization, "revision": revision, "cache_dir": cache_dir,
-            "token": token, "local_files_only": local_files_only,
+            "draft_model": draft_model, "quantization": quantization, "revision": revision,
+            "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
-        path = hub.resolve(model, **{n: v for n, v in opening.items() if n in _HUB})
-        opening |= {"device": options.device(device), "max_sequences": max_sequences}
+        path, rest = _located(model, opening)
+        rest |= {"device": options.device(device), "max_sequences": max_sequences}
         self._closed = False
         with contextlib.closing(_LoadBar()) as bar:
-            self._core = _core.Engine(
-                path,
-                progress=progress or bar.shown(),
-                **{n: v for n, v in opening.items() if n not in _HUB},
-            )
+            self._core = _core.Engine(path, progress=progress or bar.shown(), **rest)
         self.model = os.fspath(model)
         self.path = path
-        self._opening = {n: v for n, v in opening.items() if n != "token"}
+        self._opening = {n: v for n, v in (opening | rest).items() if n != "token"}
 
     def stream(self, prompt: Prompt, **request: Any) -> Stream:
         """Submit now; an iterator of Delta, one for each decoded token.
@@ -393,6 +392,19 @@ def _reopened(kind: type[Engine], model: str, path: Path, opening: dict[str, Any
     return engine
 
 
+def _located(
+    model: str | os.PathLike[str], opening: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """The files of a model, and how to open it where they and those of its draft model are."""
+    place = {n: v for n, v in opening.items() if n in _HUB}
+    rest = {n: v for n, v in opening.items() if n not in _HUB}
+    if "draft_model" in rest:
+        # Which of its files the model takes says nothing of another model's.
+        other = {n: v for n, v in place.items() if n not in {"quantization", "revision"}}
+        rest["draft_model"] = hub.resolve(rest["draft_model"], **other).absolute()
+    return hub.resolve(model, **place), rest
+
+
 class _LoadBar:
     """A line on a terminal that says how far loading is; quick loads and pipes never see it."""
 
@@ -498,8 +510,7 @@ _inherited: list[Any] = []
 
 def _open_shared(model: str, opening: Mapping[str, Any]) -> Engine:
     """The one engine for these files and options; others who want the same wait for it."""
-    path = hub.resolve(model, **{n: v for n, v in opening.items() if n in _HUB})
-    rest = {n: v for n, v in opening.items() if n not in _HUB}
+    path, rest = _located(model, opening)
     key = (os.path.realpath(path), tuple(sorted(rest.items())))
     with _registry_lock:
         lock = _locks.setdefault(key, threading.Lock())

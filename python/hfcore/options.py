@@ -53,8 +53,8 @@ has the higher one runs first, -100 to 100, 0 by itself."""
 
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
-    "max_sequences", "prefix_cache", "speculation", "quantization", "revision", "cache_dir",
-    "token", "local_files_only",
+    "max_sequences", "prefix_cache", "speculation", "draft_model", "quantization", "revision",
+    "cache_dir", "token", "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 
@@ -130,8 +130,8 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prefix_allowed_tokens_fn": ((), _PROCESSOR),
     "streamer": ((), "use stream()"),
     "generation_config": ((), "give its values as options"),
-    "assistant_model": ((), "assisted generation is not supported"),
-    "prompt_lookup_num_tokens": ((), "assisted generation is not supported"),
+    "assistant_model": ((), "open the model with draft_model"),
+    "prompt_lookup_num_tokens": ((), "speculation decides that itself; it can be switched off"),
     "max_length": ((), "it counts the prompt too; use max_tokens, which counts new tokens"),
     "min_length": ((0,), "it counts the prompt too; use min_tokens, which counts new tokens"),
     "max_time": ((), "use timeout"),

@@ -8,8 +8,39 @@ const LEAST: usize = 2;
 const PLACES: usize = 8;
 /// Tokens of agreement that are told apart.
 const MOST: usize = 32;
-/// How much one guess that came true, or not, changes what is thought of the next.
-const WEIGHT: f32 = 0.05;
+
+/// How likely guesses of several classes come true: supposed at first, then learned.
+pub struct Chances {
+    first: &'static [f32],
+    now: Vec<f32>,
+}
+
+impl Chances {
+    /// How much one guess that came true, or not, changes what is thought of the next.
+    pub const WEIGHT: f32 = 0.05;
+
+    /// As many classes as there are suppositions.
+    pub fn new(first: &'static [f32]) -> Self {
+        let now = first.to_vec();
+        Self { first, now }
+    }
+
+    pub fn of(&self, class: usize) -> f32 {
+        self.now[class]
+    }
+
+    pub fn learn(&mut self, class: usize, came_true: bool) {
+        let chance = &mut self.now[class];
+        *chance += Self::WEIGHT * (f32::from(u8::from(came_true)) - *chance);
+    }
+
+    /// Go back a part of the way to what was supposed.
+    pub fn forget(&mut self, part: f32) {
+        for (now, first) in self.now.iter_mut().zip(self.first) {
+            *now += part * (first - *now);
+        }
+    }
+}
 
 /// Follows one text and guesses its next tokens.
 ///
@@ -22,7 +53,7 @@ pub struct Drafter {
     before: Vec<u32>,
     guess: Option<Guess>,
     /// By class of agreement, how likely a guessed token comes true.
-    chances: [f32; CLASSES],
+    chances: Chances,
 }
 
 /// The text from `source` on, expected from position `at` on.
@@ -35,7 +66,6 @@ struct Guess {
 }
 
 const NOWHERE: u32 = u32::MAX;
-const CLASSES: usize = 5;
 
 fn class(agree: usize) -> usize {
     match agree {
@@ -53,7 +83,7 @@ impl Default for Drafter {
             last: HashMap::new(),
             before: Vec::new(),
             guess: None,
-            chances: [0.2, 0.3, 0.5, 0.7, 0.8],
+            chances: Chances::new(&[0.2, 0.3, 0.5, 0.7, 0.8]),
         }
     }
 }
@@ -77,8 +107,8 @@ impl Drafter {
             return;
         };
         let right = guess.token(ids, at) == ids[at];
-        let chance = &mut self.chances[class(guess.agree + at - guess.at)];
-        *chance += WEIGHT * (f32::from(u8::from(right)) - *chance);
+        self.chances
+            .learn(class(guess.agree + at - guess.at), right);
         if !right {
             self.guess = None;
         }
@@ -111,7 +141,7 @@ impl Drafter {
     /// How likely each of the next tokens is as guessed, if those before it are; nothing without a guess.
     pub fn chances(&self, length: usize) -> impl Iterator<Item = f32> {
         let agree = self.guess.map(|guess| guess.agree + length - guess.at);
-        (0..).map_while(move |i| Some(self.chances[class(agree? + i)]))
+        (0..).map_while(move |i| Some(self.chances.of(class(agree? + i))))
     }
 
     /// The next `n` tokens as guessed, if there is a guess.

@@ -14,8 +14,10 @@ use crate::sequence::{Parts, Sequence};
 use crate::stream::{Sender, Stream, channel, lock};
 
 mod core;
+mod second;
 
 use self::core::Core;
+use self::second::Drafting;
 
 /// Makes the decoder with its cache, on the engine's thread: at the first request, and again after
 /// a panic or in a forked process.
@@ -158,6 +160,8 @@ pub struct Metrics {
 pub struct Engine {
     config: EngineConfig,
     factory: Factory,
+    /// Of the second model, and how many tokens that can have before it.
+    second: Option<(Factory, usize)>,
     closed: AtomicBool,
     first: Arc<Generation>,
 }
@@ -171,9 +175,17 @@ impl Engine {
         Ok(Self {
             config,
             factory,
+            second: None,
             closed: AtomicBool::new(false),
             first,
         })
+    }
+
+    /// The same, with a second, smaller decoder of the same vocabulary and as many pages, which
+    /// guesses too; it can have `context` tokens before it.
+    pub fn with_second(mut self, factory: Factory, context: usize) -> Self {
+        self.second = Some((factory, context));
+        self
     }
 
     pub fn config(&self) -> &EngineConfig {
@@ -226,6 +238,7 @@ impl Engine {
                 priority: options.priority,
                 path: None,
                 waits_for: None,
+                drafting: Drafting::default(),
             }
         };
         let followers = (1..options.n).map(|index| task(index, sender.beside(index)));
@@ -321,7 +334,8 @@ impl Engine {
 
     fn start(&self, counters: &Arc<Counters>) -> Result<Worker> {
         let inbox = Arc::new(Inbox::new(counters.clone()));
-        let core = Core::new(self.config.clone(), self.factory.clone(), counters.clone());
+        let decoders = (self.factory.clone(), self.second.clone());
+        let core = Core::new(self.config.clone(), decoders, counters.clone());
         let mail = inbox.clone();
         let thread = std::thread::Builder::new()
             .name("hfcore-engine".into())
@@ -437,6 +451,8 @@ struct Task {
     path: Option<Path>,
     /// What another request is computing that it can use.
     waits_for: Option<Place>,
+    /// What the second model has done for it.
+    drafting: Drafting,
 }
 
 impl Task {

@@ -2,22 +2,19 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use serde_json::{Map, Value, json};
 
 use crate::arch::Arch;
-use crate::batch::{Forward, PAGE};
-use crate::candle::Candle;
 use crate::constraint::{Constraint, Grammars, Rule};
-use crate::cpu::Cpu;
-use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
+use crate::decoder::Progress;
 use crate::device::KvType;
-use crate::engine::{Engine, EngineConfig, Factory, Request};
+use crate::engine::{Engine, EngineConfig, Request};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::options::{Defaults, Options};
@@ -30,8 +27,10 @@ use crate::weights::{Value as MetadataValue, Weights};
 use crate::{files, vocab};
 
 mod answer;
+mod load;
 
 use answer::Answer;
+use load::{Draft, MemoryPlan, Source, plan_memory};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +92,8 @@ pub struct ModelOptions {
     /// See `EngineConfig`.
     pub prefix_cache: bool,
     pub speculation: bool,
+    /// A smaller model of the same vocabulary that guesses for this one.
+    pub draft_model: Option<PathBuf>,
 }
 
 impl Default for ModelOptions {
@@ -108,6 +109,7 @@ impl Default for ModelOptions {
             forced_tokens: true,
             prefix_cache: true,
             speculation: true,
+            draft_model: None,
         }
     }
 }
@@ -119,9 +121,6 @@ pub enum Prompt {
     Text(String),
     Ids(Vec<u32>),
 }
-
-/// The weights, until `close`.
-type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
 
 /// A model in memory and the thread that runs its requests together.
 ///
@@ -151,7 +150,7 @@ pub struct Model {
     /// Made when the first request needs one.
     grammars: OnceLock<Result<Arc<Grammars>>>,
     engine: Engine,
-    release: Box<dyn Fn() + Send + Sync>,
+    releases: Vec<Box<dyn Fn() + Send + Sync>>,
     info: Value,
     name: String,
 }
@@ -176,11 +175,22 @@ impl Model {
         check_options(options)?;
         let mut weights = files::open(path)?;
         let vocabulary = weights.take_metadata("tokenizer.");
-        let weights = Arc::new(weights);
         let arch = Arch::read(&weights)?;
+        let weights = Arc::new(weights);
         let defaults = defaults(&weights)?;
-        let plan = plan_memory(&weights, &arch, options, memory::available())?;
-        let info = info(path, &weights, &arch, options, &plan, &defaults);
+        let draft = options
+            .draft_model
+            .as_deref()
+            .map(Draft::open)
+            .transpose()?;
+        let source = Source {
+            weights: weights.clone(),
+            arch,
+        };
+        let draft_source = draft.as_ref().map(|draft| &draft.source);
+        let plan = plan_memory(&source, draft_source, options, memory::available())?;
+        let arch = &source.arch;
+        let info = info(path, &weights, arch, options, &plan, &defaults);
         let mut config = EngineConfig::new(arch.vocab_size, plan.context_size, plan.pages);
         config.max_sequences = options.max_sequences;
         config.prefix_cache = options.prefix_cache;
@@ -189,12 +199,12 @@ impl Model {
         let original_context = arch.original_context;
         let vocab_size = arch.vocab_size;
         let pages = plan.pages as usize;
-        let source = weights.config.as_ref().map(|_| path);
+        let dir = weights.config.as_ref().map(|_| path);
         let (texts, loaded) = beside(
-            || Texts::read(source, &vocabulary, options.chat_template.as_deref()),
+            || Texts::read(dir, &vocabulary, options.chat_template.as_deref()),
             |failed| {
                 let progress = |done, total| !failed() && progress(done, total);
-                load(arch, weights.clone(), options, pages, &progress)
+                source.load(options, pages, &progress)
             },
         );
         drop(vocabulary);
@@ -204,7 +214,16 @@ impl Model {
             response_style,
         } = texts?;
         let eos_ids = eos_ids(&weights, &defaults, &tokenizer);
-        let (factory, release) = loaded?;
+        let loaded = loaded?;
+        let mut engine = Engine::new(loaded.factory, config)?;
+        let mut releases = vec![loaded.release];
+        if let Some(draft) = draft {
+            draft.check(&tokenizer)?;
+            let context = draft.source.arch.context_size;
+            let loaded = draft.source.load(options, pages, &|_, _| true)?;
+            engine = engine.with_second(loaded.factory, context);
+            releases.push(loaded.release);
+        }
         Ok(Self {
             tokenizer,
             templates,
@@ -215,8 +234,8 @@ impl Model {
             vocab_size,
             forced_tokens: options.forced_tokens,
             grammars: OnceLock::new(),
-            engine: Engine::new(factory, config)?,
-            release,
+            engine,
+            releases,
             info,
             name: path.display().to_string(),
         })
@@ -477,7 +496,7 @@ impl Model {
     /// End every request and let go of the weights. Later requests get `Closed`.
     pub fn close(&self) {
         self.engine.close();
-        (self.release)();
+        self.releases.iter().for_each(|release| release());
     }
 
     fn is_long(&self, tokens: usize) -> bool {
@@ -560,6 +579,11 @@ fn check_options(options: &ModelOptions) -> Result<()> {
     at_least_one("threads", options.threads)?;
     at_least_one("context_size", options.context_size)?;
     at_least_one("max_sequences", Some(options.max_sequences))?;
+    if options.draft_model.is_some() && !options.speculation {
+        return Err(Error::InvalidRequest(
+            "draft_model would do nothing: speculation is off".to_string(),
+        ));
+    }
     hfcore_kernels::simd::Isa::forced().map_err(Error::InvalidRequest)?;
     if options.device == DeviceKind::Reference && options.kv_cache_dtype != KvType::default() {
         return Err(Error::InvalidRequest(
@@ -640,125 +664,6 @@ fn eos_ids(weights: &Weights, defaults: &Defaults, tokenizer: &Tokenizer) -> Vec
     }
 }
 
-/// What a model will take.
-struct MemoryPlan {
-    context_size: usize,
-    pages: u32,
-    kv_cache_bytes: u64,
-}
-
-/// Decide the context and the cache before anything is loaded.
-fn plan_memory(
-    weights: &Weights,
-    arch: &Arch,
-    options: &ModelOptions,
-    available: Option<u64>,
-) -> Result<MemoryPlan> {
-    let wanted = options.context_size.unwrap_or(arch.context_size);
-    if wanted > arch.context_size {
-        let limit = arch.context_size;
-        return Err(Error::InvalidRequest(format!(
-            "context_size must be at most {limit}, got {wanted}"
-        )));
-    }
-    let numbers: u64 = weights
-        .tensors
-        .values()
-        .map(|t| t.shape.iter().product::<usize>() as u64)
-        .sum();
-    let shapes = attention_shapes(arch);
-    let (resident, page_bytes) = match options.device {
-        // Tiles are at most 4 % larger than the file's blocks.
-        DeviceKind::Cpu => (
-            weights.total_bytes() / 100 * 104,
-            Cpu::page_bytes(options.kv_cache_dtype, &shapes),
-        ),
-        DeviceKind::Reference => (4 * numbers, 2 * Cpu::page_bytes(KvType::F16, &shapes)),
-    };
-    let page_bytes = page_bytes as u64;
-    let whole = wanted.div_ceil(PAGE) as u64;
-    let out_of_memory = |pages: u64| Error::OutOfMemory {
-        needed: resident.saturating_add(pages.saturating_mul(page_bytes)),
-        available: available.unwrap_or(0),
-    };
-    // Room for at least this much, or there is no point in loading.
-    let least = match options.context_size {
-        Some(_) => whole,
-        None => whole.min(512 / PAGE as u64),
-    };
-    let left = available.map_or(u64::MAX, |bytes| bytes.saturating_sub(resident));
-    if least * page_bytes > left || available.is_some_and(|bytes| resident > bytes) {
-        return Err(out_of_memory(least));
-    }
-    let budget = match options.kv_cache_bytes {
-        Some(bytes) if bytes > left => return Err(out_of_memory(bytes / page_bytes)),
-        Some(bytes) if bytes < page_bytes => {
-            return Err(Error::InvalidRequest(format!(
-                "kv_cache_bytes must hold a page of {page_bytes}, got {bytes}"
-            )));
-        }
-        Some(bytes) => bytes / page_bytes,
-        None => (left / 4 / page_bytes).max(least),
-    };
-    let most = whole.saturating_mul(options.max_sequences as u64);
-    let pages = budget.min(most).min(u64::from(u32::MAX / PAGE as u32));
-    let context_size = wanted.min(pages as usize * PAGE);
-    if options.context_size.is_some_and(|n| n > context_size) {
-        let held = pages * PAGE as u64;
-        return Err(Error::InvalidRequest(format!(
-            "context_size of {wanted} needs a larger kv_cache_bytes: it holds {held}"
-        )));
-    }
-    Ok(MemoryPlan {
-        context_size,
-        pages: pages as u32,
-        kv_cache_bytes: pages * page_bytes,
-    })
-}
-
-/// Make the weights resident; returns what makes a decoder of them, and what lets go of them.
-fn load(
-    arch: Arch,
-    weights: Arc<Weights>,
-    options: &ModelOptions,
-    pages: usize,
-    progress: Progress,
-) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
-    let (threads, kv_type) = (options.threads, options.kv_cache_dtype);
-    match options.device {
-        DeviceKind::Cpu => load_on(
-            move || Ok(Cpu::new(threads).with_kv_type(kv_type)),
-            arch,
-            weights,
-            pages,
-            progress,
-        ),
-        DeviceKind::Reference => load_on(|| Ok(Candle::cpu()), arch, weights, pages, progress),
-    }
-}
-
-fn load_on<D: crate::device::Device + 'static>(
-    device: impl Fn() -> Result<D> + Send + Sync + 'static,
-    arch: Arch,
-    weights: Arc<Weights>,
-    pages: usize,
-    progress: Progress,
-) -> Result<(Factory, Box<dyn Fn() + Send + Sync>)> {
-    let resident = Arc::new(Resident::load(&device()?, arch, weights, progress)?);
-    let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(resident)));
-    let held = shared.clone();
-    let factory: Factory = Arc::new(move || {
-        let resident = held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-            .ok_or(Error::Closed)?;
-        Ok(Box::new(Decoder::new(device()?, resident, pages)?) as Box<dyn Forward>)
-    });
-    let release = move || *shared.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    Ok((factory, Box::new(release)))
-}
-
 fn info(
     path: &Path,
     weights: &Weights,
@@ -792,6 +697,7 @@ fn info(
         "quantization": main_type,
         "parameters": parameters,
         "bytes": weights.total_bytes(),
+        "draft_model": options.draft_model.as_ref().map(|path| path.display().to_string()),
         "kv_cache_bytes": plan.kv_cache_bytes,
         "kv_cache_dtype": match (options.device, options.kv_cache_dtype) {
             (DeviceKind::Reference, _) => "f32",

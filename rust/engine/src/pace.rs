@@ -74,7 +74,7 @@ impl Pace {
 
     /// What a step of so many decoding rows takes, if any such step was measured: between known figures a straight line,
     /// and hopeful beyond them.
-    fn cost(&self, rows: usize) -> Option<f32> {
+    pub fn cost(&self, rows: usize) -> Option<f32> {
         if rows == 0 {
             return Some(0.0);
         }

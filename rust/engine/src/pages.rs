@@ -14,6 +14,8 @@ pub struct Pages {
     idle: usize,
     /// Free pages; the lowest is handed out first from a fresh pool.
     free: Vec<u32>,
+    /// How often each was handed out.
+    turns: Vec<u64>,
 }
 
 impl Pages {
@@ -24,6 +26,7 @@ impl Pages {
             kept: vec![false; total as usize],
             idle: 0,
             free: (0..total).rev().collect(),
+            turns: vec![0; total as usize],
         }
     }
 
@@ -55,9 +58,15 @@ impl Pages {
         let taken = self.free.split_off(self.free.len() - missing);
         for &page in taken.iter().rev() {
             self.owners[page as usize] = 1;
+            self.turns[page as usize] += 1;
             table.push(page);
         }
         true
+    }
+
+    /// How often a page was handed out: what was written to it in an earlier turn is void.
+    pub fn turn(&self, page: u32) -> u64 {
+        self.turns[page as usize]
     }
 
     /// Add an owner to each of these pages, which must be in use.

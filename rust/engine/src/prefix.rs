@@ -109,6 +109,18 @@ impl Prefixes {
         self.node(place).is_none_or(|node| node.ready)
     }
 
+    /// Whether a request at `path` has passed `place`, or announced it.
+    pub fn passes(&self, path: Path, place: Place) -> bool {
+        let mut at = path.place;
+        while at != place {
+            let Some(node) = self.node(at) else {
+                return false;
+            };
+            at = node.parent;
+        }
+        true
+    }
+
     /// Where a request of these tokens begins that has `found` of them in its `table`; the rest of its whole pages
     /// before the last token are announced, so that others wait for them.
     pub fn enter(

@@ -360,6 +360,15 @@ fn greatest(row: &[f32]) -> f32 {
         .fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
 }
 
+/// The likeliest token, and by how much its logit is above the next one's.
+pub fn two_likeliest(row: &[f32]) -> (u32, f32) {
+    let best = greatest(row);
+    let token = first_of(row, best);
+    let (before, after) = row.split_at(token as usize);
+    let next = greatest(before).max(greatest(after.get(1..).unwrap_or_default()));
+    (token, best - next)
+}
+
 fn possible(best: f32) -> Result<f32> {
     match best > f32::NEG_INFINITY {
         true => Ok(best),

@@ -246,26 +246,34 @@ impl Sequence {
         self.pending() + self.guessed.len()
     }
 
-    /// How many tokens it may guess, and how likely each is to come true if those before it do. None
-    /// where it does not guess: within a grammar, which says itself what must come, and where no
-    /// earlier text agrees.
-    pub fn chances(&mut self) -> Option<(usize, impl Iterator<Item = f32>)> {
+    /// How many tokens it may guess. None where it does not: within a grammar, which says itself what must come, and while
+    /// it does not decode.
+    pub fn may_guess(&self) -> Option<usize> {
         let bound = self.constraint.as_ref().is_some_and(|c| !c.free());
-        if bound || !self.decoding() || self.wants_all_logits() {
-            return None;
-        }
-        let drafter = self.drafter.as_mut()?;
-        drafter.follow(&self.ids);
+        let guesses = self.drafter.is_some() && self.decoding() && !self.wants_all_logits();
         // One token comes anyway.
-        let most = self.limit.saturating_sub(self.ids.len() + 1);
-        Some((most, drafter.chances(self.ids.len())))
+        (guesses && !bound).then(|| self.limit.saturating_sub(self.ids.len() + 1))
     }
 
-    /// Have the next step look at `n` guessed tokens too.
+    /// How likely each token is, as its own text goes on, to come true if those before it do.
+    pub fn chances(&mut self) -> impl Iterator<Item = f32> {
+        let Self { drafter, ids, .. } = self;
+        drafter.iter_mut().flat_map(|drafter| {
+            drafter.follow(ids);
+            drafter.chances(ids.len())
+        })
+    }
+
+    /// Have the next step look at `n` tokens too, as its own text goes on.
     pub fn guess(&mut self, n: usize) {
         if let Some(drafter) = &self.drafter {
             self.guessed = drafter.guess(&self.ids, n);
         }
+    }
+
+    /// Have the next step look at these tokens too.
+    pub fn guess_these(&mut self, tokens: Vec<u32>) {
+        self.guessed = tokens;
     }
 
     /// The tokens of its next `n` rows, to `out`; the position of the first.

@@ -33,7 +33,7 @@ impl Engine {
     #[pyo3(signature = (
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
         kv_cache_bytes = None, kv_cache_dtype = "f16", max_sequences = None, forced_tokens = true,
-        prefix_cache = true, speculation = true,
+        prefix_cache = true, speculation = true, draft_model = None,
         progress = None
     ))]
     #[expect(
@@ -53,6 +53,7 @@ impl Engine {
         forced_tokens: bool,
         prefix_cache: bool,
         speculation: bool,
+        draft_model: Option<&Bound<'_, PyAny>>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
@@ -69,6 +70,7 @@ impl Engine {
             forced_tokens,
             prefix_cache,
             speculation,
+            draft_model: draft_model.map(to_path).transpose()?,
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }

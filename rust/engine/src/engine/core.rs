@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use super::second::{Asker, Drafting, Second};
 use super::{Counters, EngineConfig, Factory, LogitsJob, Task, Work, places};
 use crate::batch::{Batch, Caller, Forward, PAGE};
 use crate::constraint::Aside;
 use crate::error::{Error, Result};
 use crate::pace::Pace;
 use crate::pages::Pages;
-use crate::prefix::Prefixes;
+use crate::prefix::{Place, Prefixes};
 use crate::scheduler::{self, Job};
 
 /// Rows whose logits are made at a time where those of every position are wanted: a large vocabulary
@@ -29,8 +30,11 @@ const FORCED: usize = 32;
 pub(super) struct Core {
     config: EngineConfig,
     factory: Factory,
+    make_second: Option<(Factory, usize)>,
     /// None before the first request, and after a panic.
     forward: Option<Box<dyn Forward>>,
+    /// With `forward`, where there is one.
+    second: Option<Second>,
     pages: Pages,
     prefixes: Prefixes,
     /// The higher priority first, then in order of arrival.
@@ -50,12 +54,18 @@ pub(super) struct Core {
 }
 
 impl Core {
-    pub fn new(config: EngineConfig, factory: Factory, counters: Arc<Counters>) -> Self {
+    pub fn new(
+        config: EngineConfig,
+        (factory, make_second): (Factory, Option<(Factory, usize)>),
+        counters: Arc<Counters>,
+    ) -> Self {
         Self {
             pages: Pages::new(config.pages),
             config,
             factory,
+            make_second,
             forward: None,
+            second: None,
             prefixes: Prefixes::default(),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -96,7 +106,10 @@ impl Core {
         self.make_room();
         self.admit();
         self.publish();
-        self.guess();
+        if let Err(error) = self.guarded(Self::guess) {
+            self.fail_everything(&error);
+            return;
+        }
         let jobs = self.jobs();
         let decode: usize = jobs
             .iter()
@@ -139,6 +152,10 @@ impl Core {
             let message = format!("the decoder must have {wanted} logits per row, it has {got}");
             return Err(Error::Internal(message));
         }
+        if let Some((factory, context)) = self.make_second.clone() {
+            let pages = self.config.pages;
+            self.second = Some(self.guarded(|_| Second::new(&factory, context, pages))?);
+        }
         self.forward = Some(forward);
         Ok(())
     }
@@ -163,6 +180,7 @@ impl Core {
             i -= usize::from(last < i);
             self.leave(&mut task);
             task.sequence.forget_cache();
+            task.drafting = Drafting::default();
             let at = self
                 .waiting
                 .partition_point(|other| other.priority() > task.priority);
@@ -189,10 +207,10 @@ impl Core {
             let tokens = match work {
                 Work::Logits(job) => job.ids.len(),
                 Work::Generate(task) => {
-                    if task
-                        .waits_for
-                        .is_some_and(|place| !self.prefixes.settled(place))
+                    if let Some(place) = task.waits_for
+                        && !self.prefixes.settled(place)
                     {
+                        lend(&mut self.running, &self.prefixes, place, task.priority);
                         i += 1;
                         continue;
                     }
@@ -280,28 +298,54 @@ impl Core {
         }
     }
 
-    /// Let those who decode guess, as many tokens as pay.
-    fn guess(&mut self) {
+    /// Let those who decode guess, as many tokens as pay: as their own text goes on, or else as the second model does.
+    fn guess(&mut self) -> Result<()> {
         let decoding = |task: &&mut Task| task.sequence.decoding();
         let mut rows = self.running.iter_mut().filter(decoding).count();
         let mut tokens = rows as f32;
-        for task in &mut self.running {
-            let Some((most, chances)) = task.sequence.chances() else {
+        let mut askers = Vec::new();
+        for (place, task) in self.running.iter_mut().enumerate() {
+            let Some(most) = task.sequence.may_guess() else {
                 continue;
             };
             let most = most
                 .min(GUESSES)
                 .min(self.config.token_budget.saturating_sub(rows));
+            let chances = task.sequence.chances();
             let (n, brings) = self.pace.guesses(rows, tokens, chances, most);
-            let pages = (task.sequence.len() + n).div_ceil(PAGE);
-            if n == 0 || !grow(&mut self.pages, &mut self.prefixes, &mut task.table, pages) {
-                task.sequence.guess(0);
+            let mut room = |n: usize| {
+                let pages = (task.sequence.len() + n).div_ceil(PAGE);
+                grow(&mut self.pages, &mut self.prefixes, &mut task.table, pages)
+            };
+            if n > 0 && room(n) {
+                task.sequence.guess(n);
+                rows += n;
+                tokens += brings;
                 continue;
             }
-            task.sequence.guess(n);
-            rows += n;
-            tokens += brings;
+            let second = self.second.as_ref();
+            let most = most.min(second.map_or(0, |second| second.room(task.sequence.len())));
+            if most > 0 && room(most) {
+                askers.push(Asker::new(place, most));
+            }
+            task.sequence.guess(0);
         }
+        let Some(second) = &mut self.second else {
+            return Ok(());
+        };
+        // What it has to read first must not keep the others waiting.
+        let budget = self.config.token_budget;
+        let budget = self.pace.prompt_rows(rows.saturating_sub(1), budget);
+        let (running, pages, pace) = (&mut self.running, &self.pages, &self.pace);
+        let start = Instant::now();
+        let askers = second.guess(askers, running, pages, (rows, tokens), (pace, budget))?;
+        let took = start.elapsed().as_micros() as u64;
+        self.counters.busy_micros.fetch_add(took, Ordering::Relaxed);
+        for asker in askers {
+            let sequence = &mut running[asker.place].sequence;
+            sequence.guess_these(asker.tokens());
+        }
+        Ok(())
     }
 
     /// What there is to run. Prompts whose logits are all wanted share `LOGIT_ROWS` of a step; those
@@ -427,11 +471,12 @@ impl Core {
         };
         let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        let broken = self.forward.take();
+        let broken = (self.forward.take(), self.second.take());
         let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
         for task in &mut self.running {
             leave(&mut self.pages, &mut self.prefixes, task);
             task.sequence.forget_cache();
+            task.drafting = Drafting::default();
         }
         self.prefixes.clear(&mut self.pages);
         Err(Error::Internal(
@@ -565,6 +610,16 @@ fn grow(pages: &mut Pages, prefixes: &mut Prefixes, table: &mut Vec<u32>, length
         prefixes.evict(missing, pages);
     }
     pages.grow(table, length)
+}
+
+/// Who computes what another waits for has its priority until then: nobody in between holds both up.
+fn lend(running: &mut [Task], prefixes: &Prefixes, place: Place, priority: i32) {
+    let lower = running.iter_mut().filter(|task| task.priority < priority);
+    for task in lower {
+        if task.path.is_some_and(|path| prefixes.passes(path, place)) {
+            task.priority = priority;
+        }
+    }
 }
 
 fn leave(pages: &mut Pages, prefixes: &mut Prefixes, task: &mut Task) {

@@ -40,6 +40,8 @@ struct Plan {
     rows: Arc<AtomicU64>,
     /// The likeliest token is the one so many places before, if that is above 0.
     echo: Arc<AtomicU64>,
+    /// Milliseconds that a step takes: as a model's, much the same for few rows.
+    slow: Arc<AtomicU64>,
     /// The tokens that ran at position 0, in turn.
     first: Arc<Mutex<Vec<u32>>>,
 }
@@ -64,9 +66,9 @@ impl Forward for Fake {
         let rows = batch.tokens.len() as u64;
         self.plan.rows.fetch_add(rows, Ordering::SeqCst);
         let echo = self.plan.echo.load(Ordering::SeqCst) as usize;
-        if echo > 0 {
-            // As a model's, a step takes much the same time for few rows.
-            std::thread::sleep(Duration::from_millis(1));
+        let slow = self.plan.slow.load(Ordering::SeqCst);
+        if slow > 0 {
+            std::thread::sleep(Duration::from_millis(slow));
         }
         let pages: std::collections::BTreeSet<u32> = batch.pages.iter().copied().collect();
         let pages = pages.len() as u64;
@@ -1200,6 +1202,7 @@ fn guesses_change_no_token_and_save_steps() {
     let answers = |speculation: bool, options: &Options| {
         let plan = Plan::default();
         plan.echo.store(9, Ordering::SeqCst);
+        plan.slow.store(1, Ordering::SeqCst);
         let config = EngineConfig {
             speculation,
             token_budget: 64,
@@ -1263,4 +1266,156 @@ fn the_higher_priority_runs_first() {
     }
     assert_eq!(*lock(&plan.first), [0, 3, 2, 4, 1]);
     assert_nothing_held(&engine);
+}
+
+#[test]
+fn who_computes_what_a_more_urgent_one_waits_for_runs_as_soon_as_that() {
+    let plan = Plan::default();
+    let engine = engine_of(config(200), &plan);
+    let gate = lock(&plan.gate);
+    let submit = |ids: Vec<u32>, priority: i32| {
+        let options = Options {
+            priority,
+            ..tokens(2)
+        };
+        engine.submit(request(ids, options)).unwrap()
+    };
+    let first_token = |stream: Stream| {
+        let last = stream.map(Result::unwrap).last().unwrap();
+        last.usage.unwrap().time_to_first_token
+    };
+    let low = submit(prompt(0, 150), -1);
+    wait_until("the first step", || engine.metrics().steps == 1);
+    let between = [1, 2, 3, 4].map(|token| submit(prompt(token, 150), 0));
+    let high = submit([prompt(0, 150), vec![9]].concat(), 1);
+    drop(gate);
+    let high = first_token(high);
+    assert!(between.into_iter().map(first_token).all(|time| high < time));
+    collect(low).unwrap();
+    assert_nothing_held(&engine);
+}
+
+/// A decoder that answers as `Fake` does, but for one token in `wrong`: a good draft model. None: as often as that.
+struct Draft {
+    fake: Fake,
+    wrong: u32,
+    rows: Arc<AtomicU64>,
+}
+
+impl Forward for Draft {
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
+    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
+        self.rows
+            .fetch_add(batch.tokens.len() as u64, Ordering::SeqCst);
+        self.fake.forward(batch, caller)?;
+        for (row, logits) in batch
+            .outputs
+            .iter()
+            .zip(self.fake.logits.chunks_exact_mut(VOCAB))
+        {
+            if batch.positions[*row as usize].is_multiple_of(self.wrong) {
+                logits[7] = 60.0;
+            }
+        }
+        Ok(&self.fake.logits)
+    }
+}
+
+fn drafted(engine: Engine, plan: Plan, wrong: u32, rows: &Arc<AtomicU64>) -> Engine {
+    let rows = rows.clone();
+    let pages = engine.config().pages as usize;
+    let factory: Factory = Arc::new(move || {
+        let fake = Fake {
+            slots: vec![0; pages * PAGE],
+            logits: Vec::new(),
+            plan: plan.clone(),
+        };
+        let rows = rows.clone();
+        Ok(Box::new(Draft { fake, wrong, rows }) as Box<dyn Forward>)
+    });
+    engine.with_second(factory, 150)
+}
+
+#[test]
+fn with_a_draft_model_too_batched_is_alone() {
+    let requests = requests(40);
+    let alone = alone(&requests);
+    for (pages, token_budget) in [(200, 64), (60, 16), (14, 33)] {
+        let plan = Plan::default();
+        plan.slow.store(1, Ordering::SeqCst);
+        let config = EngineConfig {
+            token_budget,
+            ..config(pages)
+        };
+        let engine = drafted(
+            engine_of(config, &plan),
+            Plan::default(),
+            4,
+            &Arc::default(),
+        );
+        let streams = submit_all(&engine, &requests, 1);
+        for (i, (stream, alone)) in streams.into_iter().zip(&alone).enumerate() {
+            assert_eq!(
+                &collect(stream).unwrap(),
+                alone,
+                "request {i}, {pages} pages"
+            );
+        }
+        assert_nothing_held(&engine);
+        let metrics = engine.metrics();
+        assert!(metrics.accepted_tokens > 100, "{metrics:?}");
+    }
+}
+
+#[test]
+fn a_draft_model_changes_no_token_and_saves_steps() {
+    let sampled = Options {
+        do_sample: true,
+        temperature: 0.02,
+        seed: Some(5),
+        ..tokens(60)
+    };
+    let answers = |wrong: Option<u32>, pages: u32, options: &Options| {
+        let plan = Plan::default();
+        // Steps of a thousandth of a second, and no text that repeats itself to guess from.
+        plan.slow.store(1, Ordering::SeqCst);
+        let mut engine = engine_of(config(pages), &plan);
+        let rows = Arc::new(AtomicU64::new(0));
+        if let Some(wrong) = wrong {
+            let plan = Plan::default();
+            plan.slow.store(u64::from(wrong == 1), Ordering::SeqCst);
+            engine = drafted(engine, plan, wrong, &rows);
+        }
+        let gate = lock(&plan.gate);
+        let prompts = [prompt(1, 70), prompt(1, 90), prompt(2, 30), prompt(1, 33)];
+        let requests = prompts.map(|ids| (ids, options.clone()));
+        let streams = submit_all(&engine, &requests, 2);
+        drop(gate);
+        let found: Vec<Vec<Delta>> = streams.into_iter().map(|s| collect_all(s, 2)).collect();
+        assert_nothing_held(&engine);
+        (found, engine.metrics(), rows.load(Ordering::SeqCst))
+    };
+    for options in [tokens(60), sampled] {
+        let (plain, before, _) = answers(None, 100, &options);
+        for (wrong, pages) in [(1000, 100), (5, 100), (5, 26)] {
+            let (drafted, after, rows) = answers(Some(wrong), pages, &options);
+            assert_eq!(plain, drafted, "{wrong} {pages}");
+            assert!(after.accepted_tokens > 50, "{wrong} {pages}: {after:?}");
+            // With few pages some run again.
+            let fewer = pages < 100 || after.steps < before.steps;
+            assert!(fewer, "{after:?} {before:?}");
+            // What they share it reads once: 8 x 90 tokens of prompt alone if not.
+            assert!(
+                pages < 100 || rows < 600 + after.drafted_tokens,
+                "{rows} {after:?}"
+            );
+        }
+        // One that is always wrong is soon asked no more.
+        let (drafted, after, _) = answers(Some(1), 100, &options);
+        assert_eq!(plain, drafted);
+        assert!(after.drafted_tokens < 200, "{after:?}");
+    }
 }

@@ -1,0 +1,201 @@
+//! How much memory a model and its draft model will take, said before anything is loaded; and their loading.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{DeviceKind, ModelOptions};
+use crate::arch::Arch;
+use crate::batch::{Forward, PAGE};
+use crate::candle::Candle;
+use crate::cpu::Cpu;
+use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
+use crate::device::{Device, KvType};
+use crate::engine::Factory;
+use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+use crate::{files, vocab};
+
+/// The weights, until they are let go of.
+type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
+
+/// What makes a decoder of weights in memory, and what lets go of them.
+pub struct Loaded {
+    pub factory: Factory,
+    pub release: Box<dyn Fn() + Send + Sync>,
+}
+
+/// A model file that has been read, its weights not.
+pub struct Source {
+    pub weights: Arc<Weights>,
+    pub arch: Arch,
+}
+
+/// What a model will take.
+pub struct MemoryPlan {
+    pub context_size: usize,
+    pub pages: u32,
+    pub kv_cache_bytes: u64,
+}
+
+impl Source {
+    /// Bytes that stay resident, and those of a cache page.
+    fn needs(&self, options: &ModelOptions) -> (u64, u64) {
+        let shapes = attention_shapes(&self.arch);
+        let (resident, page) = match options.device {
+            // Tiles are at most 4 % larger than the file's blocks.
+            DeviceKind::Cpu => (
+                self.weights.total_bytes() / 100 * 104,
+                Cpu::page_bytes(options.kv_cache_dtype, &shapes),
+            ),
+            DeviceKind::Reference => {
+                let tensors = self.weights.tensors.values();
+                let numbers = tensors.map(|t| t.shape.iter().product::<usize>() as u64);
+                let page = 2 * Cpu::page_bytes(KvType::F16, &shapes);
+                (4 * numbers.sum::<u64>(), page)
+            }
+        };
+        (resident, page as u64)
+    }
+
+    /// Make the weights resident.
+    pub fn load(self, options: &ModelOptions, pages: usize, progress: Progress) -> Result<Loaded> {
+        let (threads, kv_type) = (options.threads, options.kv_cache_dtype);
+        let cpu = move || Ok(Cpu::new(threads).with_kv_type(kv_type));
+        match options.device {
+            DeviceKind::Cpu => self.load_on(cpu, pages, progress),
+            DeviceKind::Reference => self.load_on(|| Ok(Candle::cpu()), pages, progress),
+        }
+    }
+
+    fn load_on<D: Device + 'static>(
+        self,
+        device: impl Fn() -> Result<D> + Send + Sync + 'static,
+        pages: usize,
+        progress: Progress,
+    ) -> Result<Loaded> {
+        let resident = Resident::load(&device()?, self.arch, self.weights, progress)?;
+        let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(Arc::new(resident))));
+        let held = shared.clone();
+        let factory: Factory = Arc::new(move || {
+            let resident = held
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone()
+                .ok_or(Error::Closed)?;
+            Ok(Box::new(Decoder::new(device()?, resident, pages)?) as Box<dyn Forward>)
+        });
+        let release = move || *shared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(Loaded {
+            factory,
+            release: Box::new(release),
+        })
+    }
+}
+
+/// Decide the context and the cache before anything is loaded.
+pub fn plan_memory(
+    source: &Source,
+    draft: Option<&Source>,
+    options: &ModelOptions,
+    available: Option<u64>,
+) -> Result<MemoryPlan> {
+    let trained = source.arch.context_size;
+    let wanted = options.context_size.unwrap_or(trained);
+    if wanted > trained {
+        return Err(Error::InvalidRequest(format!(
+            "context_size must be at most {trained}, got {wanted}"
+        )));
+    }
+    let needs = [Some(source), draft].into_iter().flatten();
+    let (resident, page_bytes) = needs
+        .map(|source| source.needs(options))
+        .fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
+    let whole = wanted.div_ceil(PAGE) as u64;
+    let out_of_memory = |pages: u64| Error::OutOfMemory {
+        needed: resident.saturating_add(pages.saturating_mul(page_bytes)),
+        available: available.unwrap_or(0),
+    };
+    // Room for at least this much, or there is no point in loading.
+    let least = match options.context_size {
+        Some(_) => whole,
+        None => whole.min(512 / PAGE as u64),
+    };
+    let left = available.map_or(u64::MAX, |bytes| bytes.saturating_sub(resident));
+    if least * page_bytes > left || available.is_some_and(|bytes| resident > bytes) {
+        return Err(out_of_memory(least));
+    }
+    let budget = match options.kv_cache_bytes {
+        Some(bytes) if bytes > left => return Err(out_of_memory(bytes / page_bytes)),
+        Some(bytes) if bytes < page_bytes => {
+            return Err(Error::InvalidRequest(format!(
+                "kv_cache_bytes must hold a page of {page_bytes}, got {bytes}"
+            )));
+        }
+        Some(bytes) => bytes / page_bytes,
+        None => (left / 4 / page_bytes).max(least),
+    };
+    let most = whole.saturating_mul(options.max_sequences as u64);
+    let pages = budget.min(most).min(u64::from(u32::MAX / PAGE as u32));
+    let context_size = wanted.min(pages as usize * PAGE);
+    if options.context_size.is_some_and(|n| n > context_size) {
+        let held = pages * PAGE as u64;
+        return Err(Error::InvalidRequest(format!(
+            "context_size of {wanted} needs a larger kv_cache_bytes: it holds {held}"
+        )));
+    }
+    Ok(MemoryPlan {
+        context_size,
+        pages: pages as u32,
+        kv_cache_bytes: pages * page_bytes,
+    })
+}
+
+/// A draft model's file, and its tokenizer.
+pub struct Draft {
+    pub source: Source,
+    tokenizer: Tokenizer,
+    name: String,
+}
+
+impl Draft {
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut weights = files::open(path)?;
+        let vocabulary = weights.take_metadata("tokenizer.");
+        let tokenizer = match weights.config.is_some() {
+            true => Tokenizer::from_dir(path)?,
+            false => vocab::tokenizer(&vocabulary)?,
+        };
+        let arch = Arch::read(&weights)?;
+        Ok(Self {
+            source: Source {
+                weights: Arc::new(weights),
+                arch,
+            },
+            tokenizer,
+            name: path.display().to_string(),
+        })
+    }
+
+    /// # Errors
+    /// `InvalidRequest` where an id means another token here than in `tokenizer`.
+    pub fn check(&self, tokenizer: &Tokenizer) -> Result<()> {
+        let (mine, its) = (self.tokenizer.vocab_size(), tokenizer.vocab_size());
+        let token = |of: &Tokenizer, id: u32| of.id_to_token(id);
+        let other = (0..mine.max(its) as u32)
+            .find(|id| token(&self.tokenizer, *id) != token(tokenizer, *id));
+        let Some(id) = other else {
+            return Ok(());
+        };
+        let spelled = |of: &Tokenizer| match token(of, id) {
+            Some(token) => format!("{token:?}"),
+            None => "no token".into(),
+        };
+        Err(Error::InvalidRequest(format!(
+            "draft_model must have the model's vocabulary: id {id} is {} in {} and {} in the model",
+            spelled(&self.tokenizer),
+            self.name,
+            spelled(tokenizer)
+        )))
+    }
+}
