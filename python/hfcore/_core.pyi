@@ -397,6 +397,12 @@ class Engine:
     def metrics(self) -> dict[str, int | float]:
         """Counters since the start: requests, tokens, steps, cache pages, seconds."""
 
+    def save_prefix(self, path: str | os.PathLike[str], identity: str) -> int:
+        """Write what the cache holds to a file, under this name of the model; the tokens of it."""
+
+    def load_prefix(self, path: str | os.PathLike[str], identity: str) -> int:
+        """Take such a file into the cache; the tokens of it that are there now."""
+
     def close(self) -> None:
         """End all requests and free the model. A second call does nothing."""
 

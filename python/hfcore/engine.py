@@ -310,6 +310,38 @@ class Engine:
         """Logits after the last of `ids`: float32 [vocab]; or after each: [len(ids), vocab]."""
         return self._core.logits(ids, last_only=last_only)
 
+    def save_prefix(self, path: str | os.PathLike[str]) -> int:
+        """Write what the cache holds of texts that have run to a file; how many tokens that is.
+
+        `load_prefix` takes it up in an engine of the same model files and kv_cache_dtype: what
+        begins with one of these texts need not run there. The files are read once, to name them by
+        their SHA-256. Raises InvalidRequestError without a prefix_cache, ModelFileError where the
+        file cannot be written.
+
+        >>> import pathlib, tempfile
+        >>> from hfcore.testing import tiny_model
+        >>> directory = pathlib.Path(tempfile.mkdtemp())
+        >>> with Engine(tiny_model(directory)) as engine:
+        ...     _ = engine.generate("A long text that many requests begin with", max_tokens=1)
+        ...     saved = engine.save_prefix(directory / "prefix")
+        >>> with Engine(directory / "tiny.gguf") as engine:
+        ...     engine.load_prefix(directory / "prefix") == saved
+        True
+        """
+        return self._core.save_prefix(path, self._digest)
+
+    def load_prefix(self, path: str | os.PathLike[str]) -> int:
+        """Take what `save_prefix` wrote into the cache; how many of its tokens are there now.
+
+        What is there already stays; where there is no room for all, a part is taken. Raises as
+        `save_prefix`, and ModelFileError for a file that is damaged or another model's.
+        """
+        return self._core.load_prefix(path, self._digest)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return hub.digest(self.path)
+
     @property
     def tokenizer(self) -> _core.Tokenizer:
         """The model's tokenizer."""

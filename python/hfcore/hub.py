@@ -6,6 +6,7 @@ bars are everyone's.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -94,6 +95,30 @@ def identity(path: Path) -> dict[str, Any]:
         "bytes": sum(s.st_size for s in stats),
         "modified_ns": max((s.st_mtime_ns for s in stats), default=0),
     }
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a model's weights and configuration, hexadecimal: all of them are read."""
+    if path.is_dir():
+        kinds = ("config.json", "*.safetensors")
+        files = sorted(file for kind in kinds for file in path.glob(kind))
+    else:
+        files = [path.with_name(name) for name in _parts(path)]
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def _parts(path: Path) -> list[str]:
+    """The names of all parts of a split GGUF file; one that is not split is its only part."""
+    split = _SPLIT.search(path.name)
+    if split is None:
+        return [path.name]
+    start, count = path.name[: split.start()], int(split[2])
+    return [f"{start}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
 
 
 def choose(files: Iterable[str], quantization: str | None, model: str) -> list[str]:

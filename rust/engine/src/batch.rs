@@ -76,6 +76,14 @@ pub trait Forward: Send {
     /// Run one step; returns the logits of `batch.outputs`, `[outputs, vocab_size]`. Those of tokens that a row does not
     /// allow may be minus infinity; none where the caller is gone.
     fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]>;
+    /// Bytes of a page of its cache, over all layers; none where it does not give them away.
+    fn page_bytes(&self) -> Option<usize> {
+        None
+    }
+    /// Add a page's bytes to `out`.
+    fn read_page(&self, _page: u32, _out: &mut Vec<u8>) {}
+    /// Overwrite a page with `page_bytes` bytes.
+    fn write_page(&mut self, _page: u32, _bytes: &[u8]) {}
 }
 
 /// Who wants a step, as the decoder that runs it may ask.

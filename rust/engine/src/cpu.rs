@@ -189,6 +189,22 @@ impl Device for Cpu {
             .collect())
     }
 
+    fn page_bytes(cache: &Vec<KvLayer>) -> Option<usize> {
+        Some(cache.iter().map(KvLayer::bytes_of_page).sum())
+    }
+
+    fn read_page(cache: &Vec<KvLayer>, page: u32, out: &mut Vec<u8>) {
+        for layer in cache {
+            layer.read_page(page as usize, out);
+        }
+    }
+
+    fn write_page(cache: &mut Vec<KvLayer>, page: u32, mut bytes: &[u8]) {
+        for layer in cache {
+            bytes = layer.write_page(page as usize, bytes);
+        }
+    }
+
     fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()> {
         self.angles.resize(ropes.len(), Angles::default());
         for (angles, rope) in self.angles.iter_mut().zip(ropes) {

@@ -311,6 +311,18 @@ impl<D: Device> Forward for Decoder<D> {
         self.model.arch.vocab_size
     }
 
+    fn page_bytes(&self) -> Option<usize> {
+        D::page_bytes(&self.cache)
+    }
+
+    fn read_page(&self, page: u32, out: &mut Vec<u8>) {
+        D::read_page(&self.cache, page, out);
+    }
+
+    fn write_page(&mut self, page: u32, bytes: &[u8]) {
+        D::write_page(&mut self.cache, page, bytes);
+    }
+
     fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
         let Self {
             device,

@@ -36,6 +36,14 @@ pub trait Device: Send + Sized {
     fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Self::Matrix>;
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
     fn cache(&self, pages: usize, shapes: &[AttentionShape]) -> Result<Self::Cache>;
+    /// Bytes of a page over all layers; none where pages do not leave the device.
+    fn page_bytes(_cache: &Self::Cache) -> Option<usize> {
+        None
+    }
+    /// Add a page's bytes to `out`.
+    fn read_page(_cache: &Self::Cache, _page: u32, _out: &mut Vec<u8>) {}
+    /// Overwrite a page with as many bytes.
+    fn write_page(_cache: &mut Self::Cache, _page: u32, _bytes: &[u8]) {}
 
     /// A step begins: compute what its positions need for each rope.
     fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()>;

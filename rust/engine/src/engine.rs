@@ -1,6 +1,7 @@
 //! The engine: `step` plans, runs the model, samples and hands out; a thread of its own does so
 //! while there is work. Knows no text and no model, only `Forward` and `Parts`.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -9,7 +10,8 @@ use std::time::Duration;
 use crate::batch::{Forward, PAGE};
 use crate::error::{Error, Result};
 use crate::options::Options;
-use crate::prefix::{Path, Place};
+use crate::prefix::{Path as Prefix, Place};
+use crate::saved::Saved;
 use crate::sequence::{Parts, Sequence};
 use crate::stream::{Sender, Stream, channel, lock};
 
@@ -271,6 +273,43 @@ impl Engine {
         result.recv().unwrap_or(Err(Error::Closed))
     }
 
+    /// Write what the cache holds of texts that have run to a file, for [`Self::load_prefixes`]; how many tokens that is.
+    /// `model` names whose keys and values they are.
+    ///
+    /// # Errors
+    /// `InvalidRequest` where nothing is kept, `ModelFile` where the file cannot be written, `Closed`.
+    pub fn save_prefixes(&self, path: &Path, model: &str) -> Result<usize> {
+        let saved = self.now(Core::save)?;
+        saved.write(path, model)?;
+        Ok(saved.pages.len() * PAGE)
+    }
+
+    /// Take what was saved of the same `model` into the cache, as far as there is room; how many of its tokens are there.
+    ///
+    /// # Errors
+    /// As [`Self::save_prefixes`], and `ModelFile` for a file that is no such, or another model's.
+    pub fn load_prefixes(&self, path: &Path, model: &str) -> Result<usize> {
+        let page_bytes = self.now(Core::page_bytes)?;
+        let saved = Saved::read(path, model, page_bytes)?;
+        let outside = saved.pages.iter().flat_map(|page| page.tokens);
+        self.config.check_ids("saved tokens", outside)?;
+        self.now(move |core| core.restore(&saved))
+    }
+
+    /// Do something between two steps.
+    fn now<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Core) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (answer, result) = mpsc::channel();
+        let job = move |core: &mut Core| {
+            // Who asked may have gone.
+            let _ = answer.send(core.guarded(job));
+        };
+        self.send(Work::Now(Box::new(job)))?;
+        result.recv().unwrap_or(Err(Error::Closed))
+    }
+
     pub fn metrics(&self) -> Metrics {
         let generation = self.generation(std::process::id());
         let waiting = lock(&generation.worker)
@@ -423,6 +462,8 @@ struct Counters {
 enum Work {
     Generate(Box<Task>),
     Logits(LogitsJob),
+    /// Between two steps, before what waits.
+    Now(Box<dyn FnOnce(&mut Core) + Send>),
 }
 
 impl Work {
@@ -431,6 +472,7 @@ impl Work {
         match self {
             Self::Generate(task) => task.places(),
             Self::Logits(_) => 1,
+            Self::Now(_) => 0,
         }
     }
 }
@@ -448,7 +490,7 @@ struct Task {
     timeout: Option<Duration>,
     priority: i32,
     /// Where it stands among the prefixes; none while it waits.
-    path: Option<Path>,
+    path: Option<Prefix>,
     /// What another request is computing that it can use.
     waits_for: Option<Place>,
     /// What the second model has done for it.
@@ -545,7 +587,7 @@ impl Work {
     fn priority(&self) -> i32 {
         match self {
             Self::Generate(task) => task.priority,
-            Self::Logits(_) => 0,
+            Self::Logits(_) | Self::Now(_) => 0,
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod files;
 pub mod arch;
 pub mod batch;
 pub mod pages;
+pub mod saved;
 pub mod prefix;
 pub mod device;
 pub mod cpu;

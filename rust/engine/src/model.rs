@@ -454,6 +454,21 @@ impl Model {
             .logits(ids.to_vec(), last_only, self.is_long(ids.len()))
     }
 
+    /// Write what the cache holds of texts that have run to a file; see [`Engine::save_prefixes`]. `identity` tells this
+    /// model's files from all others, such as by a hash of them.
+    pub fn save_prefixes(&self, path: &Path, identity: &str) -> Result<usize> {
+        self.engine.save_prefixes(path, &self.cache_name(identity))
+    }
+
+    /// Take into the cache what was saved; see [`Engine::load_prefixes`].
+    pub fn load_prefixes(&self, path: &Path, identity: &str) -> Result<usize> {
+        self.engine.load_prefixes(path, &self.cache_name(identity))
+    }
+
+    fn cache_name(&self, identity: &str) -> String {
+        format!("{identity} {}", self.info["kv_cache_dtype"])
+    }
+
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.tokenizer
     }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use crate::batch::PAGE;
 use crate::pages::Pages;
+use crate::saved::{Before, SavedPage};
 
 type Tokens = [u32; PAGE];
 
@@ -292,6 +293,69 @@ impl Prefixes {
             self.remove(place, pages);
             place = parent;
         }
+    }
+
+    /// All pages that are filled, each after the one before it, and their numbers.
+    pub fn filled(&self) -> (Vec<SavedPage>, Vec<u32>) {
+        let mut below: HashMap<Place, Vec<Place>> = HashMap::new();
+        let nodes = (0..).zip(&self.nodes);
+        for (i, node) in nodes.filter_map(|(i, node)| Some((i, node.as_ref()?))) {
+            if node.ready {
+                below.entry(node.parent).or_default().push(Place(i));
+            }
+        }
+        let (mut saved, mut pages) = (Vec::new(), Vec::new());
+        let mut next: Vec<(Before, Place)> = [false, true]
+            .map(|long| (Before::Nothing { long }, root(long)))
+            .into();
+        while let Some((before, place)) = next.pop() {
+            for child in below.remove(&place).unwrap_or_default() {
+                let Some(node) = self.node(child) else {
+                    continue;
+                };
+                next.push((Before::Page(saved.len()), child));
+                saved.push(SavedPage {
+                    before,
+                    tokens: node.tokens,
+                });
+                pages.push(node.page);
+            }
+        }
+        (saved, pages)
+    }
+
+    /// Take in what was saved, as far as there are free pages: `fill(page, at)` is to fill a page with the one at `at`.
+    /// Those that are there already stay. Returns how many of them there are now.
+    pub fn take_in(
+        &mut self,
+        saved: &[SavedPage],
+        pages: &mut Pages,
+        mut fill: impl FnMut(u32, usize),
+    ) -> usize {
+        self.clock += 1;
+        let mut places: Vec<Option<Place>> = Vec::with_capacity(saved.len());
+        for (at, page) in saved.iter().enumerate() {
+            let parent = match page.before {
+                Before::Nothing { long } => Some(root(long)),
+                Before::Page(before) => places.get(before).copied().flatten(),
+            };
+            let place = parent.and_then(|parent| match self.child(parent, &page.tokens) {
+                Some(place) => self.settled(place).then_some(place),
+                None => {
+                    let mut table = Vec::new();
+                    if !pages.grow(&mut table, 1) {
+                        return None;
+                    }
+                    fill(table[0], at);
+                    let place = self.add(parent, page.tokens, table[0], pages);
+                    pages.release(&mut table);
+                    self.node_mut(place)?.ready = true;
+                    Some(place)
+                }
+            });
+            places.push(place);
+        }
+        places.iter().flatten().count()
     }
 
     /// Forget all: the cache is gone.

@@ -108,6 +108,10 @@ impl Lines {
     fn piece(&self, i: usize, size: usize) -> &[u8] {
         &self.bytes[self.start + i * size..][..size]
     }
+
+    fn piece_mut(&mut self, i: usize, size: usize) -> &mut [u8] {
+        &mut self.bytes[self.start + i * size..][..size]
+    }
 }
 
 /// The cache of one layer: keys `[page][kv_head][dim][PAGE]`, values `[page][kv_head][dim / 16][PAGE][16]`, before each
@@ -141,6 +145,38 @@ impl KvLayer {
     /// Bytes that one page takes in one layer.
     pub fn page_bytes(kind: KvType, kv_heads: usize, head_dim: usize) -> usize {
         kv_heads * (kind.size(head_dim) + kind.size(head_dim.next_multiple_of(LANES)))
+    }
+
+    /// [`Self::page_bytes`] of this layer.
+    pub fn bytes_of_page(&self) -> usize {
+        Self::page_bytes(self.kind, self.kv_heads, self.head_dim)
+    }
+
+    /// Add the bytes of a page to `out`: keys, then values, of all heads.
+    ///
+    /// # Panics
+    /// When the page is beyond the cache.
+    pub fn read_page(&self, page: usize, out: &mut Vec<u8>) {
+        for (lines, size) in [(&self.keys, self.head_dim), (&self.values, self.padded)] {
+            out.extend_from_slice(lines.piece(page, self.kv_heads * self.kind.size(size)));
+        }
+    }
+
+    /// Overwrite a page with bytes of [`Self::read_page`], as many as [`Self::page_bytes`] says; the others are left.
+    ///
+    /// # Panics
+    /// When the page is beyond the cache, or there are fewer bytes.
+    pub fn write_page<'a>(&mut self, page: usize, mut bytes: &'a [u8]) -> &'a [u8] {
+        let (kind, heads) = (self.kind, self.kv_heads);
+        for (lines, dim) in [
+            (&mut self.keys, self.head_dim),
+            (&mut self.values, self.padded),
+        ] {
+            let (own, rest) = bytes.split_at(heads * kind.size(dim));
+            lines.piece_mut(page, own.len()).copy_from_slice(own);
+            bytes = rest;
+        }
+        bytes
     }
 
     /// Write the keys and values of all rows of a step. Rows are `[.. | k | v]` with keys starting at `offset`.

@@ -156,6 +156,28 @@ impl Engine {
         to_python(py, &self.model.metrics())
     }
 
+    /// Write what the cache holds to a file, under this name of the model; the tokens of it.
+    fn save_prefix(
+        &self,
+        py: Python<'_>,
+        path: &Bound<'_, PyAny>,
+        identity: &str,
+    ) -> PyResult<usize> {
+        let path = to_path(path)?;
+        run(py, || self.model.save_prefixes(&path, identity))
+    }
+
+    /// Take such a file into the cache; the tokens of it that are there now.
+    fn load_prefix(
+        &self,
+        py: Python<'_>,
+        path: &Bound<'_, PyAny>,
+        identity: &str,
+    ) -> PyResult<usize> {
+        let path = to_path(path)?;
+        run(py, || self.model.load_prefixes(&path, identity))
+    }
+
     /// End all requests and free the model. A second call does nothing.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         run(py, || {

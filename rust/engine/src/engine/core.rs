@@ -8,12 +8,15 @@ use std::time::Instant;
 
 use super::second::{Asker, Drafting, Second};
 use super::{Counters, EngineConfig, Factory, LogitsJob, Task, Work, places};
+use hfcore_kernels::mmap::Mapped;
+
 use crate::batch::{Batch, Caller, Forward, PAGE};
 use crate::constraint::Aside;
 use crate::error::{Error, Result};
 use crate::pace::Pace;
 use crate::pages::Pages;
 use crate::prefix::{Place, Prefixes};
+use crate::saved::Saved;
 use crate::scheduler::{self, Job};
 
 /// Rows whose logits are made at a time where those of every position are wanted: a large vocabulary
@@ -85,6 +88,10 @@ impl Core {
 
     /// Let work wait for its turn, behind what came before with the same priority.
     pub fn queue(&mut self, work: Work) {
+        let work = match work {
+            Work::Now(job) => return job(self),
+            work => work,
+        };
         let priority = work.priority();
         let at = self
             .waiting
@@ -139,6 +146,50 @@ impl Core {
             Err(error) => self.fail(&plan, &error),
         }
         self.retire();
+    }
+
+    /// What the cache holds, for a file.
+    pub fn save(&mut self) -> Result<Saved<Vec<u8>>> {
+        let page_bytes = self.page_bytes()?;
+        let (pages, numbers) = self.prefixes.filled();
+        let mut bytes = Vec::with_capacity(numbers.len() * page_bytes);
+        if let Some(forward) = &self.forward {
+            for page in numbers {
+                forward.read_page(page, &mut bytes);
+            }
+        }
+        Ok(Saved {
+            pages,
+            page_bytes,
+            bytes,
+        })
+    }
+
+    /// Take in what a file holds, as far as there is room; the tokens of it that are there now.
+    pub fn restore(&mut self, saved: &Saved<Mapped>) -> Result<usize> {
+        let Some(forward) = &mut self.forward else {
+            return Err(Error::Closed);
+        };
+        let fill = |page, at| forward.write_page(page, saved.page(at));
+        let there = self.prefixes.take_in(&saved.pages, &mut self.pages, fill);
+        self.publish();
+        Ok(there * PAGE)
+    }
+
+    /// Bytes of a page, as the decoder has them.
+    pub fn page_bytes(&mut self) -> Result<usize> {
+        if !self.config.prefix_cache {
+            let problem = "prefix_cache is off: nothing that has run is kept";
+            return Err(Error::InvalidRequest(problem.into()));
+        }
+        self.make_forward()?;
+        let bytes = self
+            .forward
+            .as_ref()
+            .and_then(|forward| forward.page_bytes());
+        bytes.ok_or_else(|| {
+            Error::InvalidRequest("this device does not give its cache away; the cpu does".into())
+        })
     }
 
     fn make_forward(&mut self) -> Result<()> {
@@ -206,6 +257,7 @@ impl Core {
             let mut found = 0;
             let tokens = match work {
                 Work::Logits(job) => job.ids.len(),
+                Work::Now(_) => 0,
                 Work::Generate(task) => {
                     if let Some(place) = task.waits_for
                         && !self.prefixes.settled(place)
@@ -241,7 +293,7 @@ impl Core {
                     let _ = job.answer.send(logits);
                     self.pages.release(&mut table);
                 }
-                None => self.pages.release(&mut table),
+                Some(Work::Now(_)) | None => self.pages.release(&mut table),
             }
         }
     }
@@ -464,7 +516,7 @@ impl Core {
     /// Do something that runs code which might panic. After a panic the decoder is not to be
     /// trusted: it goes, its cache with it, and the requests that remain run again from their
     /// first token on a new one, in pages of their own.
-    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+    pub fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let panic = match catch_unwind(AssertUnwindSafe(|| work(self))) {
             Ok(result) => return result,
             Err(panic) => panic,
@@ -504,6 +556,8 @@ impl Core {
                 Work::Logits(job) => {
                     let _ = job.answer.send(Err(error.clone()));
                 }
+                // Never waits.
+                Work::Now(_) => {}
             }
         }
         self.retire();
@@ -514,7 +568,7 @@ impl Core {
         let now = Instant::now();
         let waiting = self.waiting.iter_mut().filter_map(|work| match work {
             Work::Generate(task) => Some(task.as_mut()),
-            Work::Logits(_) => None,
+            Work::Logits(_) | Work::Now(_) => None,
         });
         for task in self.running.iter_mut().chain(waiting) {
             let Some(timeout) = task.timeout else {
@@ -551,7 +605,7 @@ impl Core {
         });
         self.waiting.retain(|work| match work {
             Work::Generate(task) => !over(task),
-            Work::Logits(_) => true,
+            Work::Logits(_) | Work::Now(_) => true,
         });
         self.publish();
     }

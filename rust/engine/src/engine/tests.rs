@@ -51,6 +51,23 @@ impl Forward for Fake {
         VOCAB
     }
 
+    fn page_bytes(&self) -> Option<usize> {
+        Some(4 * PAGE)
+    }
+
+    fn read_page(&self, page: u32, out: &mut Vec<u8>) {
+        out.extend(bytes_of(&self.slots[page as usize * PAGE..][..PAGE]));
+    }
+
+    fn write_page(&mut self, page: u32, bytes: &[u8]) {
+        let (numbers, _) = bytes.as_chunks();
+        let slots = &mut self.slots[page as usize * PAGE..][..PAGE];
+        slots
+            .iter_mut()
+            .zip(numbers)
+            .for_each(|(slot, n)| *slot = u32::from_le_bytes(*n));
+    }
+
     fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
         drop(lock(&self.plan.gate));
         if caller.gone() {
@@ -105,6 +122,11 @@ impl Forward for Fake {
         }
         Ok(&self.logits)
     }
+}
+
+/// The bytes of a page's tokens.
+fn bytes_of(tokens: &[u32]) -> impl Iterator<Item = u8> {
+    tokens.iter().flat_map(|token| token.to_le_bytes())
 }
 
 impl Drop for Fake {
@@ -1418,4 +1440,48 @@ fn a_draft_model_changes_no_token_and_saves_steps() {
         assert_eq!(plain, drafted);
         assert!(after.drafted_tokens < 200, "{after:?}");
     }
+}
+
+#[test]
+fn what_was_saved_need_not_run_again() {
+    let path = std::env::temp_dir().join(format!("hfcore-engine-{}", std::process::id()));
+    let prompts = [prompt(1, 100), prompt(1, 120), prompt(2, 50)];
+    let requests = prompts.map(|ids| (ids, tokens(10)));
+    let answers = |engine: &Engine| -> Vec<Delta> {
+        let streams = submit_all(engine, &requests, 1);
+        streams.into_iter().map(|s| collect(s).unwrap()).collect()
+    };
+    let first = engine(100);
+    let wanted = answers(&first);
+    assert_nothing_held(&first);
+    let saved = first.save_prefixes(&path, "model").unwrap();
+    assert_eq!(saved, first.metrics().pages_cached as usize * PAGE);
+    // All of it, twice; and as much as there is room for.
+    for (pages, there) in [(100, saved), (10, 10 * PAGE)] {
+        let engine = engine(pages);
+        for _ in 0..2 {
+            assert_eq!(engine.load_prefixes(&path, "model").unwrap(), there);
+        }
+        assert_eq!(engine.metrics().pages_cached as usize * PAGE, there);
+        assert_eq!(answers(&engine), wanted);
+        assert!(engine.metrics().prefix_hit_tokens > 0);
+        assert_nothing_held(&engine);
+    }
+    let refused = engine(100).load_prefixes(&path, "other").unwrap_err();
+    assert!(refused.to_string().contains("another model"), "{refused}");
+    let none = EngineConfig {
+        prefix_cache: false,
+        ..config(10)
+    };
+    assert!(
+        engine_of(none, &Plan::default())
+            .save_prefixes(&path, "model")
+            .is_err()
+    );
+    first.close();
+    assert!(matches!(
+        first.save_prefixes(&path, "model"),
+        Err(Error::Closed)
+    ));
+    std::fs::remove_file(path).unwrap();
 }
