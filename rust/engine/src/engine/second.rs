@@ -113,7 +113,6 @@ impl Second {
                 break;
             }
             let start = Instant::now();
-            let asked = now.len();
             let ready = self.read(now, running, pages, budget)?;
             spent += start.elapsed().as_secs_f32();
             rows += ready.len();
@@ -122,10 +121,6 @@ impl Second {
             let (on, over): (Vec<Asker>, Vec<Asker>) = ready.into_iter().partition(on);
             done.extend(over);
             // Who has yet to read a long text guesses in a later step.
-            if on.is_empty() || asked == 0 {
-                now = on;
-                break;
-            }
             now = on;
         }
         done.extend(now);
