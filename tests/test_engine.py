@@ -21,7 +21,7 @@ import pytest
 
 from hfcore import Completion, Delta, Engine, InvalidRequestError, Usage
 from hfcore import engine as engine_module
-from hfcore.engine import _LoadBar, shared_engine, total
+from hfcore.engine import LoadBar, shared_engine, total
 from hfcore.errors import EngineClosedError, HfcoreError, RequestTimeoutError
 from hfcore.testing import tiny_model
 
@@ -347,7 +347,7 @@ class Terminal(io.StringIO):
 def test_slow_loads_show_a_bar_on_a_terminal_and_wipe_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     terminal = Terminal()
-    bar = _LoadBar(terminal, patience=0)
+    bar = LoadBar(terminal, patience=0)
     report = bar.shown()
     assert report is not None
     report(30_000_000, 60_000_000)
@@ -358,16 +358,16 @@ def test_slow_loads_show_a_bar_on_a_terminal_and_wipe_it(monkeypatch: pytest.Mon
 
 def test_quick_loads_and_pipes_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
-    assert _LoadBar(io.StringIO()).shown() is None
+    assert LoadBar(io.StringIO()).shown() is None
     terminal = Terminal()
-    bar = _LoadBar(terminal, patience=60)
+    bar = LoadBar(terminal, patience=60)
     report = bar.shown()
     assert report is not None
     report(1, 2)
     bar.close()
     assert terminal.getvalue() == ""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    assert _LoadBar(terminal).shown() is None
+    assert LoadBar(terminal).shown() is None
 
 
 def test_a_draft_model_changes_no_answer_and_must_know_the_same_tokens(tmp_path: Path) -> None:

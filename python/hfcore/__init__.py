@@ -1,6 +1,7 @@
 """Hugging Face models in Python and LangChain, in the process, without torch.
 
     Engine, ChatTemplate, Tokenizer, Completion, Delta   for Python programs
+    quantize                                             model files in other types
     ChatHuggingFace, HuggingFacePipeline                 for LangChain (langchain-core is needed)
     hfcore.errors, hfcore.options, hfcore.testing        exceptions, option names, test helpers
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .llms import HuggingFacePipeline
+    from .quantization import Quantized, quantize
 
 _HOMES = {
     "_core": ("ChatTemplate", "Tokenizer", "__version__"),
@@ -55,6 +57,7 @@ _HOMES = {
     ),
     "chat_models": ("ChatHuggingFace",),
     "llms": ("HuggingFacePipeline",),
+    "quantization": ("Quantized", "quantize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -75,6 +78,7 @@ __all__ = [
     "ModelNotFoundError",
     "ModelTooLargeError",
     "NoChatTemplateError",
+    "Quantized",
     "RequestTimeoutError",
     "TemplateError",
     "TokenLogprob",
@@ -83,6 +87,7 @@ __all__ = [
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "quantize",
 ]
 
 

@@ -26,6 +26,8 @@ __all__ = [
     "__version__",
     "dequantize",
     "limits",
+    "quantize",
+    "quantize_file",
 ]
 
 __version__: Final[str]
@@ -420,6 +422,35 @@ def limits(threads: int, read_bytes: int) -> dict[str, Any]:
     >>> limits(1, read_bytes=1 << 22)["threads"]
     1
     """
+
+def quantize(
+    type_name: str,
+    numbers: NDArray[np.float32],
+    *,
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]:
+    """Rows of numbers as blocks of a GGUF type: [rows, numbers] -> [rows, bytes].
+
+    `importance`, of the same shape, says how much an error of each number counts.
+
+    >>> import numpy as np
+    >>> from hfcore._core import dequantize, quantize
+    >>> numbers = np.linspace(-1, 1, 32, dtype=np.float32)[None]
+    >>> bool(abs(dequantize("Q8_0", quantize("Q8_0", numbers)) - numbers).max() < 0.005)
+    True
+    """
+
+def quantize_file(
+    source: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    importance: str | os.PathLike[str] | None = None,
+    again: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, int]:
+    """Write a GGUF file in other types; tensors, bytes_before and bytes. See hfcore.quantize."""
 
 def dequantize(type_name: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].

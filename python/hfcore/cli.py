@@ -1,4 +1,6 @@
-"""The command `hfcore`: chat, demo, tokenize, render, info, bench. LangChain is not loaded.
+"""The command `hfcore`: chat, demo, tokenize, render, info, quantize, bench.
+
+LangChain is not loaded by any of it.
 
 Exit status: 0, 1 for a model that does not work, 2 for a wrong command line, 130 after Ctrl-C.
 """
@@ -79,6 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a model is")
     _takes_model(info)
     info.set_defaults(run=_info)
+
+    smaller = commands.add_parser("quantize", help="a GGUF model in other types, such as q4_k_m")
+    _takes_model(smaller)
+    smaller.add_argument("--to", required=True, metavar="TYPE", help="q4_k_m, q8_0, ...")
+    smaller.add_argument("-o", "--out", required=True, type=Path, metavar="FILE.gguf")
+    smaller.add_argument(
+        "--imatrix", type=Path, metavar="FILE.gguf", help="what llama-imatrix says of the inputs"
+    )
+    smaller.add_argument(
+        "--allow-requantize", action="store_true", help="also a model that is quantised already"
+    )
+    smaller.add_argument("--threads", type=int, metavar="N")
+    smaller.add_argument(
+        "--text", type=Path, metavar="FILE", help="say how much worse this text is predicted"
+    )
+    smaller.set_defaults(run=_quantize)
 
     measure = commands.add_parser(
         "bench", help="hfcore and its rivals on the same files, beside the machine's limits"
@@ -172,6 +190,20 @@ def _info(parsed: argparse.Namespace) -> None:
     with _opened(parsed.model, parsed) as engine:
         for name, value in engine.info.items():
             print(f"{name}: {value}")
+
+
+def _quantize(parsed: argparse.Namespace) -> None:
+    from .quantization import mean_nll, quantize
+
+    made = quantize(
+        parsed.model, parsed.to, parsed.out, imatrix=parsed.imatrix,
+        allow_requantize=parsed.allow_requantize, threads=parsed.threads,
+    )  # fmt: skip
+    print(f"{made.path}: {made.tensors} tensors, {made.bytes_before} -> {made.bytes} bytes")
+    if parsed.text is not None:
+        text = parsed.text.read_text(encoding="utf-8")
+        before, after = (mean_nll(file, text) for file in (parsed.model, made.path))
+        print(f"mean NLL {before:.4f} -> {after:.4f}, {100 * (after / before - 1):+.2f} %")
 
 
 def _messages(given: str) -> list[dict[str, Any]]:

@@ -258,7 +258,7 @@ class Engine:
         path, rest = _located(model, opening)
         rest |= {"device": options.device(device), "max_sequences": max_sequences}
         self._closed = False
-        with contextlib.closing(_LoadBar()) as bar:
+        with contextlib.closing(LoadBar()) as bar:
             self._core = _core.Engine(path, progress=progress or bar.shown(), **rest)
         self.model = os.fspath(model)
         self.path = path
@@ -437,7 +437,7 @@ def _located(
     return hub.resolve(model, **place), rest
 
 
-class _LoadBar:
+class LoadBar:
     """A line on a terminal that says how far loading is; quick loads and pipes never see it."""
 
     def __init__(self, out: TextIO | None = None, patience: float = 0.5) -> None:

@@ -13,6 +13,8 @@ use hfcore_kernels::quant::TensorType;
 use crate::error::{Error, Result};
 use crate::weights::{TensorInfo, Value, Weights};
 
+pub mod write;
+
 /// Keys in one file. Real ones have about 40.
 const MAX_KEYS: usize = 1 << 16;
 /// Tensors in one file. Real ones have up to some thousands.
@@ -149,10 +151,15 @@ fn check_tensor_count(weights: &Weights) -> Result<()> {
 
 // One file
 
+/// Keys, each with the bytes that it and its value take.
+type Entries = Vec<(String, Range<usize>)>;
+
 /// What one file holds. The ranges of its tensors are absolute; their `file` is 0.
 #[derive(Debug)]
 struct Contents {
     metadata: HashMap<String, Value>,
+    /// Where each key with its value stands, in the order of the file.
+    entries: Entries,
     tensors: HashMap<String, TensorInfo>,
 }
 
@@ -168,10 +175,14 @@ fn parse(bytes: &[u8], path: &str) -> Result<Contents> {
     let tensor_count = r.count("tensors", 8 + 1 + 4 + 8 + 4 + 8, MAX_TENSORS)?;
     // The least a key takes: its length and one byte, the type, one byte of value.
     let key_count = r.count("keys", 8 + 1 + 4 + 1, MAX_KEYS)?;
-    let metadata = r.metadata(key_count)?;
+    let (metadata, entries) = r.metadata(key_count)?;
     let alignment = r.alignment(&metadata)?;
     let tensors = r.tensors(tensor_count, alignment)?;
-    Ok(Contents { metadata, tensors })
+    Ok(Contents {
+        metadata,
+        entries,
+        tensors,
+    })
 }
 
 /// A cursor that never leaves the file.
@@ -288,9 +299,11 @@ impl<'a> Reader<'a> {
 
     // Metadata
 
-    fn metadata(&mut self, count: usize) -> Result<HashMap<String, Value>> {
+    fn metadata(&mut self, count: usize) -> Result<(HashMap<String, Value>, Entries)> {
         let mut metadata = HashMap::with_capacity(count);
+        let mut entries = Vec::with_capacity(count);
         for _ in 0..count {
+            let start = self.at;
             let key = self.name("a key")?;
             let type_id = self.u32(key)?;
             let value = if type_id == 9 {
@@ -301,8 +314,9 @@ impl<'a> Reader<'a> {
             if metadata.insert(key.to_string(), value).is_some() {
                 return Err(self.error(format!("has the key {key:?} twice")));
             }
+            entries.push((key.to_string(), start..self.at));
         }
-        Ok(metadata)
+        Ok((metadata, entries))
     }
 
     fn scalar(&mut self, key: &str, type_id: u32) -> Result<Value> {

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use hfcore_kernels::mmap::Mapped;
 use hfcore_kernels::quant::{self, TensorType};
+use hfcore_kernels::quantize::quantize;
 
 use crate::error::{Error, Result};
 
@@ -338,13 +339,7 @@ pub fn dequantize_blocks(
     count: usize,
     blocks: &[u8],
 ) -> Result<(Vec<f32>, usize)> {
-    let Some(tensor_type) = TensorType::from_name(type_name) else {
-        return Err(Error::Unsupported {
-            what: "tensor type",
-            name: type_name.to_owned(),
-            supported: TensorType::ALL.map(TensorType::name).join(", "),
-        });
-    };
+    let tensor_type = tensor_type(type_name)?;
     let wanted = tensor_type.block_bytes();
     if count.checked_mul(wanted) != Some(blocks.len()) {
         return Err(Error::InvalidRequest(format!(
@@ -355,6 +350,41 @@ pub fn dequantize_blocks(
     let mut out = vec![0.0; count * tensor_type.block_len()];
     quant::dequantize(tensor_type, blocks, &mut out);
     Ok((out, tensor_type.block_len()))
+}
+
+fn tensor_type(name: &str) -> Result<TensorType> {
+    TensorType::from_name(name).ok_or_else(|| Error::Unsupported {
+        what: "tensor type",
+        name: name.to_owned(),
+        supported: TensorType::ALL.map(TensorType::name).join(", "),
+    })
+}
+
+/// `rows` rows of numbers as blocks of a type; see [`hfcore_kernels::quantize`].
+///
+/// # Errors
+/// [`Error::Unsupported`] for an unknown type, [`Error::InvalidRequest`] for rows that are no whole blocks.
+pub fn quantize_rows(
+    type_name: &str,
+    rows: usize,
+    numbers: &[f32],
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    let tensor_type = tensor_type(type_name)?;
+    let cols = numbers.len() / rows.max(1);
+    let row_bytes = tensor_type.row_bytes(cols).ok_or_else(|| {
+        Error::InvalidRequest(format!(
+            "rows of {type_name} are multiples of {} numbers, got {cols}",
+            tensor_type.block_len()
+        ))
+    })?;
+    if importance.is_some_and(|w| w.len() != numbers.len()) {
+        let problem = "importance must have the shape of the numbers";
+        return Err(Error::InvalidRequest(problem.into()));
+    }
+    let mut out = vec![0; rows * row_bytes];
+    quantize(tensor_type, numbers, importance, &mut out);
+    Ok(out)
 }
 
 /// The known name with the fewest edits from `name`, if they are less than half of it.

@@ -18,6 +18,7 @@ pub mod mmap;
 mod neon;
 pub mod pool;
 pub mod quant;
+pub mod quantize;
 mod scalar;
 pub mod simd;
 mod spread;

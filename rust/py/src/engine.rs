@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use hfcore_engine::error::Result;
 use hfcore_engine::model::{DeviceKind, Model, ModelOptions, Prompt, kv_cache_dtype as kv_type};
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
@@ -195,13 +196,22 @@ impl Engine {
     }
 }
 
-/// Load a model. Ctrl-C, and whatever `progress` raises, end the loading.
+/// Load a model.
 fn load(
     py: Python<'_>,
     path: &Path,
     options: &ModelOptions,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Model> {
+    reported(py, progress, |report| Model::open(path, options, &report))
+}
+
+/// Do something long that reports how far it is, in bytes done and in all. Ctrl-C, and whatever `progress` raises, end it.
+pub fn reported<T: Send>(
+    py: Python<'_>,
+    progress: Option<Py<PyAny>>,
+    work: impl FnOnce(&(dyn Fn(u64, u64) -> bool + Sync)) -> Result<T> + Send,
+) -> PyResult<T> {
     let raised = Mutex::new(None);
     let report = |done: u64, total: u64| {
         let told = Python::attach(|py| {
@@ -214,10 +224,10 @@ fn load(
         *raised.lock().unwrap_or_else(PoisonError::into_inner) = told.err();
         go_on
     };
-    let model = run(py, || Model::open(path, options, &report));
+    let done = run(py, || work(&report));
     match raised.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
-        None => model,
+        None => done,
     }
 }
 

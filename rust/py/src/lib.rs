@@ -5,6 +5,7 @@ mod convert;
 mod delta;
 mod engine;
 mod error;
+mod quantize;
 mod stream;
 mod template;
 mod tokenizer;
@@ -66,5 +67,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<delta::Usage>()?;
     module.add_class::<stream::Notifier>()?;
     module.add_function(wrap_pyfunction!(limits, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize::quantize, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize::quantize_file, module)?)?;
     module.add_function(wrap_pyfunction!(dequantize, module)?)
 }

@@ -1,0 +1,137 @@
+//! Another file's metadata and other tensors into a GGUF file.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use super::parse;
+use crate::error::{Error, Result};
+use crate::weights::Weights;
+use hfcore_kernels::quant::TensorType;
+
+/// What other files begin data at.
+const ALIGNMENT: usize = 32;
+
+/// Keys that say how a file's tensors are stored, and into how many files.
+const OWN_KEYS: [&str; 3] = [
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+];
+
+/// A tensor that is about to be written.
+pub struct Planned<'a> {
+    pub name: &'a str,
+    pub tensor_type: TensorType,
+    /// Outermost first.
+    pub shape: &'a [usize],
+    pub bytes: usize,
+}
+
+/// A file under way: its header is written, its tensors are to follow in the order in which they were planned.
+pub struct Writer {
+    out: BufWriter<File>,
+    path: String,
+    at: usize,
+}
+
+impl Writer {
+    /// Begin a file with the metadata of the GGUF file `source`, its file type aside.
+    ///
+    /// # Errors
+    /// [`Error::ModelFile`] where the file cannot be written.
+    pub fn begin(
+        path: &Path,
+        source: &Weights,
+        file_type: u32,
+        tensors: &[Planned],
+    ) -> Result<Self> {
+        let metadata = metadata(source, file_type)?;
+        let mut header = Vec::new();
+        header.extend(b"GGUF");
+        header.extend(3u32.to_le_bytes());
+        header.extend((tensors.len() as u64).to_le_bytes());
+        header.extend((metadata.len() as u64).to_le_bytes());
+        header.extend(metadata.concat());
+        let mut offset = 0;
+        for tensor in tensors {
+            put_string(&mut header, tensor.name);
+            header.extend((tensor.shape.len() as u32).to_le_bytes());
+            for n in tensor.shape.iter().rev() {
+                header.extend((*n as u64).to_le_bytes());
+            }
+            header.extend(tensor.tensor_type.id().to_le_bytes());
+            header.extend((offset as u64).to_le_bytes());
+            offset += tensor.bytes.next_multiple_of(ALIGNMENT);
+        }
+        let name = path.display().to_string();
+        let file = File::create(path).map_err(|e| Error::ModelFile {
+            path: name.clone(),
+            problem: e.to_string(),
+        })?;
+        let mut writer = Self {
+            out: BufWriter::new(file),
+            path: name,
+            at: 0,
+        };
+        writer.tensor(&header)?;
+        Ok(writer)
+    }
+
+    /// The next tensor's bytes.
+    ///
+    /// # Errors
+    /// [`Error::ModelFile`] where they cannot be written.
+    pub fn tensor(&mut self, bytes: &[u8]) -> Result<()> {
+        let padding = bytes.len().next_multiple_of(ALIGNMENT) - bytes.len();
+        self.at += bytes.len() + padding;
+        let written = self.out.write_all(bytes);
+        let written = written.and_then(|()| self.out.write_all(&[0; ALIGNMENT][..padding]));
+        written.map_err(|e| self.problem(e))
+    }
+
+    /// All were written; the file's length.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn end(mut self) -> Result<usize> {
+        self.out.flush().map_err(|e| self.problem(e))?;
+        Ok(self.at)
+    }
+
+    fn problem(&self, error: std::io::Error) -> Error {
+        Error::ModelFile {
+            path: self.path.clone(),
+            problem: error.to_string(),
+        }
+    }
+}
+
+/// The source's entries as they stand there, and those that are this file's own.
+fn metadata(source: &Weights, file_type: u32) -> Result<Vec<Vec<u8>>> {
+    let Some(first) = source.files.first() else {
+        return Err(source.problem("has no file"));
+    };
+    let contents = parse(first, &source.path)?;
+    let kept = |key: &str| !OWN_KEYS.contains(&key) && !key.starts_with("split.");
+    let mut entries: Vec<Vec<u8>> = contents
+        .entries
+        .into_iter()
+        .filter(|(key, _)| kept(key))
+        .map(|(_, bytes)| first[bytes].to_vec())
+        .collect();
+    for (key, value) in [(OWN_KEYS[0], file_type), (OWN_KEYS[1], 2)] {
+        const U32: u32 = 4;
+        let mut entry = Vec::new();
+        put_string(&mut entry, key);
+        entry.extend(U32.to_le_bytes());
+        entry.extend(value.to_le_bytes());
+        entries.push(entry);
+    }
+    Ok(entries)
+}
+
+fn put_string(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
