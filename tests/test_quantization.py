@@ -41,7 +41,7 @@ def test_what_is_no_row_of_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="Q4_K"):
         _core.quantize("Q9", numbers)
     with pytest.raises(hfcore.InvalidRequestError, match="float32"):
-        _core.quantize("Q8_0", numbers.astype(np.float64))  # type: ignore[arg-type]
+        _core.quantize("Q8_0", numbers.astype(np.float64))
 
 
 def test_a_quantised_file_is_the_model_in_other_types(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_command_says_what_it_wrote_and_what_it_cost(
     out = capsys.readouterr().out
     assert "small.gguf: " in out
     assert "mean NLL" in out
-    assert main(["quantize", str(source), "--to", "q9", "-o", small]) == 1
+    assert main(["quantize", str(source), "--to", "q9", "-o", str(small)]) == 1
 
 
 def test_a_real_model_loses_little(smollm2: Path, tmp_path: Path) -> None:
