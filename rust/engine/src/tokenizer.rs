@@ -42,7 +42,7 @@ pub use decode::Detokenizer;
 use decode::Stage;
 use fast::{Fast, Request};
 use library::Library;
-pub use library::{Encoding, Options};
+pub use library::{Encoding, Options, Wishes};
 pub(crate) use model::{BpeSource, Model};
 use normal::Normal;
 use split::Splitter;
@@ -276,13 +276,39 @@ impl Tokenizer {
 
     /// The ids of `text`; with `add_special_tokens`, between those its template puts around a text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let mut ids = Vec::with_capacity(16 + text.len() / 4);
-        match self.encode_fast(text, add_special_tokens, None, &mut ids) {
-            Some(()) => Ok(ids),
+        let (truncation, padding) = (self.parts.truncation.as_ref(), self.parts.padding.as_ref());
+        match self.encode_fast(text, add_special_tokens, truncation, padding) {
+            Some(ids) => Ok(ids),
             None => {
                 let options = self.own_options(add_special_tokens);
                 Ok(self.encode_with(text, None, &options, false)?.ids)
             }
+        }
+    }
+
+    /// The ids of a text or a pair of texts, encoded as `options` say.
+    ///
+    /// Errors: [`Error::InvalidRequest`] when the options cannot be met.
+    pub fn encode_ids(
+        &self,
+        text: &str,
+        pair: Option<&str>,
+        options: &Options,
+    ) -> Result<Vec<u32>> {
+        let (truncation, padding) = (options.truncation.as_ref(), options.padding.as_ref());
+        if let Some(truncation) = truncation {
+            self.library()?
+                .check(pair.is_some(), truncation)
+                .map_err(Error::InvalidRequest)?;
+        }
+        let special = options.add_special_tokens;
+        let fast = match pair {
+            None => self.encode_fast(text, special, truncation, padding),
+            Some(_) => None,
+        };
+        match fast {
+            Some(ids) => Ok(ids),
+            None => Ok(self.encode_with(text, pair, options, false)?.ids),
         }
     }
 
@@ -338,27 +364,28 @@ impl Tokenizer {
         }
     }
 
-    /// Append the ids of `text`, cut and padded as the file says; `None` where that takes the library.
+    /// The ids of `text`, cut and padded; `None` where that takes the library.
     fn encode_fast(
         &self,
         text: &str,
         add_special_tokens: bool,
-        trusted: Option<&dyn Fn(usize, usize) -> bool>,
-        ids: &mut Vec<u32>,
-    ) -> Option<()> {
+        truncation: Option<&TruncationParams>,
+        padding: Option<&PaddingParams>,
+    ) -> Option<Vec<u32>> {
         let (fast, around) = (self.fast.as_ref()?, self.around.as_ref()?);
-        let room = around.room(self.parts.truncation.as_ref(), add_special_tokens)?;
+        let room = around.room(truncation, add_special_tokens)?;
         let side = around.side(add_special_tokens);
+        let mut ids = Vec::with_capacity(16 + text.len() / 4);
         ids.extend_from_slice(&side.before);
         let start = ids.len();
-        let request = self.request(trusted, room.limit(start));
-        fast.encode(text, &request, ids)?;
-        room.cut(ids, start);
+        let request = self.request(None, room.limit(start));
+        fast.encode(text, &request, &mut ids)?;
+        room.cut(&mut ids, start);
         ids.extend_from_slice(&side.after);
-        if let Some(padding) = &self.parts.padding {
-            around::pad(ids, padding);
+        if let Some(padding) = padding {
+            around::pad(&mut ids, padding);
         }
-        Some(())
+        Some(ids)
     }
 
     /// The ids of each text, each as [`encode`](Self::encode) alone gives it; on several threads when
@@ -373,6 +400,28 @@ impl Tokenizer {
         in_parallel(texts, total, encode)
     }
 
+    /// The ids of several texts or pairs, padded to one length when `options` say so.
+    pub fn encode_ids_batch<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[(T, Option<T>)],
+        options: &Options,
+    ) -> Result<Vec<Vec<u32>>> {
+        let size = |(text, pair): &(T, Option<T>)| {
+            text.as_ref().len() + pair.as_ref().map_or(0, |pair| pair.as_ref().len())
+        };
+        let total = texts.iter().map(size).sum();
+        let encode = |(text, pair): &(T, Option<T>)| {
+            self.encode_ids(text.as_ref(), pair.as_ref().map(AsRef::as_ref), options)
+        };
+        let mut all = in_parallel(texts, total, encode)?;
+        if let Some(padding) = &options.padding {
+            let longest = all.iter().map(Vec::len).max().unwrap_or(0);
+            all.iter_mut()
+                .for_each(|ids| around::pad_to(ids, longest, padding));
+        }
+        Ok(all)
+    }
+
     /// Ids and all that goes with them, of a text or a pair of texts.
     ///
     /// Errors: [`Error::InvalidRequest`] when the options cannot be met.
@@ -384,9 +433,61 @@ impl Tokenizer {
         with_offsets: bool,
     ) -> Result<Encoding> {
         let library = self.library()?;
+        if let Some(truncation) = &options.truncation {
+            library
+                .check(pair.is_some(), truncation)
+                .map_err(Error::InvalidRequest)?;
+        }
         guarded(|| library.encode(text, pair, options, with_offsets))
-            .map_err(|problem| self.cannot("encode", problem))?
-            .map_err(Error::InvalidRequest)
+            .map_err(|problem| self.cannot("encode", problem))
+    }
+
+    /// The same of several texts or pairs, padded to one length when `options` say so.
+    pub fn encode_batch_with<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[(T, Option<T>)],
+        options: &Options,
+    ) -> Result<Vec<Encoding>> {
+        let total = texts.iter().map(|(text, _)| text.as_ref().len()).sum();
+        let encode = |(text, pair): &(T, Option<T>)| {
+            let pair = pair.as_ref().map(AsRef::as_ref);
+            self.encode_with(text.as_ref(), pair, options, true)
+        };
+        let mut all = in_parallel(texts, total, encode)?;
+        if let Some(padding) = &options.padding {
+            let longest = all
+                .iter()
+                .map(|encoding| encoding.ids.len())
+                .max()
+                .unwrap_or(0);
+            all.iter_mut()
+                .for_each(|encoding| encoding.pad(longest, padding));
+        }
+        Ok(all)
+    }
+
+    /// The options that `wishes` ask for, over those the file sets.
+    ///
+    /// Errors: [`Error::InvalidRequest`] for a wish that is unknown, or needs another one.
+    pub fn options(&self, wishes: &Wishes<'_>, add_special_tokens: bool) -> Result<Options> {
+        let pad = self.known.special_tokens.get("pad_token");
+        let pad = pad.and_then(|token| Some((token.clone(), self.token_to_id(token)?)));
+        let padding = wishes.padding(self.parts.padding.as_ref(), pad);
+        let truncation = wishes.truncation(self.parts.truncation.as_ref());
+        if let (Some(max), false, false) = (
+            wishes.max_length,
+            matches!(truncation, Ok(Some(_)) | Err(_)),
+            wishes.padding == Some("max_length"),
+        ) {
+            return Err(Error::InvalidRequest(format!(
+                "max_length needs a truncation or the padding \"max_length\", got {max} and neither"
+            )));
+        }
+        Ok(Options {
+            add_special_tokens,
+            truncation: truncation.map_err(Error::InvalidRequest)?,
+            padding: padding.map_err(Error::InvalidRequest)?,
+        })
     }
 
     /// The options that the file sets: its truncation and padding.

@@ -1,6 +1,7 @@
 //! Added tokens: found in a text before anything else is done with it, and left out of or kept in what is
 //! decoded. The rules (and the oddities) are those of the `tokenizers` crate's `AddedVocabulary`.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 
@@ -218,6 +219,8 @@ struct Flags {
 pub(super) enum Part {
     Text(Range<usize>),
     Token(u32),
+    /// A token that ends before it begins: the library gives up there.
+    Broken,
 }
 
 impl Finder {
@@ -285,7 +288,13 @@ impl Finder {
             if done < start && !part(Part::Text(done..start)) {
                 return false;
             }
-            if !part(Part::Token(id)) {
+            // White space that the token before took is no part of this one, which may leave nothing.
+            let more = match start.cmp(&end) {
+                Ordering::Less => part(Part::Token(id)),
+                Ordering::Equal => true,
+                Ordering::Greater => part(Part::Broken),
+            };
+            if !more {
                 return false;
             }
             done = end;

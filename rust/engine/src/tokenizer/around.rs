@@ -123,6 +123,11 @@ pub(super) fn pad(ids: &mut Vec<u32>, padding: &PaddingParams) {
     if let Some(multiple) = padding.pad_to_multiple_of.filter(|&multiple| multiple > 0) {
         length = length.next_multiple_of(multiple);
     }
+    pad_to(ids, length, padding);
+}
+
+/// Pad to `length` ids.
+pub(super) fn pad_to(ids: &mut Vec<u32>, length: usize, padding: &PaddingParams) {
     let missing = length.saturating_sub(ids.len());
     match padding.direction {
         PaddingDirection::Right => ids.resize(ids.len() + missing, padding.pad_id),

@@ -37,7 +37,7 @@ pub(crate) struct Symbol {
 
 /// Buffers that a thread keeps between words.
 #[derive(Debug, Default)]
-pub(super) struct Work {
+pub(crate) struct Work {
     symbols: Vec<Symbol>,
     links: Vec<Link>,
     heap: BinaryHeap<Reverse<u64>>,
@@ -68,7 +68,11 @@ impl Bpe {
                 known &= *symbol != NONE;
             }
             if known {
-                let count = self.merge_short(&mut symbols, word.len());
+                let mut ranks = [NONE; SHORT];
+                for (rank, two) in ranks.iter_mut().zip(word.windows(2)) {
+                    *rank = self.pairs.first(two[0], two[1]);
+                }
+                let count = self.merge_short(&mut symbols, &mut ranks, word.len());
                 ids.extend_from_slice(&symbols[..count]);
                 return;
             }
@@ -80,7 +84,11 @@ impl Bpe {
             for (id, symbol) in symbols.iter_mut().zip(&work.symbols) {
                 *id = symbol.id;
             }
-            let count = self.merge_short(&mut symbols, count);
+            let mut ranks = [NONE; SHORT];
+            for at in 1..count {
+                ranks[at - 1] = self.pairs.rank(symbols[at - 1], symbols[at]);
+            }
+            let count = self.merge_short(&mut symbols, &mut ranks, count);
             ids.extend_from_slice(&symbols[..count]);
             return;
         }
@@ -174,13 +182,14 @@ impl Bpe {
         }
     }
 
-    /// Merge the first `count` symbols in place; returns how many are left.
+    /// Merge the first `count` symbols in place, whose pairs have these ranks; returns how many are left.
     #[inline]
-    fn merge_short(&self, symbols: &mut [u32; SHORT], mut count: usize) -> usize {
-        let mut ranks = [NONE; SHORT];
-        for at in 1..count {
-            ranks[at - 1] = self.pairs.rank(symbols[at - 1], symbols[at]);
-        }
+    fn merge_short(
+        &self,
+        symbols: &mut [u32; SHORT],
+        ranks: &mut [u32; SHORT],
+        mut count: usize,
+    ) -> usize {
         while count > 1 {
             let (mut at, mut lowest) = (0, NONE);
             for (i, &rank) in ranks[..count - 1].iter().enumerate() {

@@ -18,7 +18,12 @@ const KEY_BYTES: usize = 15;
 const ENTRY_IDS: usize = 4;
 /// Words remembered at first and at most by one thread; an entry has 32 bytes.
 const MIN_ENTRIES: usize = 1 << 10;
-const MAX_ENTRIES: usize = 1 << 17;
+const MAX_ENTRIES: usize = 1 << 16;
+/// The same for words that do not fit there, of at most this many bytes; all are forgotten when those kept
+/// have more than these in all.
+const LONG_WORD: usize = 512;
+const LONG_BYTES: usize = 2 << 20;
+const MAX_LONG_ENTRIES: usize = 1 << 15;
 
 /// The fast pipeline of a tokenizer.
 #[derive(Debug)]
@@ -44,6 +49,7 @@ pub(super) struct Request<'a> {
 #[derive(Debug)]
 struct Scratch {
     cache: Cache,
+    long: LongCache,
     work: Work,
     text: String,
 }
@@ -103,6 +109,7 @@ impl Default for Scratch {
     fn default() -> Self {
         Self {
             cache: Cache::new(),
+            long: LongCache::new(),
             work: Work::default(),
             text: String::new(),
         }
@@ -131,6 +138,7 @@ impl Encoder<'_> {
         finder.split(text, &allowed, &mut |part| match part {
             Part::Token(id) => self.push(id),
             Part::Text(range) => self.normalize(text, range),
+            Part::Broken => self.give_up(),
         });
         !self.failed
     }
@@ -138,6 +146,11 @@ impl Encoder<'_> {
     fn push(&mut self, id: u32) -> bool {
         self.ids.push(id);
         self.ids.len() < self.request.limit
+    }
+
+    fn give_up(&mut self) -> bool {
+        self.failed = true;
+        false
     }
 
     fn normalize(&mut self, text: &str, part: Range<usize>) -> bool {
@@ -161,6 +174,7 @@ impl Encoder<'_> {
         };
         finder.split(&normalized, &allowed, &mut |part| match part {
             Part::Token(id) => self.push(id),
+            Part::Broken => self.give_up(),
             Part::Text(range) => {
                 let first = first && range.start == 0;
                 self.words(&normalized[range], first)
@@ -237,24 +251,46 @@ impl Encoder<'_> {
     #[inline]
     fn word(&mut self, text: &str, start: usize, end: usize) -> bool {
         let length = end - start;
-        if length > KEY_BYTES {
-            self.encode_word(&text[start..end]);
-            return self.ids.len() < self.request.limit && !self.failed;
+        if length > KEY_BYTES || self.request.trusted.is_some() {
+            return self.long_word(&text[start..end]);
         }
         let key = key(text.as_bytes(), start, length);
-        if self.request.trusted.is_none()
-            && let Some(known) = self.scratch.cache.get(key)
-        {
+        if let Some(known) = self.scratch.cache.get(key) {
             push_known(known, self.ids);
             return self.ids.len() < self.request.limit;
         }
         let before = self.ids.len();
-        self.encode_word(&text[start..end]);
+        let more = self.long_word(&text[start..end]);
         if let Some(new) = self.ids.get(before..)
             && !self.failed
-            && self.request.trusted.is_none()
         {
             self.scratch.cache.insert(key, new);
+        }
+        more
+    }
+
+    /// A word that the small cache does not hold.
+    fn long_word(&mut self, word: &str) -> bool {
+        let scratch = &mut self.scratch;
+        let plain = self.request.trusted.is_none() && word.len() <= LONG_WORD;
+        let hash = scratch.long.seed.bytes(word.as_bytes());
+        let known = if plain {
+            scratch.long.get(hash, word)
+        } else {
+            None
+        };
+        if let Some(known) = known {
+            self.ids.extend_from_slice(known);
+            return self.ids.len() < self.request.limit;
+        }
+        let before = self.ids.len();
+        self.encode_word(word);
+        if let Some(new) = self.ids.get(before..)
+            && plain
+            && !self.failed
+            && (word.len() > KEY_BYTES || new.len() > ENTRY_IDS)
+        {
+            self.scratch.long.insert(hash, word, new);
         }
         self.ids.len() < self.request.limit && !self.failed
     }
@@ -369,5 +405,79 @@ impl Cache {
         for entry in old.into_iter().filter(|entry| entry.key != 0) {
             self.put(entry);
         }
+    }
+}
+
+/// Longer words and their ids, each at the place its hash says: a new one takes the place of an old.
+#[derive(Debug)]
+struct LongCache {
+    entries: Vec<LongEntry>,
+    words: Vec<u8>,
+    ids: Vec<u32>,
+    seed: Seed,
+    inserted: usize,
+}
+
+/// A word's places in `words` and `ids`.
+#[derive(Debug, Clone, Copy, Default)]
+struct LongEntry {
+    hash: u64,
+    word: u32,
+    ids: u32,
+    length: u16,
+    count: u16,
+}
+
+impl LongCache {
+    fn new() -> Self {
+        Self {
+            entries: vec![LongEntry::default(); MIN_ENTRIES],
+            words: Vec::new(),
+            ids: Vec::new(),
+            seed: Seed::new(),
+            inserted: 0,
+        }
+    }
+
+    #[inline]
+    fn get(&self, hash: u64, word: &str) -> Option<&[u32]> {
+        let entry = self.entries[hash as usize & (self.entries.len() - 1)];
+        if entry.hash != hash || entry.length as usize != word.len() {
+            return None;
+        }
+        let start = entry.word as usize;
+        let same = &self.words[start..start + word.len()] == word.as_bytes();
+        let start = entry.ids as usize;
+        same.then(|| &self.ids[start..start + entry.count as usize])
+    }
+
+    fn insert(&mut self, hash: u64, word: &str, ids: &[u32]) {
+        let (Ok(length), Ok(count)) = (u16::try_from(word.len()), u16::try_from(ids.len())) else {
+            return;
+        };
+        if self.words.len() + 4 * self.ids.len() > LONG_BYTES {
+            self.words.clear();
+            self.ids.clear();
+            self.entries.fill(LongEntry::default());
+        }
+        if self.inserted > self.entries.len() / 2 && self.entries.len() < MAX_LONG_ENTRIES {
+            let size = self.entries.len() * 4;
+            let old = std::mem::replace(&mut self.entries, vec![LongEntry::default(); size]);
+            for entry in old {
+                self.entries[entry.hash as usize & (size - 1)] = entry;
+            }
+            self.inserted = 0;
+        }
+        self.inserted += 1;
+        let place = hash as usize & (self.entries.len() - 1);
+        self.entries[place] = LongEntry {
+            hash,
+            word: self.words.len() as u32,
+            ids: self.ids.len() as u32,
+            length,
+            count,
+        };
+        self.words.extend_from_slice(word.as_bytes());
+        self.ids.extend_from_slice(ids);
     }
 }

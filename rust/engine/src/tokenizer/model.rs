@@ -63,12 +63,22 @@ impl Model {
         let size = source.tokens.iter().map(|(token, _)| token.len()).sum();
         let mut tokens = Table::with_capacity(source.tokens.len(), size);
         let mut odd = Odd::default();
-        let mut buffer = Vec::new();
-        for (token, id) in &source.tokens {
-            match source.byte_level {
-                true if !alphabet_bytes(token, &mut buffer) => odd.insert(token, *id)?,
-                true => tokens.insert(&buffer, *id)?,
-                false => tokens.insert(token.as_bytes(), *id)?,
+        let mut batch = Batch::default();
+        for some in source.tokens.chunks(BATCH) {
+            batch.clear();
+            for (token, id) in some {
+                if token.is_empty() {
+                    return None;
+                }
+                if !batch.push(token, source.byte_level, &tokens) {
+                    odd.insert(token, *id)?;
+                }
+            }
+            tokens.warm(&batch.hashes);
+            for (at, (_, id)) in some.iter().enumerate() {
+                if let Some((hash, token)) = batch.get(at) {
+                    tokens.insert_hashed(hash, token, *id)?;
+                }
             }
         }
         let clash = |&id: &u32| tokens.bytes(id).is_some();
@@ -97,6 +107,10 @@ impl Model {
             if source.byte_level || byte < 128 {
                 *id = tokens.get(&[byte as u8]).unwrap_or(NONE);
             }
+        }
+        let mut pairs = pairs;
+        if source.byte_level {
+            pairs.note_bytes(&bytes);
         }
         let model = Box::new(Bpe {
             tokens,
@@ -294,44 +308,102 @@ fn fallback(id_of: impl Fn(&str) -> Option<u32>) -> Box<[u32; 256]> {
     ids
 }
 
-/// Resolve the merges. `None` when one names a token that is not there.
-fn pairs(source: &BpeSource<'_>, tokens: &Table, odd: &Odd) -> Option<Pairs> {
-    let mut pairs = Pairs::with_capacity(source.merges.len());
-    let (mut joined, mut right) = (Vec::new(), Vec::new());
-    // Files list merges in order of what they make, so the next is mostly known without a search.
-    let mut last = 0;
-    for (a, b) in &source.merges {
-        let plain = match source.byte_level {
-            true => alphabet_bytes(a, &mut joined) && alphabet_bytes(b, &mut right),
+/// How many tokens are looked up side by side.
+const BATCH: usize = 32;
+
+/// The bytes and hashes of some tokens.
+#[derive(Default)]
+struct Batch {
+    bytes: Vec<u8>,
+    /// The end of each token's bytes; those of an odd one are empty.
+    ends: Vec<usize>,
+    hashes: Vec<u64>,
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.ends.clear();
+        self.hashes.clear();
+    }
+
+    /// Add a token; `false` for one that is not of a byte-level alphabet, but should be.
+    fn push(&mut self, token: &str, byte_level: bool, table: &Table) -> bool {
+        let start = self.bytes.len();
+        let plain = match byte_level {
+            true => push_alphabet_bytes(token, &mut self.bytes),
             false => {
-                joined.clear();
-                joined.extend_from_slice(a.as_bytes());
-                right.clear();
-                right.extend_from_slice(b.as_bytes());
+                self.bytes.extend_from_slice(token.as_bytes());
                 true
             }
         };
         if !plain {
-            let id = |token: &str| odd_or_plain(token, tokens, odd);
-            let merged = id(&format!("{a}{b}"))?;
-            pairs.push(id(a)?, id(b)?, merged)?;
-            continue;
+            self.bytes.truncate(start);
         }
-        let (left_id, right_id) = (tokens.get(&joined)?, tokens.get(&right)?);
-        joined.extend_from_slice(&right);
-        let near = [last, last + 1]
-            .into_iter()
-            .find(|&id| tokens.bytes(id) == Some(joined.as_slice()));
-        last = match near {
-            Some(id) => id,
-            None => tokens.get(&joined)?,
-        };
-        pairs.push(left_id, right_id, last)?;
+        self.hashes.push(table.hash(&self.bytes[start..]));
+        self.ends.push(self.bytes.len());
+        plain
+    }
+
+    fn range(&self, at: usize) -> std::ops::Range<usize> {
+        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
+        start..self.ends[at]
+    }
+
+    /// Hash and bytes of a token that is not odd.
+    fn get(&self, at: usize) -> Option<(u64, &[u8])> {
+        let range = self.range(at);
+        (!range.is_empty()).then(|| (self.hashes[at], &self.bytes[range]))
+    }
+}
+
+/// Resolve the merges. `None` when one names a token that is not there.
+fn pairs(source: &BpeSource<'_>, tokens: &Table, odd: &Odd) -> Option<Pairs> {
+    let mut pairs = Pairs::with_capacity(source.merges.len());
+    let mut batch = Batch::default();
+    let mut found = Vec::new();
+    // Files list merges in order of what they make, so the next is mostly known without a search.
+    let mut last = 0;
+    for some in source.merges.chunks(BATCH / 2) {
+        batch.clear();
+        for (a, b) in some {
+            batch.push(a, source.byte_level, tokens);
+            batch.push(b, source.byte_level, tokens);
+        }
+        tokens.warm(&batch.hashes);
+        found.clear();
+        for (at, (a, b)) in some.iter().enumerate() {
+            let (Some((left, first)), Some((right, second))) =
+                (batch.get(2 * at), batch.get(2 * at + 1))
+            else {
+                let id = |token: &str| odd_or_plain(token, source.byte_level, tokens, odd);
+                found.push((id(a)?, id(b)?, id(&format!("{a}{b}"))?));
+                continue;
+            };
+            let joined = &batch.bytes[batch.range(2 * at).start..batch.range(2 * at + 1).end];
+            let near = [last, last + 1]
+                .into_iter()
+                .find(|&id| tokens.bytes(id) == Some(joined));
+            last = match near {
+                Some(id) => id,
+                None => tokens.get(joined)?,
+            };
+            let left = tokens.get_hashed(left, first)?;
+            found.push((left, tokens.get_hashed(right, second)?, last));
+        }
+        let keys = found.iter().map(|&(left, right, _)| (left, right));
+        pairs.warm(&keys.collect::<Vec<_>>());
+        for &(left, right, merged) in &found {
+            pairs.push(left, right, merged)?;
+        }
     }
     Some(pairs)
 }
 
-fn odd_or_plain(token: &str, tokens: &Table, odd: &Odd) -> Option<u32> {
+fn odd_or_plain(token: &str, byte_level: bool, tokens: &Table, odd: &Odd) -> Option<u32> {
+    if !byte_level {
+        return tokens.get(token.as_bytes());
+    }
     let mut bytes = Vec::new();
     match alphabet_bytes(token, &mut bytes) {
         true => tokens.get(&bytes),
@@ -342,6 +414,11 @@ fn odd_or_plain(token: &str, tokens: &Table, odd: &Odd) -> Option<u32> {
 /// The bytes that a token of GPT-2's byte-level alphabet stands for; `false` when it has other characters.
 pub(super) fn alphabet_bytes(token: &str, bytes: &mut Vec<u8>) -> bool {
     bytes.clear();
+    push_alphabet_bytes(token, bytes)
+}
+
+#[inline]
+fn push_alphabet_bytes(token: &str, bytes: &mut Vec<u8>) -> bool {
     let text = token.as_bytes();
     let mut at = 0;
     while let Some(&first) = text.get(at) {

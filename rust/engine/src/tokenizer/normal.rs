@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 
+use super::split::push_marked;
 use serde_json::Value as Json;
 use tokenizers::NormalizerWrapper;
 use tokenizers::tokenizer::{NormalizedString, Normalizer as _};
@@ -49,6 +50,15 @@ impl Normal {
     pub fn apply<'t>(&self, text: &'t str) -> Option<Cow<'t, str>> {
         match self {
             Self::Steps(steps) => {
+                if let Some((before, mark)) = marks(steps) {
+                    let mut marked = String::new();
+                    if !text.is_empty() {
+                        marked.reserve(before.len() + text.len() + text.len() / 2);
+                        marked.push_str(before);
+                    }
+                    push_marked(text, mark, &mut marked);
+                    return Some(Cow::Owned(marked));
+                }
                 let mut text = Cow::Borrowed(text);
                 for step in steps {
                     if let Some(changed) = step.apply(&text) {
@@ -88,6 +98,23 @@ impl Normal {
         }
         gone
     }
+}
+
+/// What is put before a text and the mark that spaces become, where that is all (SentencePiece).
+fn marks(steps: &[Step]) -> Option<(&str, char)> {
+    let (before, replace) = match steps {
+        [Step::Prepend(before), replace] if !before.contains(' ') => (before.as_str(), replace),
+        [replace] => ("", replace),
+        _ => return None,
+    };
+    let Step::Replace { from, to } = replace else {
+        return None;
+    };
+    let mut mark = to.chars();
+    let mark = mark
+        .next()
+        .filter(|_| mark.next().is_none() && from == " ")?;
+    Some((before, mark))
 }
 
 fn read(json: &Json, steps: &mut Vec<Step>) -> Option<()> {

@@ -299,12 +299,13 @@ impl Metaspace {
 /// Append a text with `mark` for each space.
 pub(super) fn push_marked(text: &str, mark: char, marked: &mut String) {
     marked.reserve(text.len() + text.len() / 2);
-    let mut parts = text.split(' ');
-    marked.push_str(parts.next().unwrap_or_default());
-    for part in parts {
+    let mut done = 0;
+    for (at, _) in text.bytes().enumerate().filter(|&(_, byte)| byte == b' ') {
+        marked.push_str(&text[done..at]);
         marked.push(mark);
-        marked.push_str(part);
+        done = at + 1;
     }
+    marked.push_str(&text[done..]);
 }
 
 /// Where a text that is one word to a BPE model can be cut all the same: before a mark, after a character
@@ -312,8 +313,9 @@ pub(super) fn push_marked(text: &str, mark: char, marked: &mut String) {
 #[derive(Debug)]
 pub(super) struct Cuts {
     mark: char,
-    /// The mark, and the characters that some token has before it.
-    joined: HashSet<u32>,
+    /// The mark, and the characters that some token has before it: those below 128, all in order.
+    ascii: [bool; 128],
+    joined: Vec<u32>,
 }
 
 impl Cuts {
@@ -347,7 +349,19 @@ impl Cuts {
         }
         // Symbols that stand for other text than theirs must not take part in merges.
         let plain = model.pairs.parts().all(|id| !strange.contains(&id));
-        plain.then_some(Self { mark, joined })
+        let mut joined: Vec<u32> = joined.into_iter().collect();
+        joined.sort_unstable();
+        let mut ascii = [false; 128];
+        for &c in &joined {
+            if let Some(known) = ascii.get_mut(c as usize) {
+                *known = true;
+            }
+        }
+        plain.then_some(Self {
+            mark,
+            ascii,
+            joined,
+        })
     }
 
     /// The end of the piece of `text` that begins at `at`.
@@ -357,24 +371,26 @@ impl Cuts {
         let mut buffer = [0; 4];
         let mark = self.mark.encode_utf8(&mut buffer).as_bytes();
         let mut end = at + width(bytes[at]);
-        loop {
-            let Some(next) = bytes[end.min(bytes.len())..]
-                .iter()
-                .position(|&b| b == mark[0])
-            else {
-                return bytes.len();
-            };
-            end += next;
-            if bytes[end..].starts_with(mark) {
-                let mut before = end - 1;
-                while bytes[before] & 0xc0 == 0x80 {
-                    before -= 1;
-                }
-                if !self.joined.contains(&character(bytes, before).0) {
-                    return end;
-                }
+        while let Some(&byte) = bytes.get(end) {
+            if byte == mark[0] && bytes[end..].starts_with(mark) && !self.joins(bytes, end) {
+                return end;
             }
             end += 1;
         }
+        bytes.len()
+    }
+
+    /// Whether some token has the character before `end` before a mark.
+    #[inline]
+    fn joins(&self, bytes: &[u8], end: usize) -> bool {
+        let mut before = end - 1;
+        if let Some(&joined) = self.ascii.get(bytes[before] as usize) {
+            return joined;
+        }
+        while bytes[before] & 0xc0 == 0x80 {
+            before -= 1;
+        }
+        let (c, _) = character(bytes, before);
+        self.joined.binary_search(&c).is_ok()
     }
 }

@@ -1,5 +1,7 @@
 //! Tests of tokenizer.rs.
 
+mod differential;
+
 use super::*;
 
 /// A tokenizer of whole words, to test decoders with.

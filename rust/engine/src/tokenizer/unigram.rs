@@ -36,7 +36,7 @@ struct Node {
 
 /// Buffers that a thread keeps between words.
 #[derive(Debug, Default)]
-pub(super) struct Work {
+pub(crate) struct Work {
     nodes: Vec<Node>,
     pieces: Vec<Piece>,
 }

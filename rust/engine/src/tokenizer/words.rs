@@ -383,8 +383,13 @@ impl Sets {
     #[inline]
     fn run(&self, text: &[u8], mut at: usize, set: u32, max: u32) -> (usize, u32) {
         let mut count = 0;
-        while count < max && at < text.len() {
-            let (sets, width) = self.of(text, at);
+        while count < max
+            && let Some(&byte) = text.get(at)
+        {
+            let (sets, width) = match self.ascii.get(byte as usize) {
+                Some(&sets) => (sets, 1),
+                None => self.of(text, at),
+            };
             if sets & set == 0 {
                 break;
             }
