@@ -140,13 +140,82 @@ class Tokenizer:
             UnsupportedModelError: Its kind of vocabulary is not known.
         """
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> NDArray[np.uint32]:
-        """The ids of a text, shape [tokens]; with those that begin (and end) a text, if wanted."""
+    def encode(
+        self,
+        text: str,
+        *,
+        pair: str | None = None,
+        add_special_tokens: bool = True,
+        truncation: bool | str | None = None,
+        padding: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        truncation_side: str | None = None,
+        padding_side: str | None = None,
+    ) -> NDArray[np.uint32]:
+        """The ids of a text or of a pair of texts, shape [tokens].
+
+        Args:
+            pair: A second text, as the tokenizer's template joins them.
+            add_special_tokens: Put what begins (and ends) a text around it.
+            truncation: True or `"longest_first"`, `"only_first"`, `"only_second"`: cut to
+                `max_length` ids. False or `"do_not_truncate"`: do not. None: as the file says.
+            padding: True or `"longest"`: to the batch's longest; `"max_length"`: to `max_length`.
+                False or `"do_not_pad"`: do not. None: as the file says.
+            max_length: For these two; special tokens count.
+            pad_to_multiple_of: Round the padded length up.
+            truncation_side: `"left"` or `"right"`: the end that is cut.
+            padding_side: `"left"` or `"right"`: where the padding goes.
+
+        Raises:
+            InvalidRequestError: An option is unknown, or needs another that is not there.
+        """
 
     def encode_batch(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool | str | None = None,
+        padding: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        truncation_side: str | None = None,
+        padding_side: str | None = None,
     ) -> list[NDArray[np.uint32]]:
-        """The ids of each text, as `encode` alone would give them; on several threads."""
+        """The ids of each text or pair, as `encode` alone would give them; on several threads.
+
+        With a `padding`, all have one length.
+        """
+
+    def encodings(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool | str | None = None,
+        padding: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        truncation_side: str | None = None,
+        padding_side: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Ids and what belongs to them, of each text or pair; options as in `encode`.
+
+        Arrays of one length: `input_ids`, `token_type_ids`, `attention_mask`,
+        `special_tokens_mask`; and `offset_mapping`, a list of (start, end) in code points.
+        """
+
+    def encode_segments(self, segments: Sequence[tuple[str, bool]]) -> NDArray[np.uint32]:
+        """The ids of a text that is given in segments, each with whether it is trusted.
+
+        Special and other added tokens are recognised where it is: what a user wrote cannot become
+        one. Else the segments are one text, and the ids are `encode`'s when no untrusted segment
+        holds an added token's text. Nothing is put around it.
+
+        Raises:
+            UnsupportedModelError: The tokenizer's pipeline cannot tell segments apart.
+        """
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Where each token of `text` (without special ones) comes from, in code points."""
@@ -155,6 +224,17 @@ class Tokenizer:
         self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = True
     ) -> str:
         """The text of `ids`. Raises InvalidRequestError for an id outside the vocabulary."""
+
+    def decode_batch(
+        self,
+        lists: Sequence[Sequence[int] | NDArray[np.integer[Any]]],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> list[str]:
+        """The text of each list of ids; on several threads."""
+
+    def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
+        """A decoder that takes one id at a time."""
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it (`"Ġworld"`), None if there is none."""
@@ -173,6 +253,19 @@ class Tokenizer:
     @property
     def chat_template(self) -> ChatTemplate | None:
         """The main chat template that came with the tokenizer, None if none did."""
+
+@final
+class DecodeStream:
+    """The text of one sequence, id by id. What it gives, joined, is `decode` of all the ids.
+
+    Never half a character, nor a U+FFFD for one that is still to come.
+    """
+
+    def push(self, token_id: int) -> str:
+        """Take the next id; returns the text that is now certain, which may be empty."""
+
+    def finish(self) -> str:
+        """End the sequence; returns what was held back. The next push begins a new one."""
 
 @final
 class TokenLogprob:

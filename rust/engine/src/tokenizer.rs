@@ -1,4 +1,5 @@
-//! Text to ids, and ids to text as UTF-8 completes. Home of the `tokenizers` crate; knows no model.
+//! Text to ids, and ids to text as UTF-8 completes. Home of the `tokenizers` crate, whose ids these are;
+//! knows no model.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -6,15 +7,45 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use serde_json::Value as Json;
-use tokenizers::tokenizer::{Decoder, Model, PostProcessor};
-use tokenizers::{DecoderWrapper, PaddingStrategy, TruncationParams};
+use tokenizers::tokenizer::PostProcessor;
+use tokenizers::{
+    AddedToken, DecoderWrapper, PaddingParams, PaddingStrategy, PostProcessorWrapper,
+    TruncationParams,
+};
 
 use crate::error::{Error, Result};
+
+mod added;
+mod around;
+mod bpe;
+mod decode;
+mod fast;
+mod json;
+mod library;
+mod model;
+mod normal;
+mod split;
+mod table;
+mod trie;
+mod unigram;
+mod wordpiece;
+mod words;
+
+use added::Added;
+use around::Around;
+pub use decode::Detokenizer;
+use decode::Stage;
+use fast::{Fast, Request};
+use library::Library;
+pub use library::{Encoding, Options, Wishes};
+pub(crate) use model::{BpeSource, Model};
+use normal::Normal;
+use split::Splitter;
 
 /// The largest `tokenizer.json` that is read; the largest known one has 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
@@ -24,7 +55,7 @@ const MAX_SIDE_FILE_BYTES: u64 = 16 << 20;
 const MAX_PADDING: usize = 1 << 20;
 const MAX_ADDED_BY_TEMPLATE: usize = 1024;
 /// Below this many bytes of text a batch is encoded on the caller's thread: starting one costs about 50 us.
-const PARALLEL_BYTES: usize = 16 << 10;
+const PARALLEL_BYTES: usize = 64 << 10;
 
 /// The named tokens of transformers' special tokens map that are single strings.
 const SPECIAL_NAMES: [&str; 7] = [
@@ -39,15 +70,35 @@ const SPECIAL_NAMES: [&str; 7] = [
 
 /// A tokenizer with the names and templates that travel with it. `Send + Sync`; share it by `Arc`.
 ///
-/// Ids are those of Hugging Face `tokenizers`, which does the encoding. Truncation and padding that the
-/// file sets are honoured.
+/// Ids are those of Hugging Face `tokenizers`. Most are found without it: its pipeline runs, over the
+/// same tables, for what [`fast`] does not cover, and for offsets. Truncation and padding that the file
+/// sets are honoured.
 #[derive(Debug)]
 pub struct Tokenizer {
     path: String,
-    inner: tokenizers::Tokenizer,
+    model: Arc<Model>,
+    added: Added,
+    parts: Parts,
+    normal: Normal,
+    fast: Option<Fast>,
+    /// What the post-processor puts around a text's ids, where that is all it does.
+    around: Option<Around>,
+    library: OnceLock<std::result::Result<Box<Library>, String>>,
     stages: Vec<Stage>,
     vocab_size: usize,
     known: Known,
+}
+
+/// A pipeline as `tokenizer.json` says it, but for its model.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    pub added_tokens: Vec<AddedToken>,
+    pub normalizer: Json,
+    pub pre_tokenizer: Json,
+    pub post_processor: Json,
+    pub decoder: Json,
+    pub truncation: Option<TruncationParams>,
+    pub padding: Option<PaddingParams>,
 }
 
 /// What is known of a tokenizer beside its pipeline.
@@ -74,17 +125,108 @@ impl Tokenizer {
 
     /// Parse the text of a `tokenizer.json`; `name` is what errors call it.
     pub fn from_bytes(name: &str, bytes: &[u8]) -> Result<Self> {
+        if let Some((file, model)) = json::read(bytes) {
+            let parts = Parts {
+                added_tokens: file.added_tokens.into_iter().map(Into::into).collect(),
+                normalizer: file.normalizer,
+                pre_tokenizer: file.pre_tokenizer,
+                post_processor: file.post_processor,
+                decoder: file.decoder,
+                truncation: file.truncation,
+                padding: file.padding,
+            };
+            if let Some(tokenizer) = Self::of_parts(name, model, parts, Known::default())? {
+                return Ok(tokenizer);
+            }
+        }
+        Self::from_library(name, bytes)
+    }
+
+    /// What is not read here, the library reads, or says what is wrong with it.
+    fn from_library(name: &str, bytes: &[u8]) -> Result<Self> {
         // The crate panics on syntax errors inside some of its parts, so a cut file is found out first.
         serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
             .map_err(|e| bad_file(name, format!("not JSON: {e}")))?;
-        let inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
+        let library = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|problem| bad_file(name, format!("not a tokenizer: {problem}")))?;
-        let vocab_size = inner
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |&id| id as usize + 1);
-        Self::new(name, inner, vocab_size, Known::default())
+        let parts = Parts {
+            truncation: library.get_truncation().cloned(),
+            padding: library.get_padding().cloned(),
+            ..Parts::default()
+        };
+        check_limits(name, library.get_post_processor(), &parts)?;
+        // A post-processor that names a token or a sequence it does not have panics on its first use.
+        guarded(|| library.encode_fast("", true))
+            .map_err(|problem| bad_file(name, format!("cannot encode: {problem}")))?;
+        let stages = decode::stages(library.get_decoder());
+        let post_processor = library.get_post_processor().cloned();
+        let model = Model::Library(Box::new(library));
+        let Model::Library(library) = &model else {
+            return Err(Error::Internal("a tokenizer is not what it was".to_owned()));
+        };
+        let added = Added::of_library(library, &model);
+        let pipeline = Library::of_tokenizer(library, post_processor);
+        Ok(Self {
+            path: name.to_owned(),
+            vocab_size: model.end().max(added.end()),
+            model: Arc::new(model),
+            added,
+            parts,
+            normal: Normal::Steps(Vec::new()),
+            fast: None,
+            around: None,
+            library: OnceLock::from(Ok(Box::new(pipeline))),
+            stages,
+            known: Known::default(),
+        })
+    }
+
+    /// A tokenizer over a model of ours; `None` when the library must read it.
+    ///
+    /// Errors: [`Error::ModelFile`] when the pipeline cannot work.
+    pub(crate) fn of_parts(
+        path: &str,
+        model: Model,
+        parts: Parts,
+        known: Known,
+    ) -> Result<Option<Self>> {
+        let wrapped = guarded(|| {
+            let decoder: Option<DecoderWrapper> = serde_json::from_value(parts.decoder.clone())?;
+            let post: Option<PostProcessorWrapper> =
+                serde_json::from_value(parts.post_processor.clone())?;
+            Ok((decoder, post, Normal::new(&parts.normalizer)?))
+        });
+        let Ok((decoder, post, normal)) = wrapped else {
+            return Ok(None);
+        };
+        check_limits(path, post.as_ref(), &parts)?;
+        let around = guarded(|| Around::new(post.as_ref()))
+            .map_err(|problem| bad_file(path, format!("cannot encode: {problem}")))?;
+        let normalize = |text: &str| Some(normal.apply(text)?.into_owned());
+        let added = Added::new(parts.added_tokens.clone(), &model, &normalize);
+        let Some(added) = added.filter(Added::is_searchable) else {
+            return Ok(None);
+        };
+        let splitter = Splitter::new(&parts.pre_tokenizer, normal.removes(' '));
+        let fast = splitter.and_then(|splitter| Fast::new(&model, &normal, splitter, &added));
+        let tokenizer = Self {
+            path: path.to_owned(),
+            vocab_size: model.end().max(added.end()),
+            model: Arc::new(model),
+            added,
+            normal,
+            fast,
+            around,
+            library: OnceLock::new(),
+            stages: decode::stages(decoder.as_ref()),
+            parts,
+            known,
+        };
+        // What the pre-tokenizer says is checked by whoever reads it.
+        match tokenizer.fast.is_some() && tokenizer.around.is_some() {
+            true => Ok(Some(tokenizer)),
+            false => Ok(tokenizer.library().is_ok().then_some(tokenizer)),
+        }
     }
 
     /// Read `tokenizer.json` and what lies beside it: `tokenizer_config.json`, `special_tokens_map.json`,
@@ -115,114 +257,263 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// A tokenizer from a finished pipeline whose highest id is below `vocab_size`.
-    ///
-    /// Errors: [`Error::ModelFile`] when the pipeline cannot work.
-    pub(crate) fn new(
-        path: &str,
-        inner: tokenizers::Tokenizer,
-        vocab_size: usize,
-        known: Known,
-    ) -> Result<Self> {
-        check_limits(path, &inner)?;
-        // A post-processor that names a token or a sequence it does not have panics on its first use.
-        guarded(|| inner.encode_fast("", true))
-            .map_err(|problem| bad_file(path, format!("cannot encode: {problem}")))?;
-        let stages = stages(inner.get_decoder());
-        Ok(Self {
-            path: path.to_owned(),
-            inner,
-            stages,
-            vocab_size,
-            known,
-        })
-    }
-
     /// The same tokenizer with padding off and texts cut to `max_tokens` ids, special ones included
     /// (`None`: not cut), as sentence-transformers uses it.
     pub fn with_max_tokens(mut self, max_tokens: Option<usize>) -> Result<Self> {
-        let added = self
-            .inner
-            .get_post_processor()
-            .map_or(0, |p| p.added_tokens(false));
+        let added = self.library()?.added_tokens(false);
         if let Some(max) = max_tokens.filter(|&max| max <= added) {
             return Err(Error::InvalidRequest(format!(
                 "max_tokens must be more than the {added} special tokens of a text, got {max}"
             )));
         }
-        let truncation = max_tokens.map(|max_length| TruncationParams {
+        self.parts.padding = None;
+        self.parts.truncation = max_tokens.map(|max_length| TruncationParams {
             max_length,
             ..TruncationParams::default()
         });
-        self.inner.with_padding(None);
-        guarded(|| self.inner.with_truncation(truncation).map(|_| ())).map_err(Error::Internal)?;
         Ok(self)
     }
 
     /// The ids of `text`; with `add_special_tokens`, between those its template puts around a text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens))
-            .map_err(|problem| self.cannot("encode", problem))?;
-        Ok(encoding.get_ids().to_vec())
+        let (truncation, padding) = (self.parts.truncation.as_ref(), self.parts.padding.as_ref());
+        match self.encode_fast(text, add_special_tokens, truncation, padding) {
+            Some(ids) => Ok(ids),
+            None => {
+                let options = self.own_options(add_special_tokens);
+                Ok(self.encode_with(text, None, &options, false)?.ids)
+            }
+        }
+    }
+
+    /// The ids of a text or a pair of texts, encoded as `options` say.
+    ///
+    /// Errors: [`Error::InvalidRequest`] when the options cannot be met.
+    pub fn encode_ids(
+        &self,
+        text: &str,
+        pair: Option<&str>,
+        options: &Options,
+    ) -> Result<Vec<u32>> {
+        let (truncation, padding) = (options.truncation.as_ref(), options.padding.as_ref());
+        if let Some(truncation) = truncation {
+            self.library()?
+                .check(pair.is_some(), truncation)
+                .map_err(Error::InvalidRequest)?;
+        }
+        let special = options.add_special_tokens;
+        let fast = match pair {
+            None => self.encode_fast(text, special, truncation, padding),
+            Some(_) => None,
+        };
+        match fast {
+            Some(ids) => Ok(ids),
+            None => Ok(self.encode_with(text, pair, options, false)?.ids),
+        }
+    }
+
+    /// The ids of a text of segments, each with whether its special and other added tokens are such
+    /// (`true`: a template's text) or plain characters (`false`: what a user wrote). But for these the
+    /// text is encoded as if it were whole, so that the ids are those of [`encode`](Self::encode) when no
+    /// segment that is `false` holds the text of an added token. Added tokens of white space alone count as
+    /// text everywhere. Nothing is put around it.
+    ///
+    /// Errors: [`Error::Unsupported`] for a tokenizer whose pipeline the library runs.
+    pub fn encode_segments(&self, segments: &[(&str, bool)]) -> Result<Vec<u32>> {
+        let text: String = segments.iter().map(|(text, _)| *text).collect();
+        let mut trusted: Vec<(usize, usize)> = Vec::new();
+        let mut start = 0;
+        for (text, trust) in segments {
+            let end = start + text.len();
+            match trusted.last_mut() {
+                Some(last) if *trust && last.1 == start => last.1 = end,
+                _ if *trust => trusted.push((start, end)),
+                _ => {}
+            }
+            start = end;
+        }
+        let within = |start: usize, end: usize| {
+            let at = trusted.partition_point(|range| range.1 < end);
+            trusted.get(at).is_some_and(|range| range.0 <= start)
+        };
+        let mut ids = Vec::with_capacity(16 + text.len() / 4);
+        let fast = self.fast.as_ref();
+        let request = self.request(Some(&within), usize::MAX);
+        match fast.map(|fast| fast.encode(&text, &request, &mut ids)) {
+            Some(Some(())) => Ok(ids),
+            Some(None) => Err(self.cannot("encode", NO_TOKENS.to_owned())),
+            None => Err(Error::Unsupported {
+                what: "plain text in a conversation for the tokenizer",
+                name: self.path.clone(),
+                supported: "tokenizers whose pipeline is known".to_owned(),
+            }),
+        }
+    }
+
+    fn request<'a>(
+        &'a self,
+        trusted: Option<&'a dyn Fn(usize, usize) -> bool>,
+        limit: usize,
+    ) -> Request<'a> {
+        Request {
+            model: &self.model,
+            normal: &self.normal,
+            added: &self.added,
+            trusted,
+            limit,
+        }
+    }
+
+    /// The ids of `text`, cut and padded; `None` where that takes the library.
+    fn encode_fast(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        truncation: Option<&TruncationParams>,
+        padding: Option<&PaddingParams>,
+    ) -> Option<Vec<u32>> {
+        let (fast, around) = (self.fast.as_ref()?, self.around.as_ref()?);
+        let room = around.room(truncation, add_special_tokens)?;
+        let side = around.side(add_special_tokens);
+        let mut ids = Vec::with_capacity(16 + text.len() / 4);
+        ids.extend_from_slice(&side.before);
+        let start = ids.len();
+        let request = self.request(None, room.limit(start));
+        fast.encode(text, &request, &mut ids)?;
+        room.cut(&mut ids, start);
+        ids.extend_from_slice(&side.after);
+        if let Some(padding) = padding {
+            around::pad(&mut ids, padding);
+        }
+        Some(ids)
     }
 
     /// The ids of each text, each as [`encode`](Self::encode) alone gives it; on several threads when
     /// there is enough to do. Not padded to one length unless the file fixes that length.
-    pub fn encode_batch(
+    pub fn encode_batch<T: AsRef<str> + Sync>(
         &self,
-        texts: &[String],
+        texts: &[T],
         add_special_tokens: bool,
     ) -> Result<Vec<Vec<u32>>> {
-        let total: usize = texts.iter().map(String::len).sum();
-        let cores = thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = if total < PARALLEL_BYTES {
-            1
-        } else {
-            cores.min(texts.len())
+        let total = texts.iter().map(|text| text.as_ref().len()).sum();
+        let encode = |text: &T| self.encode(text.as_ref(), add_special_tokens);
+        in_parallel(texts, total, encode)
+    }
+
+    /// The ids of several texts or pairs, padded to one length when `options` say so.
+    pub fn encode_ids_batch<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[(T, Option<T>)],
+        options: &Options,
+    ) -> Result<Vec<Vec<u32>>> {
+        let size = |(text, pair): &(T, Option<T>)| {
+            text.as_ref().len() + pair.as_ref().map_or(0, |pair| pair.as_ref().len())
         };
-        if threads < 2 {
-            return texts
+        let total = texts.iter().map(size).sum();
+        let encode = |(text, pair): &(T, Option<T>)| {
+            self.encode_ids(text.as_ref(), pair.as_ref().map(AsRef::as_ref), options)
+        };
+        let mut all = in_parallel(texts, total, encode)?;
+        if let Some(padding) = &options.padding {
+            let longest = all.iter().map(Vec::len).max().unwrap_or(0);
+            all.iter_mut()
+                .for_each(|ids| around::pad_to(ids, longest, padding));
+        }
+        Ok(all)
+    }
+
+    /// Ids and all that goes with them, of a text or a pair of texts.
+    ///
+    /// Errors: [`Error::InvalidRequest`] when the options cannot be met.
+    pub fn encode_with(
+        &self,
+        text: &str,
+        pair: Option<&str>,
+        options: &Options,
+        with_offsets: bool,
+    ) -> Result<Encoding> {
+        let library = self.library()?;
+        if let Some(truncation) = &options.truncation {
+            library
+                .check(pair.is_some(), truncation)
+                .map_err(Error::InvalidRequest)?;
+        }
+        guarded(|| library.encode(text, pair, options, with_offsets))
+            .map_err(|problem| self.cannot("encode", problem))
+    }
+
+    /// The same of several texts or pairs, padded to one length when `options` say so.
+    pub fn encode_batch_with<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[(T, Option<T>)],
+        options: &Options,
+    ) -> Result<Vec<Encoding>> {
+        let total = texts.iter().map(|(text, _)| text.as_ref().len()).sum();
+        let encode = |(text, pair): &(T, Option<T>)| {
+            let pair = pair.as_ref().map(AsRef::as_ref);
+            self.encode_with(text.as_ref(), pair, options, true)
+        };
+        let mut all = in_parallel(texts, total, encode)?;
+        if let Some(padding) = &options.padding {
+            let longest = all
                 .iter()
-                .map(|text| self.encode(text, add_special_tokens))
-                .collect();
+                .map(|encoding| encoding.ids.len())
+                .max()
+                .unwrap_or(0);
+            all.iter_mut()
+                .for_each(|encoding| encoding.pad(longest, padding));
         }
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut done = Vec::new();
-            while let Some((i, text)) = {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                texts.get(i).map(|text| (i, text))
-            } {
-                done.push((i, self.encode(text, add_special_tokens)));
-            }
-            done
-        };
-        let mut done = thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mut done = work();
-            for other in others {
-                done.extend(other.join().unwrap_or_default());
-            }
-            done
-        });
-        done.sort_by_key(|&(i, _)| i);
-        if done.len() != texts.len() {
-            return Err(Error::Internal(
-                "a thread that encodes texts died".to_owned(),
-            ));
+        Ok(all)
+    }
+
+    /// The options that `wishes` ask for, over those the file sets.
+    ///
+    /// Errors: [`Error::InvalidRequest`] for a wish that is unknown, or needs another one.
+    pub fn options(&self, wishes: &Wishes<'_>, add_special_tokens: bool) -> Result<Options> {
+        let pad = self.known.special_tokens.get("pad_token");
+        let pad = pad.and_then(|token| Some((token.clone(), self.token_to_id(token)?)));
+        let padding = wishes.padding(self.parts.padding.as_ref(), pad);
+        let truncation = wishes.truncation(self.parts.truncation.as_ref());
+        if let (Some(max), false, false) = (
+            wishes.max_length,
+            matches!(truncation, Ok(Some(_)) | Err(_)),
+            wishes.padding == Some("max_length"),
+        ) {
+            return Err(Error::InvalidRequest(format!(
+                "max_length needs a truncation or the padding \"max_length\", got {max} and neither"
+            )));
         }
-        done.into_iter().map(|(_, ids)| ids).collect()
+        Ok(Options {
+            add_special_tokens,
+            truncation: truncation.map_err(Error::InvalidRequest)?,
+            padding: padding.map_err(Error::InvalidRequest)?,
+        })
+    }
+
+    /// The options that the file sets: its truncation and padding.
+    pub fn own_options(&self, add_special_tokens: bool) -> Options {
+        Options {
+            add_special_tokens,
+            truncation: self.parts.truncation.clone(),
+            padding: self.parts.padding.clone(),
+        }
     }
 
     /// Where each id of `text` (without special tokens) comes from: start and end in code points.
     pub fn offsets(&self, text: &str) -> Result<Vec<(u32, u32)>> {
-        let encoding = guarded(|| self.inner.encode_char_offsets(text, false))
-            .map_err(|problem| self.cannot("encode", problem))?;
-        Ok(encoding
-            .get_offsets()
-            .iter()
-            .map(|&(start, end)| (start as u32, end as u32))
-            .collect())
+        let options = self.own_options(false);
+        Ok(self.encode_with(text, None, &options, true)?.offsets)
+    }
+
+    /// The library's pipeline, built when first needed.
+    fn library(&self) -> Result<&Library> {
+        let built = self
+            .library
+            .get_or_init(|| guarded(|| Library::new(&self.model, &self.parts).map(Box::new)));
+        match built {
+            Ok(library) => Ok(library),
+            Err(problem) => Err(bad_file(&self.path, format!("not a tokenizer: {problem}"))),
+        }
     }
 
     /// The text of `ids`. Ids within the vocabulary that no token has (gaps) give nothing.
@@ -235,13 +526,50 @@ impl Tokenizer {
                 self.vocab_size
             )));
         }
+        if let [Stage::ByteLevel { .. }] = self.stages.as_slice()
+            && let Some(text) = self.decode_bytes(ids, skip_special_tokens)
+        {
+            return Ok(text);
+        }
         let mut stages = self.stages.clone();
         let mut text = String::new();
         for &id in ids {
             self.step(&mut stages, id, skip_special_tokens, &mut text);
         }
-        finish(&mut stages, &mut text);
+        decode::finish(&mut stages, &mut text);
         Ok(text)
+    }
+
+    /// The texts of several lists of ids, each as [`decode`](Self::decode) alone gives it.
+    pub fn decode_batch<T: AsRef<[u32]> + Sync>(
+        &self,
+        lists: &[T],
+        skip_special_tokens: bool,
+    ) -> Result<Vec<String>> {
+        let total: usize = lists.iter().map(|ids| ids.as_ref().len()).sum();
+        let decode = |ids: &T| self.decode(ids.as_ref(), skip_special_tokens);
+        in_parallel(lists, total * 4, decode)
+    }
+
+    /// A byte-level text is its tokens' bytes.
+    fn decode_bytes(&self, ids: &[u32], skip_special_tokens: bool) -> Option<String> {
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            match self.added.token(id) {
+                _ if skip_special_tokens && self.added.is_special(id) => {}
+                Some(token) => bytes.extend(decode::byte_level_bytes(token)),
+                None => match self.model.byte_level_bytes(id) {
+                    Some(token) => bytes.extend_from_slice(token),
+                    None => bytes.extend(decode::byte_level_bytes(
+                        &self.model.token(id).unwrap_or_default(),
+                    )),
+                },
+            }
+        }
+        Some(match String::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(e) => String::from_utf8_lossy(e.as_bytes()).into_owned(),
+        })
     }
 
     /// Highest id plus one, added tokens included. A model's embedding may have more rows.
@@ -251,29 +579,28 @@ impl Tokenizer {
 
     /// The id of a token as the vocabulary spells it.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+        self.added.id(token).or_else(|| self.model.id(token))
     }
 
     /// The token of an id as the vocabulary spells it: byte-level and SentencePiece marks included.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        // An added token that is normalised on the way in decodes from its normalised form.
+        match self.added.token(id) {
+            Some(token) => Some(token.to_owned()),
+            None => self.model.token(id),
+        }
     }
 
     /// Whether decoding with `skip_special_tokens` leaves this id out.
     pub fn is_special(&self, id: u32) -> bool {
-        self.id_to_token(id)
-            .is_some_and(|t| self.inner.get_added_vocabulary().is_special_token(&t))
+        self.added.is_special(id)
     }
 
     /// The bytes an id stands for within a text, where its decoder treats each token alone: byte-level
     /// vocabularies, and SentencePiece ones (a leading space stays). `None` for others and unknown ids.
     pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
         let token = self.id_to_token(id)?;
-        let added = self
-            .inner
-            .get_added_vocabulary()
-            .get_added_tokens_decoder()
-            .contains_key(&id);
+        let added = self.added.token(id).is_some();
         let byte_level = self
             .stages
             .iter()
@@ -284,8 +611,8 @@ impl Tokenizer {
             .any(|s| matches!(s, Stage::ByteFallback { .. }));
         match (byte_level, byte_fallback) {
             (true, _) if added => Some(token.into_bytes()),
-            (true, _) => Some(byte_level_bytes(&token)),
-            (_, true) => Some(match fallback_byte(&token) {
+            (true, _) => Some(decode::byte_level_bytes(&token)),
+            (_, true) => Some(match decode::fallback_byte(&token) {
                 Some(byte) => vec![byte],
                 None if added => token.into_bytes(),
                 None => token.replace('\u{2581}', " ").into_bytes(),
@@ -320,14 +647,11 @@ impl Tokenizer {
     }
 
     fn step(&self, stages: &mut [Stage], id: u32, skip_special: bool, out: &mut String) {
-        let added = self.inner.get_added_vocabulary();
-        // An added token that is normalised on the way in decodes from its normalised form.
-        let token = added
-            .simple_id_to_token(id)
-            .or_else(|| self.inner.get_model().id_to_token(id));
-        let Some(token) = token else { return };
-        if !(skip_special && added.is_special_token(&token)) {
-            feed(stages, token, out);
+        if skip_special && self.added.is_special(id) {
+            return;
+        }
+        if let Some(token) = self.id_to_token(id) {
+            decode::feed(stages, token, out);
         }
     }
 
@@ -336,389 +660,47 @@ impl Tokenizer {
     }
 }
 
-/// The text of one sequence, token by token. What [`push`](Self::push) and [`finish`](Self::finish) give,
-/// joined, is [`Tokenizer::decode`] of all the ids: no half characters, no U+FFFD for a character still to
-/// come, no lost or doubled space.
-///
-/// Like transformers it decodes a completion from its own ids alone, not from the prompt's.
-///
-/// Bytes spelled as tokens (`<0xE2>`) are held until the run of them ends, since one wrong byte makes
-/// every byte of the run U+FFFD; byte-level text is held for at most three bytes.
-#[derive(Debug)]
-pub struct Detokenizer {
-    tokenizer: Arc<Tokenizer>,
-    stages: Vec<Stage>,
-    skip_special: bool,
-    /// Special tokens that have text all the same.
-    shown: Vec<u32>,
-}
+const NO_TOKENS: &str = "the text holds characters that the vocabulary cannot say";
 
-impl Detokenizer {
-    /// Start a sequence; with `skip_special`, special tokens give no text.
-    pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
-        let stages = tokenizer.stages.clone();
-        Self {
-            tokenizer,
-            stages,
-            skip_special,
-            shown: Vec::new(),
-        }
-    }
-
-    /// Give these special tokens their text, whatever becomes of others.
-    pub fn showing(mut self, ids: Vec<u32>) -> Self {
-        self.shown = ids;
-        self
-    }
-
-    /// Take the next id; returns the text that is now certain, which may be empty. An id that the
-    /// vocabulary does not have (a padded embedding row) gives nothing.
-    pub fn push(&mut self, id: u32) -> String {
-        let mut text = String::new();
-        let skip = self.skip_special && !self.shown.contains(&id);
-        self.tokenizer.step(&mut self.stages, id, skip, &mut text);
-        text
-    }
-
-    /// End the sequence; returns what was held back. The next push starts a new one.
-    pub fn finish(&mut self) -> String {
-        let mut text = String::new();
-        finish(&mut self.stages, &mut text);
-        self.stages = self.tokenizer.stages.clone();
-        text
-    }
-}
-
-/// One step of a decoder, fed token by token. Each does what the decoder of the same name does to a whole
-/// list; tests hold the two together.
-#[derive(Debug, Clone)]
-enum Stage {
-    /// Each token alone.
-    Each(Arc<DecoderWrapper>),
-    /// The first token differs from the others.
-    First {
-        decoder: Arc<DecoderWrapper>,
-        first: bool,
-    },
-    /// Equal neighbours are one (CTC).
-    Distinct {
-        decoder: Arc<DecoderWrapper>,
-        last: Option<String>,
-    },
-    /// The last token differs from the others.
-    Last {
-        decoder: Arc<DecoderWrapper>,
-        held: Option<String>,
-    },
-    /// Tokens like `<0xE2>`, gathered until the run of them ends.
-    ByteFallback { run: Vec<u8> },
-    /// Tokens of one character per byte, joined; the bytes of an unfinished character wait.
-    ByteLevel { held: Vec<u8> },
-    /// Characters cut from both ends of each token.
-    Strip {
-        content: char,
-        start: usize,
-        stop: usize,
-    },
-    /// The same on the joined text: `start` counts down, the last `stop` characters wait.
-    StripText {
-        content: char,
-        start: usize,
-        stop: usize,
-        held: String,
-    },
-    /// The joined text as one token, once it is whole: for decoders that rarely follow `Fuse`.
-    Gather { text: String },
-    /// No decoder: tokens with a space between.
-    Spaced { first: bool },
-}
-
-fn stages(decoder: Option<&DecoderWrapper>) -> Vec<Stage> {
-    let Some(decoder) = decoder else {
-        return vec![Stage::Spaced { first: true }];
+/// What `work` makes of each item, in order; on several threads when there are bytes enough.
+fn in_parallel<T: Sync, R: Send>(
+    items: &[T],
+    bytes: usize,
+    work: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let cores = thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = match bytes < PARALLEL_BYTES {
+        true => 1,
+        false => cores.min(items.len()),
     };
-    let mut stages = Vec::new();
-    let mut fused = false;
-    push_stages(decoder, &mut stages, &mut fused);
-    stages
-}
-
-fn push_stages(decoder: &DecoderWrapper, stages: &mut Vec<Stage>, fused: &mut bool) {
-    match (decoder, *fused) {
-        (DecoderWrapper::Sequence(sequence), _) => {
-            for decoder in sequence.get_decoders() {
-                push_stages(decoder, stages, fused);
-            }
-            return;
-        }
-        (DecoderWrapper::Fuse(_), _) => {
-            *fused = true;
-            return;
-        }
-        (DecoderWrapper::Strip(s), true) => {
-            let (content, start, stop) = (s.content, s.start, s.stop);
-            stages.push(Stage::StripText {
-                content,
-                start,
-                stop,
-                held: String::new(),
-            });
-            return;
-        }
-        (_, true) => stages.push(Stage::Gather {
-            text: String::new(),
-        }),
-        (_, false) => {}
+    if threads < 2 {
+        return items.iter().map(work).collect();
     }
-    *fused = matches!(decoder, DecoderWrapper::ByteLevel(_));
-    let shared = Arc::new(decoder.clone());
-    stages.push(match decoder {
-        DecoderWrapper::WordPiece(_) | DecoderWrapper::Metaspace(_) => Stage::First {
-            decoder: shared,
-            first: true,
-        },
-        DecoderWrapper::CTC(_) => Stage::Distinct {
-            decoder: shared,
-            last: None,
-        },
-        DecoderWrapper::BPE(_) => Stage::Last {
-            decoder: shared,
-            held: None,
-        },
-        DecoderWrapper::ByteFallback(_) => Stage::ByteFallback { run: Vec::new() },
-        DecoderWrapper::ByteLevel(_) => Stage::ByteLevel { held: Vec::new() },
-        DecoderWrapper::Strip(s) => Stage::Strip {
-            content: s.content,
-            start: s.start,
-            stop: s.stop,
-        },
-        _ => Stage::Each(shared),
+    let next = AtomicUsize::new(0);
+    let share = || {
+        let mut done = Vec::new();
+        while let Some((i, item)) = {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            items.get(i).map(|item| (i, item))
+        } {
+            done.push((i, work(item)));
+        }
+        done
+    };
+    let mut done = thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(share)).collect();
+        let mut done = share();
+        for other in others {
+            done.extend(other.join().unwrap_or_default());
+        }
+        done
     });
-}
-
-/// Run one token through the stages, to the end of `out`.
-fn feed(stages: &mut [Stage], token: String, out: &mut String) {
-    let Some((stage, rest)) = stages.split_first_mut() else {
-        out.push_str(&token);
-        return;
-    };
-    match stage {
-        Stage::Each(decoder) => feed_all(rest, chain(decoder, vec![token]), out),
-        Stage::First {
-            decoder,
-            first: first @ true,
-        } => {
-            *first = false;
-            feed_all(rest, chain(decoder, vec![token]), out);
-        }
-        Stage::First { decoder, .. } => {
-            feed_all(
-                rest,
-                chain(decoder, vec![String::new(), token])
-                    .into_iter()
-                    .skip(1),
-                out,
-            );
-        }
-        Stage::Distinct { last, .. } if last.as_ref() == Some(&token) => {}
-        Stage::Distinct { decoder, last } => {
-            *last = Some(token.clone());
-            feed_all(rest, chain(decoder, vec![token]), out);
-        }
-        Stage::Last { decoder, held } => {
-            let Some(token) = held.replace(token) else {
-                return;
-            };
-            feed_all(
-                rest,
-                chain(decoder, vec![token, String::new()])
-                    .into_iter()
-                    .take(1),
-                out,
-            );
-        }
-        Stage::ByteFallback { run } => match fallback_byte(&token) {
-            Some(byte) => run.push(byte),
-            None => {
-                feed_all(rest, fallback_text(run), out);
-                feed(rest, token, out);
-            }
-        },
-        Stage::ByteLevel { held } => {
-            held.extend(byte_level_bytes(&token));
-            let text = complete_text(held);
-            if !text.is_empty() {
-                feed(rest, text, out);
-            }
-        }
-        Stage::Strip {
-            content,
-            start,
-            stop,
-        } => {
-            feed(rest, strip(&token, *content, *start, *stop).to_owned(), out);
-        }
-        Stage::StripText {
-            content,
-            start,
-            stop,
-            held,
-        } => {
-            held.push_str(&token);
-            let text = settled_text(held, *content, start, *stop);
-            if !text.is_empty() {
-                feed(rest, text, out);
-            }
-        }
-        Stage::Gather { text } => text.push_str(&token),
-        Stage::Spaced { first } => {
-            let token = if *first { token } else { format!(" {token}") };
-            *first = false;
-            feed(rest, token, out);
-        }
+    done.sort_by_key(|&(i, _)| i);
+    if done.len() != items.len() {
+        let problem = "a thread that encodes texts died";
+        return Err(Error::Internal(problem.to_owned()));
     }
-}
-
-fn feed_all(stages: &mut [Stage], tokens: impl IntoIterator<Item = String>, out: &mut String) {
-    for token in tokens {
-        feed(stages, token, out);
-    }
-}
-
-/// Let every stage give what it held back, in order.
-fn finish(mut stages: &mut [Stage], out: &mut String) {
-    while let Some((stage, rest)) = stages.split_first_mut() {
-        match stage {
-            Stage::Last { decoder, held } => {
-                if let Some(token) = held.take() {
-                    feed_all(rest, chain(decoder, vec![token]), out);
-                }
-            }
-            Stage::ByteFallback { run } => feed_all(rest, fallback_text(run), out),
-            Stage::ByteLevel { held } => {
-                let text = String::from_utf8_lossy(held).into_owned();
-                feed(rest, text, out);
-            }
-            Stage::StripText {
-                content,
-                stop,
-                held,
-                ..
-            } => {
-                feed(rest, strip(held, *content, 0, *stop).to_owned(), out);
-            }
-            Stage::Gather { text } => feed(rest, std::mem::take(text), out),
-            _ => {}
-        }
-        stages = rest;
-    }
-}
-
-/// The crate's own decoder. None of those used here fails; if one ever did, its tokens go on unchanged.
-fn chain(decoder: &DecoderWrapper, tokens: Vec<String>) -> Vec<String> {
-    decoder.decode_chain(tokens.clone()).unwrap_or(tokens)
-}
-
-/// `<0xE2>` to its byte.
-fn fallback_byte(token: &str) -> Option<u8> {
-    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
-}
-
-/// A run of bytes as one token, or as one U+FFFD per byte when it is not UTF-8.
-fn fallback_text(run: &mut Vec<u8>) -> Vec<String> {
-    let run = std::mem::take(run);
-    if run.is_empty() {
-        return Vec::new();
-    }
-    String::from_utf8(run)
-        .map(|text| vec![text])
-        .unwrap_or_else(|e| vec!["\u{fffd}".to_owned(); e.as_bytes().len()])
-}
-
-/// The bytes of a byte-level token; of a token with any other character, its own UTF-8.
-fn byte_level_bytes(token: &str) -> Vec<u8> {
-    token
-        .chars()
-        .map(byte_level_byte)
-        .collect::<Option<Vec<u8>>>()
-        .unwrap_or_else(|| token.as_bytes().to_vec())
-}
-
-/// The byte a character stands for in GPT-2's byte-level alphabet: printable Latin-1 stands for itself,
-/// the 68 other bytes follow in order from U+0100.
-fn byte_level_byte(c: char) -> Option<u8> {
-    let byte = match c as u32 {
-        code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => code,
-        code @ 0x100..=0x120 => code - 0x100,
-        code @ 0x121..=0x142 => code - 0x121 + 0x7f,
-        0x143 => 0xad,
-        _ => return None,
-    };
-    u8::try_from(byte).ok()
-}
-
-/// Take the finished characters off the front of `bytes`; wrong bytes become U+FFFD as in
-/// `String::from_utf8_lossy`.
-fn complete_text(bytes: &mut Vec<u8>) -> String {
-    let mut text = String::new();
-    let mut rest = bytes.as_slice();
-    loop {
-        match std::str::from_utf8(rest) {
-            Ok(valid) => {
-                text.push_str(valid);
-                rest = &[];
-                break;
-            }
-            Err(e) => {
-                let (valid, after) = rest.split_at(e.valid_up_to());
-                text.push_str(std::str::from_utf8(valid).unwrap_or_default());
-                rest = after;
-                let Some(wrong) = e.error_len() else { break };
-                text.push('\u{fffd}');
-                rest = &rest[wrong..];
-            }
-        }
-    }
-    let done = bytes.len() - rest.len();
-    bytes.drain(..done);
-    text
-}
-
-/// Cut up to `start` and `stop` characters `content` from the ends of `text`.
-fn strip(text: &str, content: char, start: usize, stop: usize) -> &str {
-    let mut text = text;
-    for _ in 0..start {
-        let Some(shorter) = text.strip_prefix(content) else {
-            break;
-        };
-        text = shorter;
-    }
-    for _ in 0..stop {
-        let Some(shorter) = text.strip_suffix(content) else {
-            break;
-        };
-        text = shorter;
-    }
-    text
-}
-
-/// Take from `held` what no later text can change: the front without what `start` still cuts, up to the
-/// last `stop` characters.
-fn settled_text(held: &mut String, content: char, start: &mut usize, stop: usize) -> String {
-    while *start > 0 && !held.is_empty() {
-        if held.starts_with(content) {
-            held.drain(..content.len_utf8());
-            *start -= 1;
-        } else {
-            *start = 0;
-        }
-    }
-    let end = match stop {
-        0 => held.len(),
-        _ => held.char_indices().nth_back(stop - 1).map_or(0, |(i, _)| i),
-    };
-    held.drain(..end).collect()
+    done.into_iter().map(|(_, result)| result).collect()
 }
 
 /// Call into the crate, whose asserts on odd files must not unwind into the caller.
@@ -737,17 +719,15 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
         .unwrap_or_else(|| "the tokenizer library panicked".to_owned())
 }
 
-fn check_limits(path: &str, inner: &tokenizers::Tokenizer) -> Result<()> {
-    let added = inner
-        .get_post_processor()
-        .map_or(0, |p| p.added_tokens(false));
+fn check_limits(path: &str, post: Option<&PostProcessorWrapper>, parts: &Parts) -> Result<()> {
+    let added = post.map_or(0, |p| p.added_tokens(false));
     if added > MAX_ADDED_BY_TEMPLATE {
         let problem = format!(
             "the post-processor adds {added} tokens to a text, at most {MAX_ADDED_BY_TEMPLATE} are allowed"
         );
         return Err(bad_file(path, problem));
     }
-    if let Some(truncation) = inner.get_truncation() {
+    if let Some(truncation) = &parts.truncation {
         let room = truncation.max_length.saturating_sub(added);
         if room <= truncation.stride {
             let problem = format!(
@@ -757,7 +737,7 @@ fn check_limits(path: &str, inner: &tokenizers::Tokenizer) -> Result<()> {
             return Err(bad_file(path, problem));
         }
     }
-    let Some(padding) = inner.get_padding() else {
+    let Some(padding) = &parts.padding else {
         return Ok(());
     };
     let fixed = match padding.strategy {

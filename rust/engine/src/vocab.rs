@@ -4,17 +4,13 @@
 //! llama.cpp does otherwise (it does not normalise to NFC), the source is followed.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
-use std::mem::take;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::{Value as Json, json};
-use tokenizers::models::bpe::{BPE, Merges, Vocab};
-use tokenizers::{
-    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-};
+use tokenizers::AddedToken;
 
 use crate::error::{Error, Result};
-use crate::tokenizer::{Known, Tokenizer};
+use crate::tokenizer::{BpeSource, Known, Model, Parts, Tokenizer};
 use crate::weights::Value;
 
 /// What errors call the source.
@@ -218,7 +214,7 @@ pub fn tokenizer(metadata: &HashMap<String, Value>) -> Result<Tokenizer> {
 }
 
 /// Byte-level BPE (`tokenizer.ggml.model` = `gpt2`).
-fn byte_level(mut source: Source) -> Result<Tokenizer> {
+fn byte_level(source: Source) -> Result<Tokenizer> {
     let pre = source.text("pre")?.unwrap_or("default");
     let rule = rule(pre).ok_or_else(|| Error::Unsupported {
         what: "pre-tokenizer",
@@ -231,44 +227,48 @@ fn byte_level(mut source: Source) -> Result<Tokenizer> {
     let merges = merges
         .iter()
         .map(|merge| pair(merge))
-        .collect::<Result<Merges>>()?;
-    check_lengths(&source.tokens, &merges)?;
-    let model = BPE::builder()
-        .vocab_and_merges(take(&mut source.vocab), merges)
-        .ignore_merges(rule.ignore_merges)
-        .build()
-        .map_err(|e| bad(format!("tokenizer.ggml.merges: {e}")))?;
-    let mut inner = tokenizers::Tokenizer::new(model);
+        .collect::<Result<Vec<_>>>()?;
+    let model = Model::bpe(BpeSource {
+        tokens: source.with_ids(),
+        merges: merges.iter().map(|&(a, b)| (a.into(), b.into())).collect(),
+        byte_level: true,
+        unknown: None,
+        fuse_unknown: false,
+        byte_fallback: false,
+        whole_words: rule.ignore_merges,
+    });
+    let Some(model) = model else {
+        return Err(source.why_no_model(&merges));
+    };
+    let mut parts = Parts {
+        pre_tokenizer: json!({"type": "Sequence", "pretokenizers": rule.splits}),
+        decoder: bytes(),
+        ..Parts::default()
+    };
     if rule.nfc {
-        inner
-            .with_normalizer(Some(normalizer(json!({"type": "NFC"}))?))
-            .map_err(internal)?;
+        parts.normalizer = json!({"type": "NFC"});
     }
-    let splits = json!({"type": "Sequence", "pretokenizers": rule.splits});
-    inner.with_pre_tokenizer(Some(part::<PreTokenizerWrapper>(splits)?));
-    inner.with_decoder(Some(part::<DecoderWrapper>(bytes())?));
-    finish(&source, inner, rule.add_bos)
+    finish(&source, model, parts, rule.add_bos)
 }
 
 /// SentencePiece BPE with scores (`tokenizer.ggml.model` = `llama`).
-fn sentencepiece(mut source: Source) -> Result<Tokenizer> {
+fn sentencepiece(source: Source) -> Result<Tokenizer> {
     let scores = source
         .scores()?
         .ok_or_else(|| bad("no tokenizer.ggml.scores".to_owned()))?;
     let merges = merges_by_score(&source, scores);
-    let unknown = source.named.get("unk_token").cloned();
-    let mut builder = BPE::builder()
-        .vocab_and_merges(take(&mut source.vocab), merges)
-        .fuse_unk(true)
-        .byte_fallback(true);
-    if let Some(unknown) = unknown {
-        builder = builder.unk_token(unknown);
-    }
-    let model = builder
-        .build()
-        .map_err(|e| bad(format!("tokenizer.ggml.tokens: {e}")))?;
-    let mut inner = tokenizers::Tokenizer::new(model);
-
+    let model = Model::bpe(BpeSource {
+        tokens: source.with_ids(),
+        merges: merges.iter().map(|&(a, b)| (a.into(), b.into())).collect(),
+        byte_level: false,
+        unknown: source.named.get("unk_token").map(String::as_str),
+        fuse_unknown: true,
+        byte_fallback: true,
+        whole_words: false,
+    });
+    let Some(model) = model else {
+        return Err(source.why_no_model(&merges));
+    };
     let leading_space = source.flag("add_space_prefix")?.unwrap_or(true);
     let to_marks = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     let to_spaces = json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "});
@@ -282,17 +282,19 @@ fn sentencepiece(mut source: Source) -> Result<Tokenizer> {
         normal.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    let normal = normalizer(json!({"type": "Sequence", "normalizers": normal}))?;
-    inner.with_normalizer(Some(normal)).map_err(internal)?;
-    let decoders = json!({"type": "Sequence", "decoders": decoders});
-    inner.with_decoder(Some(part::<DecoderWrapper>(decoders)?));
-    finish(&source, inner, true)
+    let parts = Parts {
+        normalizer: json!({"type": "Sequence", "normalizers": normal}),
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        ..Parts::default()
+    };
+    finish(&source, model, parts, true)
 }
 
 /// Added tokens, the template around a text, and the names: the same for both kinds.
 fn finish(
     source: &Source,
-    mut inner: tokenizers::Tokenizer,
+    model: Model,
+    mut parts: Parts,
     default_add_bos: bool,
 ) -> Result<Tokenizer> {
     let added = source
@@ -304,7 +306,7 @@ fn finish(
             (special || kind == USER_DEFINED)
                 .then(|| AddedToken::from(token.as_ref(), special).normalized(false))
         });
-    inner.add_tokens(added).map_err(internal)?;
+    parts.added_tokens = added.collect();
 
     let around = |flag: &str, id: &str, default: bool| -> Result<Option<&String>> {
         let asked = source.flag(flag)?;
@@ -320,27 +322,23 @@ fn finish(
     let bos = around("add_bos_token", "bos_token", default_add_bos)?;
     let eos = around("add_eos_token", "eos_token", false)?;
     if bos.is_some() || eos.is_some() {
-        let template = template(&inner, bos, eos)?;
-        inner.with_post_processor(Some(template));
+        parts.post_processor = template(&model, bos, eos);
     }
 
-    let id = |name: &str| source.named.get(name).and_then(|t| inner.token_to_id(t));
+    let id = |name: &str| source.named.get(name).and_then(|t| model.id(t));
     let known = Known {
         special_tokens: source.named.clone(),
         bos_id: id("bos_token"),
-        eos_ids: end_ids(source, &inner, id("bos_token"), id("eos_token"))?,
+        eos_ids: end_ids(source, &model, id("bos_token"), id("eos_token"))?,
         chat_templates: chat_templates(source.metadata),
         response_template: None,
     };
-    Tokenizer::new(NAME, inner, source.tokens.len(), known)
+    Tokenizer::of_parts(NAME, model, parts, known)?
+        .ok_or_else(|| bad("its tokens make no tokenizer".to_owned()))
 }
 
 /// `bos text eos`; for a pair, the same around each.
-fn template(
-    inner: &tokenizers::Tokenizer,
-    bos: Option<&String>,
-    eos: Option<&String>,
-) -> Result<PostProcessorWrapper> {
+fn template(model: &Model, bos: Option<&String>, eos: Option<&String>) -> Json {
     let around = |sequence: &str, type_id: u32| -> Vec<Json> {
         let special = |token: &String| json!({"SpecialToken": {"id": token, "type_id": type_id}});
         let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
@@ -356,34 +354,29 @@ fn template(
         .map(|t| {
             (
                 t.clone(),
-                json!({"id": t, "ids": [inner.token_to_id(t)], "tokens": [t]}),
+                json!({"id": t, "ids": [model.id(t)], "tokens": [t]}),
             )
         })
         .collect();
     let single = around("A", 0);
     let pair: Vec<Json> = single.iter().cloned().chain(around("B", 1)).collect();
-    part(json!({
+    json!({
         "type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special_tokens
-    }))
+    })
 }
 
 /// The ids that end a completion: `eos_token_id`, `eot_token_id`, `eom_token_id`, and control tokens whose
 /// text says so. Without the last, chat files that name only `<eos>` would never stop.
-fn end_ids(
-    source: &Source,
-    inner: &tokenizers::Tokenizer,
-    bos: Option<u32>,
-    eos: Option<u32>,
-) -> Result<Vec<u32>> {
+fn end_ids(source: &Source, model: &Model, bos: Option<u32>, eos: Option<u32>) -> Result<Vec<u32>> {
     let mut ids: Vec<u32> = eos.into_iter().collect();
     for key in ["eot_token_id", "eom_token_id"] {
         ids.extend(source.id(key)?);
     }
     // In the harmony format `<|end|>` ends one message of several, not the turn.
-    let has = |token| inner.token_to_id(token).is_some();
+    let has = |token| model.id(token).is_some();
     let harmony = has("<|return|>") && has("<|call|>");
     for token in END_OF_TURN {
-        let Some(id) = inner.token_to_id(token) else {
+        let Some(id) = model.id(token) else {
             continue;
         };
         let marked = source
@@ -425,28 +418,28 @@ fn chat_templates(metadata: &HashMap<String, Value>) -> BTreeMap<String, String>
 /// Merges that act as SentencePiece's scores do: every way to make a token of two others, best score first,
 /// then the longer left half, then the longer right one (transformers' order, which made the models'
 /// `tokenizer.json` files). Control, unknown, unused and byte tokens are never merged into.
-fn merges_by_score(source: &Source, scores: &[f32]) -> Merges {
-    let mut found: Vec<(f32, usize, usize, &str)> = Vec::new();
+fn merges_by_score<'s>(source: &'s Source, scores: &[f32]) -> Vec<(&'s str, &'s str)> {
+    let tokens: HashSet<&str> = source.tokens.iter().map(|token| token.as_ref()).collect();
+    let mut found: Vec<(f32, usize, usize, &'s str)> = Vec::new();
     for ((token, &score), kind) in source.tokens.iter().zip(scores).zip(&source.types) {
         if [UNKNOWN, CONTROL, UNUSED, BYTE].contains(kind) || token.len() > MAX_SPLIT_TOKEN {
             continue;
         }
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
-            if source.vocab.contains_key(left) && source.vocab.contains_key(right) {
+            if tokens.contains(left) && tokens.contains(right) {
                 found.push((score, left.chars().count(), right.chars().count(), token));
             }
         }
     }
     // Stable, so that equals stay in the order of ids.
     found.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
-    let halves = |(_, left, _, token): (f32, usize, usize, &str)| {
+    let halves = |(_, left, _, token): (f32, usize, usize, &'s str)| {
         let at = token
             .char_indices()
             .nth(left)
             .map_or(token.len(), |(at, _)| at);
-        let (left, right) = token.split_at(at);
-        (left.to_owned(), right.to_owned())
+        token.split_at(at)
     };
     found.into_iter().map(halves).collect()
 }
@@ -455,26 +448,15 @@ fn merges_by_score(source: &Source, scores: &[f32]) -> Merges {
 /// SentencePiece vocabulary comes near.
 const MAX_SPLIT_TOKEN: usize = 512;
 
-fn pair(merge: &str) -> Result<(String, String)> {
+fn pair(merge: &str) -> Result<(&str, &str)> {
     // The left half may be a space itself, so the separator is looked for after its first character.
     let first = merge.chars().next().map_or(0, char::len_utf8);
     let at = merge[first..].find(' ').map(|i| i + first);
     match at.map(|at| (&merge[..at], &merge[at + 1..])) {
-        Some((left, right)) if !right.is_empty() => Ok((left.to_owned(), right.to_owned())),
+        Some((left, right)) if !right.is_empty() => Ok((left, right)),
         _ => Err(bad(format!(
             "tokenizer.ggml.merges: {merge:?} is not two tokens"
         ))),
-    }
-}
-
-/// The crate joins merges in a buffer as long as the longest token, and asserts that they fit.
-fn check_lengths(tokens: &[Cow<str>], merges: &Merges) -> Result<()> {
-    let longest = tokens.iter().map(|t| t.len()).max().unwrap_or(0);
-    match merges.iter().find(|(a, b)| a.len() + b.len() > longest) {
-        Some((a, b)) => Err(bad(format!(
-            "tokenizer.ggml.merges: {a:?} {b:?} make no token"
-        ))),
-        None => Ok(()),
     }
 }
 
@@ -483,8 +465,6 @@ struct Source<'a> {
     metadata: &'a HashMap<String, Value>,
     tokens: Vec<Cow<'a, str>>,
     types: Vec<i64>,
-    /// Until the model takes it.
-    vocab: Vocab,
     /// transformers' name of a special token to its text.
     named: BTreeMap<String, String>,
 }
@@ -495,7 +475,6 @@ impl<'a> Source<'a> {
             metadata,
             tokens: Vec::new(),
             types: Vec::new(),
-            vocab: Vocab::default(),
             named: BTreeMap::new(),
         };
         let tokens = source
@@ -509,15 +488,6 @@ impl<'a> Source<'a> {
         };
         source.tokens = tokens.iter().enumerate().map(named).collect();
         source.types = source.token_types()?;
-        source.vocab.reserve(source.tokens.len());
-        for (id, token) in source.tokens.iter().enumerate() {
-            let id = u32::try_from(id).map_err(|_| bad("more than 2^32 tokens".to_owned()))?;
-            if let Some(first) = source.vocab.insert(token.to_string(), id) {
-                return Err(bad(format!(
-                    "tokenizer.ggml.tokens: {token:?} is both {first} and {id}"
-                )));
-            }
-        }
         for (key, name) in NAMED_IDS {
             if let Some(id) = source.id(key)? {
                 source
@@ -538,10 +508,44 @@ impl<'a> Source<'a> {
             ("eos_token", "</s>"),
             ("unk_token", "<unk>"),
         ] {
-            if !self.named.contains_key(name) && self.vocab.contains_key(token) {
+            if !self.named.contains_key(name) && self.tokens.iter().any(|t| t == token) {
                 self.named.insert(name.to_owned(), token.to_owned());
             }
         }
+    }
+
+    fn with_ids(&self) -> Vec<(Cow<'_, str>, u32)> {
+        let borrowed = self
+            .tokens
+            .iter()
+            .map(|token| Cow::Borrowed(token.as_ref()));
+        borrowed.zip(0..).collect()
+    }
+
+    /// What is wrong with tokens and merges that make no model.
+    fn why_no_model(&self, merges: &[(&str, &str)]) -> Error {
+        let mut ids: HashMap<&str, usize> = HashMap::new();
+        for (id, token) in self.tokens.iter().enumerate() {
+            if let Some(first) = ids.insert(token, id) {
+                let problem = format!("tokenizer.ggml.tokens: {token:?} is both {first} and {id}");
+                return bad(problem);
+            }
+        }
+        for (a, b) in merges {
+            let made = format!("{a}{b}");
+            let parts = [*a, *b, made.as_str()];
+            if let Some(missing) = parts.into_iter().find(|part| !ids.contains_key(part)) {
+                let problem = format!(
+                    "tokenizer.ggml.merges: {a:?} {b:?} need {missing:?}, which is no token"
+                );
+                return bad(problem);
+            }
+        }
+        bad(format!(
+            "{} tokens and {} merges are more than a tokenizer holds",
+            self.tokens.len(),
+            merges.len()
+        ))
     }
 
     fn token_types(&self) -> Result<Vec<i64>> {
@@ -628,15 +632,6 @@ impl<'a> Source<'a> {
     }
 }
 
-fn normalizer(json: Json) -> Result<NormalizerWrapper> {
-    part(json)
-}
-
-/// A part of a pipeline, from what `tokenizer.json` would say.
-fn part<T: serde::de::DeserializeOwned>(json: Json) -> Result<T> {
-    serde_json::from_value(json).map_err(|e| Error::Internal(format!("tokenizer part: {e}")))
-}
-
 fn wrong_type(key: &str, wanted: &str, came: &Value) -> Error {
     let came = match came {
         Value::Bool(_) => "a bool",
@@ -656,10 +651,6 @@ fn bad(problem: String) -> Error {
         path: NAME.to_owned(),
         problem,
     }
-}
-
-fn internal(error: tokenizers::Error) -> Error {
-    Error::Internal(error.to_string())
 }
 
 #[cfg(test)]

@@ -14,6 +14,11 @@ pub fn run<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> 
         .map_err(|error| to_py(py, error))
 }
 
+/// The same with the GIL kept, for work of a few microseconds.
+pub fn run_here<T>(py: Python<'_>, work: impl FnOnce() -> Result<T>) -> PyResult<T> {
+    guarded(work).map_err(|error| to_py(py, error))
+}
+
 /// `InvalidRequestError`, for what the door itself refuses.
 pub fn invalid(py: Python<'_>, message: impl Into<String>) -> PyErr {
     to_py(py, Error::InvalidRequest(message.into()))

@@ -60,6 +60,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("OPTION_NAMES", PyTuple::new(module.py(), OPTION_NAMES)?)?;
     module.add_class::<template::ChatTemplate>()?;
     module.add_class::<tokenizer::Tokenizer>()?;
+    module.add_class::<tokenizer::DecodeStream>()?;
     module.add_class::<engine::Engine>()?;
     module.add_class::<stream::Stream>()?;
     module.add_class::<delta::Delta>()?;

@@ -1,0 +1,483 @@
+//! The way from text to ids that holds no normalised strings, offsets or tokens: parts between added tokens,
+//! words of them, and for a word its ids, mostly remembered from the last time.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use super::added::{Added, Finder, Part};
+use super::model::{Model, Work};
+use super::normal::Normal;
+use super::split::{Cuts, Splitter, each_word};
+use super::table::Seed;
+
+/// Buffers kept for the threads that encode next.
+const MAX_IDLE: usize = 64;
+/// A word's bytes that are kept with its ids: with their length they are one 128-bit number.
+const KEY_BYTES: usize = 15;
+const ENTRY_IDS: usize = 4;
+/// Words remembered at first and at most by one thread; an entry has 32 bytes.
+const MIN_ENTRIES: usize = 1 << 10;
+const MAX_ENTRIES: usize = 1 << 16;
+/// The same for words that do not fit there, of at most this many bytes; all are forgotten when those kept
+/// have more than these in all.
+const LONG_WORD: usize = 512;
+const LONG_BYTES: usize = 2 << 20;
+const MAX_LONG_ENTRIES: usize = 1 << 15;
+
+/// The fast pipeline of a tokenizer.
+#[derive(Debug)]
+pub(super) struct Fast {
+    plain: Option<Finder>,
+    normalized: Option<Finder>,
+    splitter: Splitter,
+    cuts: Option<Cuts>,
+    idle: Mutex<Vec<Box<Scratch>>>,
+}
+
+/// What a call to encode is given beside the text.
+pub(super) struct Request<'a> {
+    pub model: &'a Model,
+    pub normal: &'a Normal,
+    pub added: &'a Added,
+    /// Where tokens may be looked for; nothing: everywhere.
+    pub trusted: Option<&'a dyn Fn(usize, usize) -> bool>,
+    /// No more ids than these are wanted.
+    pub limit: usize,
+}
+
+#[derive(Debug)]
+struct Scratch {
+    cache: Cache,
+    long: LongCache,
+    work: Work,
+    text: String,
+}
+
+impl Fast {
+    /// `None` where the pipeline holds something that is not done here.
+    pub fn new(model: &Model, normal: &Normal, splitter: Splitter, added: &Added) -> Option<Self> {
+        let (plain, normalized) = added.finders()?;
+        let cuts = match (&splitter, model) {
+            (_, Model::Library(_)) => return None,
+            (Splitter::Whole, Model::Bpe { model, .. }) => Cuts::new(model, '\u{2581}'),
+            (Splitter::Metaspace(meta), Model::Bpe { model, .. }) => {
+                if meta.depends_on_place() && !normal.is_canonical() {
+                    return None;
+                }
+                Cuts::new(model, meta.mark())
+            }
+            (Splitter::Metaspace(meta), _) => {
+                if meta.depends_on_place() && !normal.is_canonical() {
+                    return None;
+                }
+                None
+            }
+            _ => None,
+        };
+        Some(Self {
+            plain,
+            normalized,
+            splitter,
+            cuts,
+            idle: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Append the ids of `text`. `None` when it holds what the model cannot encode.
+    pub fn encode(&self, text: &str, request: &Request<'_>, ids: &mut Vec<u32>) -> Option<()> {
+        let taken = self.idle.lock().ok().and_then(|mut idle| idle.pop());
+        let mut scratch = taken.unwrap_or_default();
+        let done = Encoder {
+            fast: self,
+            request,
+            scratch: &mut scratch,
+            ids,
+            failed: false,
+        }
+        .text(text);
+        if let Ok(mut idle) = self.idle.lock()
+            && idle.len() < MAX_IDLE
+        {
+            idle.push(scratch);
+        }
+        done.then_some(())
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            cache: Cache::new(),
+            long: LongCache::new(),
+            work: Work::default(),
+            text: String::new(),
+        }
+    }
+}
+
+struct Encoder<'a> {
+    fast: &'a Fast,
+    request: &'a Request<'a>,
+    scratch: &'a mut Scratch,
+    ids: &'a mut Vec<u32>,
+    failed: bool,
+}
+
+impl Encoder<'_> {
+    fn text(mut self, text: &str) -> bool {
+        let fast = self.fast;
+        let Some(finder) = &fast.plain else {
+            self.normalize(text, 0..text.len());
+            return !self.failed;
+        };
+        let trusted = self.request.trusted;
+        let allowed = |start: usize, end: usize, control: bool| {
+            !control || trusted.is_none_or(|trusted| trusted(start, end))
+        };
+        finder.split(text, &allowed, &mut |part| match part {
+            Part::Token(id) => self.push(id),
+            Part::Text(range) => self.normalize(text, range),
+            Part::Broken => self.give_up(),
+        });
+        !self.failed
+    }
+
+    fn push(&mut self, id: u32) -> bool {
+        self.ids.push(id);
+        self.ids.len() < self.request.limit
+    }
+
+    fn give_up(&mut self) -> bool {
+        self.failed = true;
+        false
+    }
+
+    fn normalize(&mut self, text: &str, part: Range<usize>) -> bool {
+        let Some(normalized) = self.request.normal.apply(&text[part.clone()]) else {
+            self.failed = true;
+            return false;
+        };
+        let (fast, first) = (self.fast, part.start == 0);
+        let Some(finder) = &fast.normalized else {
+            return self.words(&normalized, first);
+        };
+        // Where the text stayed as it is, places are known; else all of it must be trusted.
+        let trusted = self.request.trusted;
+        let same = matches!(normalized, Cow::Borrowed(_));
+        let allowed = |start: usize, end: usize, control: bool| {
+            !control
+                || trusted.is_none_or(|trusted| match same {
+                    true => trusted(part.start + start, part.start + end),
+                    false => trusted(part.start, part.end),
+                })
+        };
+        finder.split(&normalized, &allowed, &mut |part| match part {
+            Part::Token(id) => self.push(id),
+            Part::Broken => self.give_up(),
+            Part::Text(range) => {
+                let first = first && range.start == 0;
+                self.words(&normalized[range], first)
+            }
+        })
+    }
+
+    fn words(&mut self, text: &str, first: bool) -> bool {
+        if text.is_empty() {
+            return true;
+        }
+        let fast = self.fast;
+        match &fast.splitter {
+            Splitter::Whole => self.pieces(text),
+            Splitter::Metaspace(meta) => {
+                let mut marked = std::mem::take(&mut self.scratch.text);
+                meta.mark_spaces(text, first, &mut marked);
+                let more = match meta.split {
+                    true => self.marked(&marked, meta.mark()),
+                    false => self.pieces(&marked),
+                };
+                self.scratch.text = marked;
+                more
+            }
+            Splitter::Stages { stages, space } => {
+                if *space && !text.starts_with(' ') {
+                    let mut spaced = std::mem::take(&mut self.scratch.text);
+                    spaced.clear();
+                    spaced.push(' ');
+                    spaced.push_str(text);
+                    let more = each_word(stages, &spaced, &mut |start, end| {
+                        self.word(&spaced, start, end)
+                    });
+                    self.scratch.text = spaced;
+                    return more;
+                }
+                each_word(stages, text, &mut |start, end| self.word(text, start, end))
+            }
+        }
+    }
+
+    /// Words that begin with a mark each.
+    fn marked(&mut self, text: &str, mark: char) -> bool {
+        let mut start = 0;
+        while start < text.len() {
+            let first = text[start..].chars().next().map_or(1, char::len_utf8);
+            let rest = &text[start + first..];
+            let end = rest.find(mark).map_or(text.len(), |at| start + first + at);
+            if !self.word(text, start, end) {
+                return false;
+            }
+            start = end;
+        }
+        true
+    }
+
+    /// A text that is one word, in pieces where that is the same.
+    fn pieces(&mut self, text: &str) -> bool {
+        let fast = self.fast;
+        let Some(cuts) = &fast.cuts else {
+            return self.word(text, 0, text.len());
+        };
+        let mut start = 0;
+        while start < text.len() {
+            let end = cuts.next(text, start);
+            if !self.word(text, start, end) {
+                return false;
+            }
+            start = end;
+        }
+        true
+    }
+
+    #[inline]
+    fn word(&mut self, text: &str, start: usize, end: usize) -> bool {
+        let length = end - start;
+        if length > KEY_BYTES || self.request.trusted.is_some() {
+            return self.long_word(&text[start..end]);
+        }
+        let key = key(text.as_bytes(), start, length);
+        if let Some(known) = self.scratch.cache.get(key) {
+            push_known(known, self.ids);
+            return self.ids.len() < self.request.limit;
+        }
+        let before = self.ids.len();
+        let more = self.long_word(&text[start..end]);
+        if let Some(new) = self.ids.get(before..)
+            && !self.failed
+        {
+            self.scratch.cache.insert(key, new);
+        }
+        more
+    }
+
+    /// A word that the small cache does not hold.
+    fn long_word(&mut self, word: &str) -> bool {
+        let scratch = &mut self.scratch;
+        let plain = self.request.trusted.is_none() && word.len() <= LONG_WORD;
+        let hash = scratch.long.seed.bytes(word.as_bytes());
+        let known = if plain {
+            scratch.long.get(hash, word)
+        } else {
+            None
+        };
+        if let Some(known) = known {
+            self.ids.extend_from_slice(known);
+            return self.ids.len() < self.request.limit;
+        }
+        let before = self.ids.len();
+        self.encode_word(word);
+        if let Some(new) = self.ids.get(before..)
+            && plain
+            && !self.failed
+            && (word.len() > KEY_BYTES || new.len() > ENTRY_IDS)
+        {
+            self.scratch.long.insert(hash, word, new);
+        }
+        self.ids.len() < self.request.limit && !self.failed
+    }
+
+    fn encode_word(&mut self, word: &str) {
+        let Request { model, added, .. } = self.request;
+        let before = self.ids.len();
+        let work = &mut self.scratch.work;
+        let mut done = model.encode(word, work, self.ids);
+        // Merges can make the text of a control token that was not looked for.
+        let control = |&id: &u32| added.is_control(id);
+        if self.request.trusted.is_some() && self.ids[before..].iter().any(control) {
+            self.ids.truncate(before);
+            done = model.encode_without(word, &|id| added.is_control(id), work, self.ids);
+        }
+        self.failed |= done.is_none();
+    }
+}
+
+#[inline]
+fn push_known(known: &[u32; ENTRY_IDS], ids: &mut Vec<u32>) {
+    let count = known.iter().filter(|&&id| id != u32::MAX).count();
+    ids.extend_from_slice(&known[..count]);
+}
+
+/// A word of at most [`KEY_BYTES`] bytes as a number; never zero, unlike an empty entry's.
+#[inline]
+fn key(text: &[u8], start: usize, length: usize) -> u128 {
+    let bytes = match text[start..].first_chunk::<16>() {
+        Some(bytes) => u128::from_le_bytes(*bytes),
+        None => {
+            let mut bytes = [0; 16];
+            let rest = &text[start..];
+            bytes[..rest.len()].copy_from_slice(rest);
+            u128::from_le_bytes(bytes)
+        }
+    };
+    bytes & ((1 << (8 * length)) - 1) | (length as u128) << 120
+}
+
+/// Words and their ids, each at the place its hash says or one beside it: a new one takes the place of an old.
+#[derive(Debug)]
+struct Cache {
+    entries: Vec<Entry>,
+    seed: Seed,
+    /// Insertions since the last growth.
+    inserted: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    key: u128,
+    /// In order; the rest are `u32::MAX`.
+    ids: [u32; ENTRY_IDS],
+}
+
+const VACANT: Entry = Entry {
+    key: 0,
+    ids: [u32::MAX; ENTRY_IDS],
+};
+
+impl Cache {
+    fn new() -> Self {
+        Self {
+            entries: vec![VACANT; MIN_ENTRIES],
+            seed: Seed::new(),
+            inserted: 0,
+        }
+    }
+
+    #[inline]
+    fn place(&self, key: u128) -> usize {
+        self.seed.word(key as u64, (key >> 64) as u64) as usize & (self.entries.len() - 1)
+    }
+
+    #[inline]
+    fn get(&self, key: u128) -> Option<&[u32; ENTRY_IDS]> {
+        let place = self.place(key);
+        let entry = &self.entries[place];
+        if entry.key == key {
+            return Some(&entry.ids);
+        }
+        let entry = &self.entries[place ^ 1];
+        (entry.key == key).then_some(&entry.ids)
+    }
+
+    fn insert(&mut self, key: u128, ids: &[u32]) {
+        if ids.len() > ENTRY_IDS {
+            return;
+        }
+        if self.inserted > self.entries.len() / 2 && self.entries.len() < MAX_ENTRIES {
+            self.grow();
+        }
+        self.inserted += 1;
+        let mut entry = Entry { key, ..VACANT };
+        entry.ids[..ids.len()].copy_from_slice(ids);
+        self.put(entry);
+    }
+
+    fn put(&mut self, entry: Entry) {
+        let place = self.place(entry.key);
+        if self.entries[place].key != 0 {
+            self.entries[place ^ 1] = self.entries[place];
+        }
+        self.entries[place] = entry;
+    }
+
+    fn grow(&mut self) {
+        let size = self.entries.len() * 4;
+        let old = std::mem::replace(&mut self.entries, vec![VACANT; size]);
+        self.inserted = 0;
+        for entry in old.into_iter().filter(|entry| entry.key != 0) {
+            self.put(entry);
+        }
+    }
+}
+
+/// Longer words and their ids, each at the place its hash says: a new one takes the place of an old.
+#[derive(Debug)]
+struct LongCache {
+    entries: Vec<LongEntry>,
+    words: Vec<u8>,
+    ids: Vec<u32>,
+    seed: Seed,
+    inserted: usize,
+}
+
+/// A word's places in `words` and `ids`.
+#[derive(Debug, Clone, Copy, Default)]
+struct LongEntry {
+    hash: u64,
+    word: u32,
+    ids: u32,
+    length: u16,
+    count: u16,
+}
+
+impl LongCache {
+    fn new() -> Self {
+        Self {
+            entries: vec![LongEntry::default(); MIN_ENTRIES],
+            words: Vec::new(),
+            ids: Vec::new(),
+            seed: Seed::new(),
+            inserted: 0,
+        }
+    }
+
+    #[inline]
+    fn get(&self, hash: u64, word: &str) -> Option<&[u32]> {
+        let entry = self.entries[hash as usize & (self.entries.len() - 1)];
+        if entry.hash != hash || entry.length as usize != word.len() {
+            return None;
+        }
+        let start = entry.word as usize;
+        let same = &self.words[start..start + word.len()] == word.as_bytes();
+        let start = entry.ids as usize;
+        same.then(|| &self.ids[start..start + entry.count as usize])
+    }
+
+    fn insert(&mut self, hash: u64, word: &str, ids: &[u32]) {
+        let (Ok(length), Ok(count)) = (u16::try_from(word.len()), u16::try_from(ids.len())) else {
+            return;
+        };
+        if self.words.len() + 4 * self.ids.len() > LONG_BYTES {
+            self.words.clear();
+            self.ids.clear();
+            self.entries.fill(LongEntry::default());
+        }
+        if self.inserted > self.entries.len() / 2 && self.entries.len() < MAX_LONG_ENTRIES {
+            let size = self.entries.len() * 4;
+            let old = std::mem::replace(&mut self.entries, vec![LongEntry::default(); size]);
+            for entry in old {
+                self.entries[entry.hash as usize & (size - 1)] = entry;
+            }
+            self.inserted = 0;
+        }
+        self.inserted += 1;
+        let place = hash as usize & (self.entries.len() - 1);
+        self.entries[place] = LongEntry {
+            hash,
+            word: self.words.len() as u32,
+            ids: self.ids.len() as u32,
+            length,
+            count,
+        };
+        self.words.extend_from_slice(word.as_bytes());
+        self.ids.extend_from_slice(ids);
+    }
+}

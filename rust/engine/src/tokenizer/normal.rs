@@ -1,0 +1,168 @@
+//! Normalisers as text to text. Those that are common are done here, with a look first whether they would
+//! change anything; the others by the `tokenizers` crate.
+
+use std::borrow::Cow;
+
+use super::split::push_marked;
+use serde_json::Value as Json;
+use tokenizers::NormalizerWrapper;
+use tokenizers::tokenizer::{NormalizedString, Normalizer as _};
+use unicode_normalization_alignments::{IsNormalized, UnicodeNormalization, is_nfc_quick};
+
+/// Characters below are their own NFC, and no two of them compose.
+const FIRST_COMBINING: u8 = 0xcc; // the first byte of U+0300
+
+/// What is done to a text before it is split.
+#[derive(Debug)]
+pub(super) enum Normal {
+    /// The steps in order; none: the text stays as it is.
+    Steps(Vec<Step>),
+    Library(Box<NormalizerWrapper>),
+}
+
+#[derive(Debug)]
+pub(super) enum Step {
+    Nfc,
+    Nfd,
+    Nfkc,
+    Nfkd,
+    Lowercase,
+    Prepend(String),
+    Replace { from: String, to: String },
+}
+
+impl Normal {
+    /// What a `normalizer` of `tokenizer.json` says. An error is the crate's.
+    pub fn new(json: &Json) -> Result<Self, String> {
+        let library: Option<NormalizerWrapper> =
+            serde_json::from_value(json.clone()).map_err(|e| e.to_string())?;
+        let Some(library) = library else {
+            return Ok(Self::Steps(Vec::new()));
+        };
+        let mut steps = Vec::new();
+        Ok(match read(json, &mut steps) {
+            Some(()) => Self::Steps(steps),
+            None => Self::Library(Box::new(library)),
+        })
+    }
+
+    /// The normalised text; `None` when the library fails.
+    pub fn apply<'t>(&self, text: &'t str) -> Option<Cow<'t, str>> {
+        match self {
+            Self::Steps(steps) => {
+                if let Some((before, mark)) = marks(steps) {
+                    let mut marked = String::new();
+                    if !text.is_empty() {
+                        marked.reserve(before.len() + text.len() + text.len() / 2);
+                        marked.push_str(before);
+                    }
+                    push_marked(text, mark, &mut marked);
+                    return Some(Cow::Owned(marked));
+                }
+                let mut text = Cow::Borrowed(text);
+                for step in steps {
+                    if let Some(changed) = step.apply(&text) {
+                        text = Cow::Owned(changed);
+                    }
+                }
+                Some(text)
+            }
+            Self::Library(library) => {
+                let mut normalized = NormalizedString::from(text);
+                library.normalize(&mut normalized).ok()?;
+                Some(Cow::Owned(normalized.get().to_owned()))
+            }
+        }
+    }
+
+    /// Whether the text always stays as it is, but for its canonical form.
+    pub fn is_canonical(&self) -> bool {
+        matches!(self, Self::Steps(steps) if steps.iter().all(|step| matches!(step, Step::Nfc)))
+    }
+
+    /// Whether no character `c` is left.
+    pub fn removes(&self, c: char) -> bool {
+        let Self::Steps(steps) = self else {
+            return false;
+        };
+        let mut gone = false;
+        for step in steps {
+            match step {
+                Step::Replace { from, to } => {
+                    gone = (gone || from.chars().eq([c])) && !to.contains(c);
+                }
+                Step::Prepend(text) => gone &= !text.contains(c),
+                Step::Nfc => {}
+                _ => gone = false,
+            }
+        }
+        gone
+    }
+}
+
+/// What is put before a text and the mark that spaces become, where that is all (SentencePiece).
+fn marks(steps: &[Step]) -> Option<(&str, char)> {
+    let (before, replace) = match steps {
+        [Step::Prepend(before), replace] if !before.contains(' ') => (before.as_str(), replace),
+        [replace] => ("", replace),
+        _ => return None,
+    };
+    let Step::Replace { from, to } = replace else {
+        return None;
+    };
+    let mut mark = to.chars();
+    let mark = mark
+        .next()
+        .filter(|_| mark.next().is_none() && from == " ")?;
+    Some((before, mark))
+}
+
+fn read(json: &Json, steps: &mut Vec<Step>) -> Option<()> {
+    let text = |key: &str| json.get(key)?.as_str().map(str::to_owned);
+    steps.push(match json.get("type")?.as_str()? {
+        "NFC" => Step::Nfc,
+        "NFD" => Step::Nfd,
+        "NFKC" => Step::Nfkc,
+        "NFKD" => Step::Nfkd,
+        "Lowercase" => Step::Lowercase,
+        "Prepend" => Step::Prepend(text("prepend")?),
+        "Replace" => {
+            let from = json.get("pattern")?.get("String")?.as_str()?.to_owned();
+            let to = text("content")?;
+            (!from.is_empty()).then_some(Step::Replace { from, to })?
+        }
+        "Sequence" => {
+            let parts = json.get("normalizers")?.as_array()?;
+            return parts.iter().try_for_each(|part| read(part, steps));
+        }
+        _ => return None,
+    });
+    Some(())
+}
+
+impl Step {
+    /// The changed text, `None` when it stays.
+    fn apply(&self, text: &str) -> Option<String> {
+        match self {
+            Self::Prepend(before) => (!text.is_empty()).then(|| format!("{before}{text}")),
+            Self::Replace { from, to } => {
+                text.contains(from.as_str()).then(|| text.replace(from, to))
+            }
+            Self::Lowercase => Some(text.chars().flat_map(char::to_lowercase).collect()),
+            Self::Nfc => {
+                let first = text.bytes().position(|byte| byte >= FIRST_COMBINING)?;
+                // The character before may compose with the first that can.
+                let first = text[..first]
+                    .char_indices()
+                    .next_back()
+                    .map_or(first, |(at, _)| at);
+                let same = is_nfc_quick(text[first..].chars()) == IsNormalized::Yes;
+                (!same).then(|| text.nfc().map(|(c, _)| c).collect())
+            }
+            _ if text.is_ascii() => None,
+            Self::Nfd => Some(text.nfd().map(|(c, _)| c).collect()),
+            Self::Nfkc => Some(text.nfkc().map(|(c, _)| c).collect()),
+            Self::Nfkd => Some(text.nfkd().map(|(c, _)| c).collect()),
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! How a normalised text is cut into the words that a model encodes, each alone: `pre_tokenizer`, and for
+//! models that take a whole text as one word, places that no merge can cross.
+
+use std::collections::HashSet;
+
+use serde_json::Value as Json;
+
+use super::bpe::Bpe;
+use super::words::{Pattern, character, width};
+
+/// GPT-2's split, which a byte-level pre-tokenizer does by itself.
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+
+/// A way to cut a text into words.
+#[derive(Debug)]
+pub(super) enum Splitter {
+    /// One after the other; with `space`, to a text that does not begin with a space one is added first.
+    Stages {
+        stages: Vec<Stage>,
+        space: bool,
+    },
+    Metaspace(Metaspace),
+    /// The text is one word.
+    Whole,
+}
+
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Matches and gaps; without `gaps` the text between matches is dropped, without `matches` these.
+    Pattern {
+        pattern: Box<Pattern>,
+        matches: bool,
+        gaps: bool,
+    },
+    /// Numeric characters from others.
+    Digits { individual: bool },
+}
+
+/// Spaces become a mark, and each mark begins a word.
+#[derive(Debug)]
+pub(super) struct Metaspace {
+    mark: char,
+    prepend: Prepend,
+    /// Cut before each mark.
+    pub split: bool,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Prepend {
+    Always,
+    First,
+    Never,
+}
+
+impl Splitter {
+    /// What a `pre_tokenizer` of `tokenizer.json` says; `None` for what is not done here. `no_spaces`: the
+    /// texts it gets hold none.
+    pub fn new(json: &Json, no_spaces: bool) -> Option<Self> {
+        if json.is_null() {
+            return Some(Self::Whole);
+        }
+        let mut parts = Vec::new();
+        flatten(json, &mut parts)?;
+        let of_type =
+            |part: &Json, name: &str| part.get("type").and_then(Json::as_str) == Some(name);
+        if let [part] = parts.as_slice()
+            && of_type(part, "Metaspace")
+        {
+            return Metaspace::new(part).map(Self::Metaspace);
+        }
+        let (mut stages, mut space) = (Vec::new(), false);
+        let mut byte_level = false;
+        for part in parts {
+            let flag = |key: &str, default: Option<bool>| match part.get(key) {
+                None => default,
+                Some(value) => value.as_bool(),
+            };
+            if byte_level {
+                return None;
+            }
+            match part.get("type")?.as_str()? {
+                "ByteLevel" => {
+                    byte_level = true;
+                    flag("trim_offsets", None)?;
+                    if flag("add_prefix_space", None)? {
+                        // After a cut it is each piece that gets a space.
+                        space = stages.is_empty().then_some(true)?;
+                    }
+                    if flag("use_regex", Some(true))? {
+                        stages.push(pattern(GPT2, true, true)?);
+                    }
+                }
+                "Digits" => stages.push(Stage::Digits {
+                    individual: flag("individual_digits", None)?,
+                }),
+                "Split" => {
+                    let invert = flag("invert", None)?;
+                    let what = part.get("pattern")?;
+                    let behavior = part.get("behavior")?.as_str()?;
+                    if no_spaces
+                        && what.get("String").and_then(Json::as_str) == Some(" ")
+                        && !invert
+                    {
+                        let known = [
+                            "MergedWithPrevious",
+                            "MergedWithNext",
+                            "Isolated",
+                            "Removed",
+                        ];
+                        known.contains(&behavior).then_some(())?;
+                        continue;
+                    }
+                    let (matches, gaps) = match (behavior, invert) {
+                        ("Isolated", _) => (true, true),
+                        ("Removed", true) => (true, false),
+                        ("Removed", false) => (false, true),
+                        _ => return None,
+                    };
+                    stages.push(pattern(what.get("Regex")?.as_str()?, matches, gaps)?);
+                }
+                _ => return None,
+            }
+        }
+        match stages.is_empty() && !space {
+            true => Some(Self::Whole),
+            false => Some(Self::Stages { stages, space }),
+        }
+    }
+}
+
+/// Whether a pre-tokenizer gives its model byte-level characters and nothing else.
+pub(super) fn is_byte_level(json: &Json) -> bool {
+    let mut parts = Vec::new();
+    if json.is_null() || flatten(json, &mut parts).is_none() {
+        return false;
+    }
+    let name = |part: &&Json| {
+        part.get("type")
+            .and_then(Json::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let after = parts
+        .iter()
+        .map(name)
+        .skip_while(|name| name != "ByteLevel")
+        .skip(1);
+    let keeps = ["Split", "Digits", "Punctuation"];
+    parts.iter().map(name).any(|name| name == "ByteLevel")
+        && after.into_iter().all(|name| keeps.contains(&name.as_str()))
+}
+
+fn flatten<'j>(json: &'j Json, parts: &mut Vec<&'j Json>) -> Option<()> {
+    match json.get("type")?.as_str()? {
+        "Sequence" => {
+            let inner = json.get("pretokenizers")?.as_array()?;
+            inner.iter().try_for_each(|part| flatten(part, parts))
+        }
+        _ => {
+            parts.push(json);
+            Some(())
+        }
+    }
+}
+
+fn pattern(regex: &str, matches: bool, gaps: bool) -> Option<Stage> {
+    Some(Stage::Pattern {
+        pattern: Box::new(Pattern::new(regex)?),
+        matches,
+        gaps,
+    })
+}
+
+impl Stage {
+    /// The next piece of `text` at `at`, which is below its length, and whether it is kept.
+    #[inline]
+    fn next(&self, text: &str, at: usize) -> (usize, bool) {
+        match self {
+            Self::Pattern {
+                pattern,
+                matches,
+                gaps,
+            } => {
+                let (end, matched) = pattern.next(text, at);
+                (end, if matched { *matches } else { *gaps })
+            }
+            Self::Digits { individual } => {
+                let mut chars = text[at..].chars();
+                let first = chars.next().unwrap_or_default();
+                let numeric = first.is_numeric();
+                let mut end = at + first.len_utf8();
+                if !(numeric && *individual) {
+                    let same = chars.take_while(|c| c.is_numeric() == numeric);
+                    end += same.map(char::len_utf8).sum::<usize>();
+                }
+                (end, true)
+            }
+        }
+    }
+}
+
+/// Call `word` with the words of a text that stages cut, as ranges of it, until it says no.
+#[inline]
+pub(super) fn each_word(
+    stages: &[Stage],
+    text: &str,
+    word: &mut impl FnMut(usize, usize) -> bool,
+) -> bool {
+    match stages {
+        [] => text.is_empty() || word(0, text.len()),
+        [stage] => {
+            let mut at = 0;
+            while at < text.len() {
+                let (end, kept) = stage.next(text, at);
+                if kept && !word(at, end) {
+                    return false;
+                }
+                at = end;
+            }
+            true
+        }
+        _ => each_of(stages, text, 0, word),
+    }
+}
+
+fn each_of(
+    stages: &[Stage],
+    text: &str,
+    offset: usize,
+    word: &mut dyn FnMut(usize, usize) -> bool,
+) -> bool {
+    let Some((stage, rest)) = stages.split_first() else {
+        return word(offset, offset + text.len());
+    };
+    let mut at = 0;
+    while at < text.len() {
+        let (end, kept) = stage.next(text, at);
+        if kept && !each_of(rest, &text[at..end], offset + at, word) {
+            return false;
+        }
+        at = end;
+    }
+    true
+}
+
+impl Metaspace {
+    fn new(json: &Json) -> Option<Self> {
+        let text = |key: &str| json.get(key).and_then(Json::as_str);
+        let flag = |key: &str| {
+            json.get(key)
+                .filter(|value| !value.is_null())
+                .map(Json::as_bool)
+        };
+        let mut chars = text("replacement")?.chars();
+        let mark = chars.next().filter(|_| chars.next().is_none())?;
+        let prepend = match (json.get("prepend_scheme"), text("prepend_scheme")) {
+            (None, _) | (_, Some("always")) => Prepend::Always,
+            (_, Some("first")) => Prepend::First,
+            (_, Some("never")) => Prepend::Never,
+            _ => return None,
+        };
+        // An older flag must not say otherwise; here it is left to the library.
+        if flag("add_prefix_space").is_some_and(|flag| flag != Some(prepend != Prepend::Never)) {
+            return None;
+        }
+        let split = flag("split").unwrap_or(Some(true))?;
+        Some(Self {
+            mark,
+            prepend,
+            split,
+        })
+    }
+
+    /// Whether what is prepended depends on where in the whole text a piece begins.
+    pub fn depends_on_place(&self) -> bool {
+        self.prepend == Prepend::First
+    }
+
+    /// The mark.
+    pub fn mark(&self) -> char {
+        self.mark
+    }
+
+    /// The text with marks for spaces, into `marked`; `first`: it begins the whole text.
+    pub fn mark_spaces(&self, text: &str, first: bool, marked: &mut String) {
+        marked.clear();
+        let prepend = match self.prepend {
+            Prepend::Always => true,
+            Prepend::First => first,
+            Prepend::Never => false,
+        };
+        if prepend && !text.starts_with([' ', self.mark]) {
+            marked.push(self.mark);
+        }
+        push_marked(text, self.mark, marked);
+    }
+}
+
+/// Append a text with `mark` for each space.
+pub(super) fn push_marked(text: &str, mark: char, marked: &mut String) {
+    marked.reserve(text.len() + text.len() / 2);
+    let mut done = 0;
+    for (at, _) in text.bytes().enumerate().filter(|&(_, byte)| byte == b' ') {
+        marked.push_str(&text[done..at]);
+        marked.push(mark);
+        done = at + 1;
+    }
+    marked.push_str(&text[done..]);
+}
+
+/// Where a text that is one word to a BPE model can be cut all the same: before a mark, after a character
+/// that no merged token has before one.
+#[derive(Debug)]
+pub(super) struct Cuts {
+    mark: char,
+    /// The mark, and the characters that some token has before it: those below 128, all in order.
+    ascii: [bool; 128],
+    joined: Vec<u32>,
+}
+
+impl Cuts {
+    /// `None` where the model's merges may cross any place: then the text is merged as it is.
+    pub fn new(model: &Bpe, mark: char) -> Option<Self> {
+        let mut bytes = [0; 4];
+        let mark_bytes = mark.encode_utf8(&mut bytes).as_bytes();
+        let known = model.tokens.get(mark_bytes).is_some();
+        // Characters that leave no symbol let their neighbours meet.
+        let all_leave_one = model.unknown.is_some()
+            || model
+                .fallback
+                .as_ref()
+                .is_some_and(|ids| !ids.contains(&super::table::NONE));
+        if model.byte_level || model.whole_words || !known || !all_leave_one || mark.is_ascii() {
+            return None;
+        }
+        let mut joined = HashSet::new();
+        let fallback = model.fallback.iter().flat_map(|ids| ids.iter().copied());
+        let strange: HashSet<u32> = fallback.chain(model.unknown).collect();
+        for &merged in model.pairs.results() {
+            let token = model.tokens.bytes(merged)?;
+            let token = std::str::from_utf8(token).ok()?;
+            let mut before = None;
+            for c in token.chars() {
+                if let (true, Some(before)) = (c == mark, before) {
+                    joined.insert(before as u32);
+                }
+                before = Some(c);
+            }
+        }
+        // Symbols that stand for other text than theirs must not take part in merges.
+        let plain = model.pairs.parts().all(|id| !strange.contains(&id));
+        let mut joined: Vec<u32> = joined.into_iter().collect();
+        joined.sort_unstable();
+        let mut ascii = [false; 128];
+        for &c in &joined {
+            if let Some(known) = ascii.get_mut(c as usize) {
+                *known = true;
+            }
+        }
+        plain.then_some(Self {
+            mark,
+            ascii,
+            joined,
+        })
+    }
+
+    /// The end of the piece of `text` that begins at `at`.
+    #[inline]
+    pub fn next(&self, text: &str, at: usize) -> usize {
+        let bytes = text.as_bytes();
+        let mut buffer = [0; 4];
+        let mark = self.mark.encode_utf8(&mut buffer).as_bytes();
+        let mut end = at + width(bytes[at]);
+        while let Some(&byte) = bytes.get(end) {
+            if byte == mark[0] && bytes[end..].starts_with(mark) && !self.joins(bytes, end) {
+                return end;
+            }
+            end += 1;
+        }
+        bytes.len()
+    }
+
+    /// Whether some token has the character before `end` before a mark.
+    #[inline]
+    fn joins(&self, bytes: &[u8], end: usize) -> bool {
+        let mut before = end - 1;
+        if let Some(&joined) = self.ascii.get(bytes[before] as usize) {
+            return joined;
+        }
+        while bytes[before] & 0xc0 == 0x80 {
+            before -= 1;
+        }
+        let (c, _) = character(bytes, before);
+        self.joined.binary_search(&c).is_ok()
+    }
+}

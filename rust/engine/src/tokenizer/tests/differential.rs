@@ -1,0 +1,430 @@
+//! Ours beside the `tokenizers` crate itself, on texts from a seeded generator: the tokenizers of the cases
+//! where they are there, and small ones with odd flags everywhere.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::*;
+
+/// A small generator of numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    fn one_of<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
+        all[self.below(all.len())]
+    }
+}
+
+const WORDS: [&str; 60] = [
+    "the",
+    "Hello",
+    "WORLD",
+    "I'm",
+    "can't",
+    "'S",
+    "'ll",
+    "'ſ",
+    "it's",
+    "naïve",
+    "e\u{301}",
+    "\u{301}",
+    "\u{302}\u{327}a",
+    "ﬁ",
+    "Ⅷ",
+    "½",
+    "²",
+    "１２３",
+    "12345678",
+    "3.14",
+    "0x1F",
+    "a_b",
+    "--",
+    "!!!",
+    "?!\n",
+    "\r\n",
+    "\n\n\n",
+    "\t",
+    "  ",
+    "      ",
+    "\u{a0}",
+    "\u{3000}",
+    "\u{200b}",
+    "\u{feff}",
+    "\u{85}",
+    "日本語",
+    "漢字かな",
+    "한국어",
+    "\u{1112}\u{1161}\u{11ab}",
+    "ไทย",
+    "ß",
+    "İ",
+    "Σίσυφος",
+    "русский",
+    "हिन्दी",
+    "عربي",
+    "👨\u{200d}👩\u{200d}👧",
+    "🇩🇪",
+    "❤\u{fe0f}",
+    "😀",
+    "▁",
+    "▁▁▁",
+    "Ġ",
+    "<|",
+    "</s>",
+    "<s>",
+    "[INST]",
+    "\u{0}",
+    "\u{7f}",
+    "http://a.b/c?d=e&f",
+];
+
+/// A text: words, runs, characters from anywhere, and the tokens given.
+fn text(random: &mut Random, tokens: &[String]) -> String {
+    let mut text = String::new();
+    for _ in 0..1 + random.below(14) {
+        match random.below(12) {
+            0..=5 => text.push_str(random.one_of(&WORDS)),
+            6 => text.push(' '),
+            7 => {
+                let run =
+                    random.one_of(&[" ", "\n", "a", "é", "=", "▁", "漢", "\u{301}", "9", " \n"]);
+                text.push_str(&run.repeat(1 + random.below(70)));
+            }
+            8 => (0..random.below(6)).for_each(|_| {
+                let c = match random.below(3) {
+                    0 => random.below(0x250),
+                    1 => random.below(0x3100),
+                    _ => random.below(0x11_0000),
+                };
+                text.extend(u32::try_from(c).ok().and_then(char::from_u32));
+            }),
+            9 if !tokens.is_empty() => text.push_str(&tokens[random.below(tokens.len())]),
+            10 => text.push_str(&format!(" {}", random.one_of(&WORDS))),
+            _ => {
+                let word = random.one_of(&WORDS).to_uppercase();
+                text.push_str(&word.to_lowercase());
+                text.push_str(&word);
+            }
+        }
+    }
+    text
+}
+
+/// Ids, offsets, special tokens, decoding and streaming, ours and the crate's.
+fn compare(name: &str, json: &[u8], rounds: usize, seed: u64) {
+    let ours = Arc::new(Tokenizer::from_bytes(name, json).unwrap());
+    let theirs = tokenizers::Tokenizer::from_bytes(json).unwrap();
+    let mut tokens: Vec<String> = theirs
+        .get_added_tokens_decoder()
+        .into_values()
+        .map(|t| t.content)
+        .collect();
+    tokens.sort();
+    let mut random = Random(seed);
+    for round in 0..rounds {
+        let text = text(&mut random, &tokens);
+        let special = round % 2 == 0;
+        let expected = guarded(|| theirs.encode_char_offsets(text.as_str(), special));
+        let Ok(expected) = expected else {
+            assert!(ours.encode(&text, special).is_err(), "{name}: {text:?}");
+            continue;
+        };
+        let ids = ours.encode(&text, special).unwrap();
+        assert_eq!(ids, expected.get_ids(), "{name}: {text:?}");
+        let encoding = ours
+            .encode_with(&text, None, &ours.own_options(special), true)
+            .unwrap();
+        assert_eq!(encoding.ids, ids, "{name}: {text:?}");
+        let place = |&(start, end): &(usize, usize)| (start as u32, end as u32);
+        let offsets: Vec<_> = expected.get_offsets().iter().map(place).collect();
+        assert_eq!(encoding.offsets, offsets, "{name}: {text:?}");
+        let mut any: Vec<u32> = ids.clone();
+        any.extend((0..8).map(|_| random.below(ours.vocab_size()) as u32));
+        let kept = |ids: &[u32]| ids.iter().any(|&id| !(special && ours.is_special(id)));
+        for ids in [ids, any].iter().filter(|ids| kept(ids)) {
+            let whole = theirs.decode(ids, special).unwrap();
+            assert_eq!(ours.decode(ids, special).unwrap(), whole, "{name}: {ids:?}");
+            assert_eq!(
+                stream(&ours, ids, special).concat(),
+                whole,
+                "{name}: {ids:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_cases_tokenizers_give_the_crates_ids_offsets_and_texts() {
+    let Some(folder) = std::env::var_os("HFCORE_CASES").map(PathBuf::from) else {
+        eprintln!("skipped: HFCORE_CASES is not set");
+        return;
+    };
+    let unpacked = std::env::temp_dir().join("hfcore_case_tokenizers");
+    for folder in [folder.join("text/tokenizers"), unpacked] {
+        let Ok(files) = fs::read_dir(&folder) else {
+            continue;
+        };
+        for path in files.map(|file| file.unwrap().path()) {
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            if path.extension().is_some_and(|e| e == "json") && name != "index" {
+                compare(&name, &fs::read(&path).unwrap(), 60, 1);
+            }
+        }
+    }
+}
+
+/// Added tokens with every mix of flags, one of them normalised to something else.
+fn added(first: usize, normalized: bool) -> Json {
+    let contents = ["<a>", " <b> ", "WORD", "ab", "\n\n", "<a><a>", "é"];
+    let flag = |at: usize, bit: usize| (at * 7 + first) >> bit & 1 == 1;
+    contents
+        .iter()
+        .enumerate()
+        .map(|(at, content)| {
+            json!({"id": 1000 + at, "content": content, "single_word": flag(at, 0), "lstrip": flag(at, 1),
+                "rstrip": flag(at, 2), "normalized": normalized && flag(at, 3), "special": flag(at, 4)})
+        })
+        .collect()
+}
+
+/// A byte-level vocabulary of the alphabet and some merges.
+fn byte_level() -> (Json, Json) {
+    let mut tokens: Vec<String> = (0..=255)
+        .map(|b| model::alphabet_char(b).to_string())
+        .collect();
+    let mut merges = Vec::new();
+    let pairs = [
+        "Ġ t",
+        "h e",
+        "Ġt he",
+        "l l",
+        "a a",
+        "aa aa",
+        "Ã ©",
+        "Ġ Ġ",
+        "ĠĠ ĠĠ",
+        "Ċ Ċ",
+        "1 2",
+        "H e",
+        "He ll",
+        "â ĸ",
+        "âĸ ģ",
+        "w o",
+        "Hell o",
+        "Ġ a",
+        "b c",
+        "= =",
+    ];
+    for pair in pairs {
+        let (a, b) = pair.split_once(' ').unwrap();
+        tokens.push(format!("{a}{b}"));
+        merges.push(json!([a, b]));
+    }
+    let vocab: serde_json::Map<String, Json> = tokens
+        .into_iter()
+        .enumerate()
+        .map(|(id, token)| (token, Json::from(id)))
+        .collect();
+    (Json::Object(vocab), Json::Array(merges))
+}
+
+#[test]
+fn byte_level_tokenizers_with_odd_parts_give_the_crates_ids() {
+    let (vocab, merges) = byte_level();
+    let split = |regex: &str, behavior: &str, invert: bool| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert});
+    let bytes = |space: bool, regex: bool| json!({"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": space, "use_regex": regex});
+    let several = |parts: Vec<Json>| json!({"type": "Sequence", "pretokenizers": parts});
+    let o200k = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let cl100k = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
+    let digits = |individual: bool| json!({"type": "Digits", "individual_digits": individual});
+    let pre = [
+        bytes(true, true),
+        bytes(false, false),
+        several(vec![split(o200k, "Isolated", false), bytes(false, false)]),
+        several(vec![split(cl100k, "Isolated", false), bytes(false, false)]),
+        several(vec![split(cl100k, "Removed", true), bytes(false, false)]),
+        several(vec![
+            split(r"\p{N}{1,3}", "Isolated", false),
+            split("[一-龥぀-ゟ]+", "Removed", false),
+            bytes(false, true),
+        ]),
+        several(vec![digits(true), bytes(false, true)]),
+        several(vec![
+            digits(false),
+            split(r"\s+$", "Isolated", false),
+            bytes(true, true),
+        ]),
+        several(vec![
+            split("a+", "MergedWithPrevious", false),
+            bytes(false, false),
+        ]),
+        several(vec![
+            bytes(false, true),
+            digits(false),
+            split("[0-9][0-9][0-9]", "Isolated", false),
+        ]),
+        several(vec![
+            json!({"type": "Punctuation", "behavior": "Contiguous"}),
+            bytes(false, true),
+        ]),
+    ];
+    let normal = [
+        Json::Null,
+        json!({"type": "NFC"}),
+        json!({"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}),
+        json!({"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}),
+        json!({"type": "Replace", "pattern": {"String": "a"}, "content": "bb"}),
+    ];
+    for (round, pre) in pre.iter().enumerate() {
+        for (kind, normal) in normal.iter().enumerate() {
+            let file = json!({
+                "version": "1.0", "added_tokens": added(round, kind != 3), "normalizer": normal,
+                "pre_tokenizer": pre, "decoder": {"type": "ByteLevel", "add_prefix_space": true,
+                "trim_offsets": true, "use_regex": true}, "post_processor": {"type": "ByteLevel",
+                "add_prefix_space": true, "trim_offsets": round % 2 == 0, "use_regex": true},
+                "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": kind == 1}
+            });
+            compare(
+                &format!("{pre} {normal}"),
+                file.to_string().as_bytes(),
+                25,
+                round as u64,
+            );
+        }
+    }
+}
+
+#[test]
+fn sentencepiece_tokenizers_with_odd_parts_give_the_crates_ids() {
+    let words = [
+        "<unk>", "<s>", "▁", "a", "b", "c", "h", "e", "l", "o", "t", "漢", "é", "▁▁", "▁t", "he",
+        "▁the", "ll", "aa", "o▁", "<0x0A>", "<0xC3>", "<0xA9>", "<", "s", ">", "<s", "▁a", "b▁",
+    ];
+    let merges = [
+        "▁ ▁", "▁ t", "h e", "▁t he", "l l", "a a", "o ▁", "< s", "<s >", "▁ a", "b ▁",
+    ];
+    let vocab: serde_json::Map<String, Json> = words
+        .iter()
+        .enumerate()
+        .map(|(id, word)| (word.to_string(), Json::from(id)))
+        .collect();
+    let legacy = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+    let gemma = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let meta = |scheme: &str, split: bool| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split});
+    let by_space = json!({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": false});
+    let pipelines = [
+        (legacy.clone(), Json::Null),
+        (gemma, by_space),
+        (Json::Null, meta("first", false)),
+        (Json::Null, meta("always", true)),
+        (Json::Null, meta("never", false)),
+        (json!({"type": "NFC"}), meta("first", true)),
+        (legacy, meta("always", true)),
+        (
+            json!({"type": "Strip", "strip_left": true, "strip_right": true}),
+            meta("first", true),
+        ),
+    ];
+    for (round, (normal, pre)) in pipelines.iter().enumerate() {
+        for kind in 0..4 {
+            let unknown = if kind == 3 {
+                Json::Null
+            } else {
+                Json::from("<unk>")
+            };
+            let file = json!({
+                "version": "1.0", "added_tokens": added(round + kind, true), "normalizer": normal, "pre_tokenizer": pre,
+                "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"},
+                "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+                "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": unknown,
+                "fuse_unk": kind % 2 == 0, "byte_fallback": kind != 2}
+            });
+            compare(
+                &format!("{kind} {pre} {normal}"),
+                file.to_string().as_bytes(),
+                40,
+                round as u64,
+            );
+        }
+    }
+}
+
+#[test]
+fn unigram_and_wordpiece_give_the_crates_ids() {
+    let pieces = [
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("a", -3.0),
+        ("b", -3.0),
+        ("ab", -5.5),
+        ("▁the", -4.0),
+        ("he", -4.5),
+        ("t", -5.0),
+        ("h", -5.0),
+        ("e", -5.0),
+        ("ll", -6.0),
+        ("l", -6.0),
+        ("o", -6.0),
+        ("llo", -7.0),
+        ("<0xC3>", -9.0),
+        ("<0xA9>", -9.0),
+        ("aa", -6.0),
+    ];
+    let meta =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+    for fallback in [false, true] {
+        let file = json!({
+            "version": "1.0", "added_tokens": added(3, true), "normalizer": null, "pre_tokenizer": meta, "decoder": meta,
+            "model": {"type": "Unigram", "vocab": pieces, "unk_id": 0, "byte_fallback": fallback}
+        });
+        compare(
+            &format!("unigram {fallback}"),
+            file.to_string().as_bytes(),
+            200,
+            5,
+        );
+    }
+    let words = [
+        "[UNK]", "[CLS]", "[SEP]", "the", "hello", "##lo", "hel", "can", "'", "t", "!", "?",
+        "world", "日", "12", "##34", "##5", "i", "m", "naive", "e", "##s",
+    ];
+    let vocab: serde_json::Map<String, Json> = words
+        .iter()
+        .enumerate()
+        .map(|(id, word)| (word.to_string(), Json::from(id)))
+        .collect();
+    for lowercase in [true, false] {
+        let file = json!({
+            "version": "1.0", "added_tokens": added(1, false), "normalizer": {"type": "BertNormalizer", "clean_text": true,
+            "handle_chinese_chars": true, "strip_accents": null, "lowercase": lowercase},
+            "pre_tokenizer": {"type": "BertPreTokenizer"}, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+            "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 1]},
+            "truncation": {"max_length": 12, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+            "padding": {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": 4, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "[UNK]"},
+            "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 20}
+        });
+        compare(
+            &format!("wordpiece {lowercase}"),
+            file.to_string().as_bytes(),
+            200,
+            6,
+        );
+    }
+}
