@@ -1,15 +1,24 @@
 //! Messages and tools -> prompt, as transformers' apply_chat_template renders them. No tokens here.
 //!
-//! minijinja's parser reads the template; what runs it is ours (`template/run.rs`). Its own virtual
+//! minijinja's parser reads the template; what runs it is ours (`template/lower.rs`, `template/run.rs`). Its own virtual
 //! machine is no place to teach Python's semantics: operators, iteration over None, comparison and
 //! `~` on built-in values have no hook, and text or nesting that a hostile template makes has no bound.
 
+mod checks;
 mod clock;
+mod eval;
 mod filters;
 mod format;
+mod globals;
+mod input;
+mod lower;
 mod methods;
+mod names;
+mod ops;
+mod origin;
+mod program;
 mod run;
-mod syntax;
+mod teach;
 mod text;
 mod value;
 
@@ -19,11 +28,12 @@ use std::ops::Range;
 use serde_json::{Map, Value as Json};
 
 use crate::error::{Error, Result};
+use program::Program;
 use run::Run;
-use syntax::Program;
 use value::{Budget, Fault, Res, Value};
 
 pub use clock::Now;
+pub use input::{Conversation, Input, Inputs};
 pub use value::BIG_INT_KEY;
 
 /// Marks the end of the message to be continued; cut off again after rendering.
@@ -70,6 +80,23 @@ pub struct RenderRequest {
     pub variables: Map<String, Json>,
 }
 
+/// A part of a prompt, by its bytes, and whether the template itself wrote it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    pub text: Range<usize>,
+    pub template: bool,
+}
+
+/// What a render gives.
+#[derive(Debug, Default)]
+pub struct Rendered {
+    pub text: String,
+    /// Where the `{% generation %}` blocks lie, in code points.
+    pub spans: Vec<Range<usize>>,
+    /// The parts of the text, where they were wanted.
+    pub segments: Vec<Segment>,
+}
+
 impl ChatTemplate {
     /// Compile `source`. `name` appears in errors; `special_tokens` (`bos_token`, ...) are variables.
     ///
@@ -81,7 +108,7 @@ impl ChatTemplate {
         special_tokens: &BTreeMap<String, String>,
     ) -> Result<ChatTemplate> {
         let program =
-            Program::compile(name, source).map_err(|fault| template_error(name, *fault))?;
+            lower::compile(name, source).map_err(|fault| template_error(name, *fault))?;
         Ok(ChatTemplate {
             name: name.to_owned(),
             source: source.to_owned(),
@@ -108,18 +135,63 @@ impl ChatTemplate {
         &self,
         request: &RenderRequest,
     ) -> Result<(String, Vec<Range<usize>>)> {
-        let mut messages = prepare(request)?;
-        let continued = match request.continue_final_message {
-            true => Some(self.mark_final_message(request, &mut messages)?),
+        let rendered = self.render_conversation(request.conversation()?, false)?;
+        Ok((rendered.text, rendered.spans))
+    }
+
+    /// The prompt in parts: what the template itself wrote, and what came out of messages, tools,
+    /// documents and variables. The parts follow one another and make up the whole prompt.
+    ///
+    /// Special tokens given to [`new`](Self::new) are the template's. Text made of data in a way that
+    /// cannot be followed character by character counts as data.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_segments(&self, request: &RenderRequest) -> Result<(String, Vec<Segment>)> {
+        let rendered = self.render_conversation(request.conversation()?, true)?;
+        Ok((rendered.text, rendered.segments))
+    }
+
+    /// Render what was put together value by value. Segments are followed only where wanted: it costs
+    /// some time.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_conversation(
+        &self,
+        mut given: Conversation,
+        segments: bool,
+    ) -> Result<Rendered> {
+        let mut messages = given.prepared()?;
+        let continued = match given.continue_final_message {
+            true => Some(self.mark_final_message(&given, &mut messages)?),
             false => None,
         };
-        let rendered = self
-            .run(request, &messages)
+        let (text, spans) = self
+            .run(given, messages, segments)
+            .map(|rendered| (rendered.text, rendered.spans))
             .map_err(|fault| template_error(&self.name, *fault))?;
-        match continued {
-            Some(content) => Ok((cut_at_tag(&rendered.0, &content)?, rendered.1)),
-            None => Ok(rendered),
+        let (mut text, parts) = text.into_segments();
+        if let Some(content) = continued {
+            let kept = cut_at_tag(&text, &content)?.len();
+            text.truncate(kept);
         }
+        let segments = match segments {
+            true => parts
+                .into_iter()
+                .filter(|(range, _)| range.start < text.len())
+                .map(|(range, template)| Segment {
+                    text: range.start..range.end.min(text.len()),
+                    template,
+                })
+                .collect(),
+            false => Vec::new(),
+        };
+        Ok(Rendered {
+            text,
+            spans,
+            segments,
+        })
     }
 
     /// The template text as it was given.
@@ -137,50 +209,45 @@ impl ChatTemplate {
         self.program.mentions("tools")
     }
 
-    fn run(&self, request: &RenderRequest, messages: &[Json]) -> Res<(String, Vec<Range<usize>>)> {
-        let size = messages
-            .iter()
-            .chain(&request.tools)
-            .chain(&request.documents)
-            .chain(request.variables.values());
-        let budget = Budget::for_input(size.map(json_size).sum());
-        let mut run = Run::new(&self.program, budget, request.now);
+    fn run(&self, given: Conversation, messages: Vec<Value>, segments: bool) -> Res<run::Rendered> {
+        let mut budget = Budget::for_input(given.bytes);
+        if segments {
+            budget.follow_data();
+        }
+        let data = |value: Value| match segments {
+            true => input::as_data(&value),
+            false => value,
+        };
+        let mut run = Run::new(&self.program, budget, given.now);
         for (name, token) in &self.special_tokens {
             run.define(name, |_| Ok(Value::from(token.as_str())))?;
         }
-        for (name, value) in &request.variables {
-            run.define(name, |budget| Value::from_json(value, budget))?;
+        for (name, value) in given.variables {
+            run.define(&name, |_| Ok(data(value.0)))?;
         }
-        run.define("messages", |budget| {
-            let items = messages
-                .iter()
-                .map(|m| Value::from_json(m, budget))
-                .collect::<Res<_>>()?;
-            Value::list(items, budget)
-        })?;
-        let optional = |json: &Option<Json>, budget: &mut Budget| match json {
-            Some(json) => Value::from_json(json, budget),
-            None => Ok(Value::None),
-        };
-        run.define("tools", |budget| optional(&request.tools, budget))?;
-        run.define("documents", |budget| optional(&request.documents, budget))?;
+        run.define("messages", |budget| Ok(data(Value::list(messages, budget)?)))?;
+        let optional = |value: Option<Input>| value.map_or(Value::None, |value| data(value.0));
+        run.define("tools", |_| Ok(optional(given.tools)))?;
+        run.define("documents", |_| Ok(optional(given.documents)))?;
         run.define("add_generation_prompt", |_| {
-            Ok(Value::Bool(request.add_generation_prompt))
+            Ok(Value::Bool(given.add_generation_prompt))
         })?;
         run.finish()
     }
 
     /// Put the tag behind the last message's text; returns the text as it was.
-    fn mark_final_message(&self, request: &RenderRequest, messages: &mut [Json]) -> Result<String> {
+    fn mark_final_message(&self, given: &Conversation, messages: &mut [Value]) -> Result<String> {
         let invalid = |message: String| Err(Error::InvalidRequest(message));
-        if request.add_generation_prompt {
+        if given.add_generation_prompt {
             return invalid(
                 "continue_final_message and add_generation_prompt cannot both be set: the first ends the prompt \
                  inside the last message, the second opens a new one"
                     .into(),
             );
         }
-        let Some(content) = messages.last_mut().and_then(|m| m.get_mut("content")) else {
+        let last = messages.last_mut();
+        let content = last.as_ref().and_then(|last| input::field(last, "content"));
+        let (Some(last), Some(content)) = (last, content) else {
             return invalid(
                 "continue_final_message wants a last message with content, got one without".into(),
             );
@@ -191,136 +258,33 @@ impl ChatTemplate {
                 self.name
             ));
         }
-        let text = match content {
-            Json::Array(parts) => parts.iter_mut().rev().find_map(|part| part.get_mut("text")),
-            content => Some(content),
-        };
-        match text {
-            Some(Json::String(text)) => {
-                let original = text.clone();
-                text.push_str(CONTINUE_TAG);
+        match input::continued(&content, CONTINUE_TAG) {
+            Some((original, tagged)) => {
+                *last = input::with_field(last, "content", tagged);
                 Ok(original)
             }
-            _ => invalid("continue_final_message wants text in the last message, got none".into()),
+            None => invalid("continue_final_message wants text in the last message, got none".into()),
         }
     }
-}
-
-/// What apply_chat_template does to messages first: null keys dropped, reasoning under both names.
-fn prepare(request: &RenderRequest) -> Result<Vec<Json>> {
-    let invalid = |message: String| Err(Error::InvalidRequest(message));
-    check_objects("tools", request.tools.as_ref())?;
-    check_objects("documents", request.documents.as_ref())?;
-    let Json::Array(messages) = &request.messages else {
-        return invalid(format!(
-            "messages must be an array of objects, got {}",
-            kind(&request.messages)
-        ));
-    };
-    if messages.is_empty() {
-        return invalid("messages must hold at least one message, got none".into());
-    }
-    let mut prepared = Vec::with_capacity(messages.len());
-    for (i, message) in messages.iter().enumerate() {
-        let Json::Object(message) = message else {
-            return invalid(format!(
-                "message {i} must be an object, got {}",
-                kind(message)
-            ));
-        };
-        if !message.contains_key("role") {
-            return invalid(format!(
-                "message {i} must have a role, got keys {:?}",
-                message.keys().collect::<Vec<_>>()
-            ));
-        }
-        let kept = message
-            .iter()
-            .filter(|(_, value)| request.keep_none_keys || !value.is_null());
-        prepared.push(Json::Object(with_reasoning(
-            kept.map(|(k, v)| (k.clone(), v.clone())).collect(),
-        )));
-    }
-    Ok(prepared)
-}
-
-/// None, or an array of objects.
-fn check_objects(what: &str, given: Option<&Json>) -> Result<()> {
-    let wanted = |came: &str| {
-        Err(Error::InvalidRequest(format!(
-            "{what} must be an array of objects, got {came}"
-        )))
-    };
-    match given {
-        None | Some(Json::Null) => Ok(()),
-        Some(Json::Array(items)) => match items.iter().find(|item| !item.is_object()) {
-            Some(item) => wanted(&format!("{} in it", kind(item))),
-            None => Ok(()),
-        },
-        Some(other) => wanted(kind(other)),
-    }
-}
-
-/// The first reasoning that is not null, under `reasoning_content` and, if missing, `thinking`.
-fn with_reasoning(mut message: Map<String, Json>) -> Map<String, Json> {
-    let names = ["reasoning_content", "thinking", "reasoning"];
-    let reasoning = names
-        .iter()
-        .find_map(|name| message.get(*name).filter(|v| !v.is_null()))
-        .cloned();
-    let Some(reasoning) = reasoning else {
-        return message;
-    };
-    message.insert("reasoning_content".into(), reasoning.clone());
-    if message.contains_key("thinking") {
-        return message;
-    }
-    let mut with_thinking = Map::with_capacity(message.len() + 1);
-    with_thinking.insert("thinking".into(), reasoning);
-    with_thinking.append(&mut message);
-    with_thinking
 }
 
 /// The prompt up to the tag; white space before it goes where the template trimmed the tag's own.
-fn cut_at_tag(rendered: &str, content: &str) -> Result<String> {
+fn cut_at_tag<'t>(rendered: &'t str, content: &str) -> Result<&'t str> {
     let is_space = |c: char| text::is_space(c);
     let found = rendered.rfind(CONTINUE_TAG.trim_end());
     match found {
         Some(at) if rendered.contains(content.trim_matches(is_space)) => {
             let cut = &rendered[..at];
-            Ok((if rendered[at..].starts_with(CONTINUE_TAG) { cut } else { cut.trim_end_matches(is_space) }).to_owned())
+            Ok(match rendered[at..].starts_with(CONTINUE_TAG) {
+                true => cut,
+                false => cut.trim_end_matches(is_space),
+            })
         }
         _ => Err(Error::InvalidRequest(
             "continue_final_message is set, but the last message is not in the rendered chat: the template \
              changes or drops it"
                 .into(),
         )),
-    }
-}
-
-fn kind(json: &Json) -> &'static str {
-    match json {
-        Json::Null => "null",
-        Json::Bool(_) => "a boolean",
-        Json::Number(_) => "a number",
-        Json::String(_) => "a string",
-        Json::Array(_) => "an array",
-        Json::Object(_) => "an object",
-    }
-}
-
-/// About as many bytes as the value has as text.
-fn json_size(json: &Json) -> usize {
-    match json {
-        Json::String(s) => s.len() + 2,
-        Json::Array(items) => items.iter().map(json_size).sum::<usize>() + 2,
-        Json::Object(map) => {
-            map.iter()
-                .map(|(k, v)| k.len() + 4 + json_size(v))
-                .sum::<usize>()
-                + 2
-        }
-        _ => 8,
     }
 }
 

@@ -1,7 +1,9 @@
 //! Python's three ways to format: `%`, str.format and format(); and JSON as json.dumps writes it.
 
-use super::run::{CallArgs, Run, index};
-use super::value::{Budget, Res, Str, Value, fault, float_repr, html_escape};
+use super::origin::{Origin, Str, Text};
+use super::eval::index;
+use super::run::{CallArgs, Run};
+use super::value::{Budget, Res, Value, fault, float_repr, html_escape};
 
 /// Widths and precisions beyond this are refused; Rust's own formatting ends at 65,535.
 const MAX_WIDTH: usize = 50_000;
@@ -238,24 +240,26 @@ pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Re
         other => vec![other.clone()],
     };
     given.reverse();
-    let mut out = String::new();
-    let mut rest = &*template.text;
+    let mut out = Text::default();
+    let text = &*template.text;
+    let mut at = 0;
     let mut keyed = false;
-    while let Some(at) = rest.find('%') {
-        budget.bytes(at + 8)?;
-        out.push_str(&rest[..at]);
-        rest = &rest[at + 1..];
+    while let Some(found) = text[at..].find('%') {
+        budget.bytes(found + 8)?;
+        out.part(template, at..at + found);
+        at += found + 1;
         let mut key = None;
-        if let Some(inner) = rest.strip_prefix('(') {
-            let Some((name, after)) = inner.split_once(')') else {
+        if let Some(inner) = text[at..].strip_prefix('(') {
+            let Some((name, _)) = inner.split_once(')') else {
                 return fault("incomplete format key");
             };
-            (key, rest, keyed) = (Some(name), after, true);
+            (key, keyed) = (Some(name), true);
+            at += name.len() + 2;
         }
-        let (directive, after) = directive(rest, &mut given)?;
-        rest = after;
+        let (directive, after) = directive(&text[at..], &mut given)?;
+        at = text.len() - after.len();
         if directive.kind == Some('%') {
-            out.push('%');
+            out.part(template, at - 1..at);
             continue;
         }
         let value = match (key, values) {
@@ -271,18 +275,26 @@ pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Re
         };
         budget.bytes(directive.width + directive.precision.unwrap_or(0))?;
         let text = percent_value(&value, &directive, budget)?;
-        out.push_str(&if template.markup && needs_escape(&value) {
-            html_escape(&text)
-        } else {
-            text
-        });
+        let origin = origin_of(&value, budget);
+        match template.markup && needs_escape(&value) {
+            true => out.made(&html_escape(&text), &origin),
+            false => out.made(&text, &origin),
+        }
     }
-    budget.bytes(rest.len())?;
-    out.push_str(rest);
+    budget.bytes(text.len() - at)?;
+    out.part(template, at..text.len());
     if !keyed && !given.is_empty() && !matches!(values, Value::Dict(_)) {
         return fault("not all arguments converted during string formatting");
     }
-    Ok(Value::text(out, template.markup))
+    Ok(Value::Str(out.finish(template.markup)))
+}
+
+/// Where the text of a formatted value comes from, as a whole.
+fn origin_of(value: &Value, budget: &Budget) -> Origin {
+    match value {
+        Value::Str(s) => s.origin.clone(),
+        _ => budget.unsure(),
+    }
 }
 
 /// Is this a text that a safe template must escape?
@@ -350,7 +362,8 @@ fn percent_value(value: &Value, spec: &Spec, budget: &mut Budget) -> Res<String>
     };
     match spec.kind.unwrap_or('s') {
         's' => Ok(as_text(&value.to_text(budget)?)),
-        'r' | 'a' => Ok(as_text(&value.repr(budget)?)),
+        'r' => Ok(as_text(&value.repr(budget)?)),
+        'a' => Ok(as_text(&ascii(&value.repr(budget)?))),
         'c' => match value {
             Value::Str(s) if s.text.chars().count() == 1 => Ok(as_text(&s.text)),
             Value::Int(i) => match u32::try_from(*i).ok().and_then(char::from_u32) {
@@ -395,13 +408,13 @@ fn percent_int(value: &Value, kind: char, spec: &Spec) -> Res<String> {
 /// `template.format(...)`, in the sandbox: attributes and items as templates see them.
 pub(super) fn format_method(run: &mut Run<'_>, template: &Str, args: &CallArgs) -> Res<Value> {
     let mut automatic = Some(0);
-    let text = if template.markup {
+    let made = if template.markup {
         let args = escaped(args, &mut run.budget)?;
-        format_fields(run, &template.text, &args, &mut automatic, 0)?
+        format_fields(run, template, &args, &mut automatic, 0)?
     } else {
-        format_fields(run, &template.text, args, &mut automatic, 0)?
+        format_fields(run, template, args, &mut automatic, 0)?
     };
-    Ok(Value::text(text, template.markup))
+    Ok(Value::Str(made.finish(template.markup)))
 }
 
 /// The arguments of a safe template: plain strings escaped.
@@ -409,7 +422,10 @@ fn escaped(args: &CallArgs, budget: &mut Budget) -> Res<CallArgs> {
     let mut escape = |value: &Value| match value {
         Value::Str(s) if !s.markup => {
             budget.bytes(s.text.len().saturating_mul(5))?;
-            Ok(Value::text(html_escape(&s.text), true))
+            Ok(Value::Str(Str {
+                markup: true,
+                ..s.made_into(html_escape(&s.text))
+            }))
         }
         other => Ok(other.clone()),
     };
@@ -429,37 +445,40 @@ fn escaped(args: &CallArgs, budget: &mut Budget) -> Res<CallArgs> {
 /// `automatic` counts the fields without a number; None once a numbered one was seen.
 fn format_fields(
     run: &mut Run<'_>,
-    template: &str,
+    template: &Str,
     args: &CallArgs,
     automatic: &mut Option<usize>,
     depth: usize,
-) -> Res<String> {
+) -> Res<Text> {
     if depth > 1 {
         return fault("Max string recursion exceeded");
     }
-    let mut out = String::new();
-    let mut rest = template;
-    while let Some(at) = rest.find(['{', '}']) {
-        run.budget.bytes(at + 8)?;
-        out.push_str(&rest[..at]);
-        let brace = &rest[at..=at];
-        rest = &rest[at + 1..];
-        if rest.starts_with(brace) {
-            out.push_str(brace);
-            rest = &rest[1..];
+    let mut out = Text::default();
+    let text = &*template.text;
+    let mut at = 0;
+    while let Some(found) = text[at..].find(['{', '}']) {
+        run.budget.bytes(found + 8)?;
+        out.part(template, at..at + found);
+        at += found;
+        let brace = &text[at..=at];
+        at += 1;
+        if text[at..].starts_with(brace) {
+            out.part(template, at - 1..at);
+            at += 1;
             continue;
         }
         if brace == "}" {
             return fault("Single '}' encountered in format string");
         }
-        let Some(end) = field_end(rest) else {
+        let Some(end) = field_end(&text[at..]) else {
             return fault("expected '}' before end of string");
         };
-        out.push_str(&format_field(run, &rest[..end], args, automatic, depth)?);
-        rest = &rest[end + 1..];
+        let (made, origin) = format_field(run, &text[at..at + end], args, automatic, depth)?;
+        out.made(&made, &origin);
+        at += end + 1;
     }
-    run.budget.bytes(rest.len())?;
-    out.push_str(rest);
+    run.budget.bytes(text.len() - at)?;
+    out.part(template, at..text.len());
     Ok(out)
 }
 
@@ -485,7 +504,7 @@ fn format_field(
     args: &CallArgs,
     automatic: &mut Option<usize>,
     depth: usize,
-) -> Res<String> {
+) -> Res<(String, Origin)> {
     let end = field.find(['!', ':']).unwrap_or(field.len());
     let (path, mut rest) = field.split_at(end);
     let mut conversion = None;
@@ -498,16 +517,32 @@ fn format_field(
     }
     let value = format_path(run, path, args, automatic)?;
     let spec = match rest.strip_prefix(':') {
-        Some(spec) => format_fields(run, spec, args, automatic, depth + 1)?,
+        Some(spec) => format_fields(run, &Str::from(spec), args, automatic, depth + 1)?.text,
         None => String::new(),
     };
+    let origin = origin_of(&value, &run.budget);
     let value = match conversion {
         None => value,
-        Some('s') => Value::from(&*value.to_text(&mut run.budget)?),
-        Some('r' | 'a') => Value::from(value.repr(&mut run.budget)?),
+        Some('s') => Value::Str(value.to_str(&mut run.budget)?),
+        Some('r') => Value::from(&*value.repr(&mut run.budget)?),
+        Some('a') => Value::from(&*ascii(&value.repr(&mut run.budget)?)),
         Some(c) => return fault(format!("Unknown conversion specifier '{c}'")),
     };
-    format_value(&value, &spec, &mut run.budget)
+    Ok((format_value(&value, &spec, &mut run.budget)?, origin))
+}
+
+/// ascii(): what is not ASCII in a repr, escaped.
+fn ascii(repr: &str) -> String {
+    let mut out = String::with_capacity(repr.len());
+    for c in repr.chars() {
+        match c as u32 {
+            0..0x80 => out.push(c),
+            n @ 0x80..0x100 => out.push_str(&format!("\\x{n:02x}")),
+            n @ 0x100..0x10000 => out.push_str(&format!("\\u{n:04x}")),
+            n => out.push_str(&format!("\\U{n:08x}")),
+        }
+    }
+    out
 }
 
 fn format_path(
@@ -551,7 +586,7 @@ fn format_path(
     while !rest.is_empty() {
         if let Some(after) = rest.strip_prefix('.') {
             let end = after.find(['.', '[']).unwrap_or(after.len());
-            value = run.attribute(&value, &after[..end])?;
+            value = run.attribute_named(&value, &after[..end].into())?;
             rest = &after[end..];
         } else if let Some((key, after)) = rest.strip_prefix('[').and_then(|r| r.split_once(']')) {
             let key = key.parse().map_or_else(|_| Value::from(key), Value::Int);
@@ -578,20 +613,20 @@ impl Json {
         &self,
         value: &Value,
         level: usize,
-        out: &mut String,
+        out: &mut Text,
         budget: &mut Budget,
     ) -> Res<()> {
         budget.bytes(8)?;
         match value {
-            Value::None => out.push_str("null"),
-            Value::Bool(true) => out.push_str("true"),
-            Value::Bool(false) => out.push_str("false"),
-            Value::Int(i) => out.push_str(&i.to_string()),
-            Value::Big(s) => out.push_str(&s.text),
-            Value::Float(f) => out.push_str(&json_float(*f)),
+            Value::None => out.own("null"),
+            Value::Bool(true) => out.own("true"),
+            Value::Bool(false) => out.own("false"),
+            Value::Int(i) => out.made(&i.to_string(), &budget.unsure()),
+            Value::Big(digits) => out.made(digits, &budget.unsure()),
+            Value::Float(f) => out.made(&json_float(*f), &budget.unsure()),
             Value::Str(s) => {
                 budget.bytes(s.text.len())?;
-                self.string(&s.text, out);
+                self.string(s, out);
             }
             Value::List(s) | Value::Tuple(s) => {
                 self.bracketed(
@@ -612,8 +647,8 @@ impl Json {
                     out,
                     budget,
                     |json, (key, value), out, budget| {
-                        json.string(&json_key(key)?, out);
-                        out.push_str(&json.key_separator);
+                        json.string(&json_key(key, budget)?, out);
+                        out.own(&json.key_separator);
                         json.write(value, level + 1, out, budget)
                     },
                 )?;
@@ -645,14 +680,14 @@ impl Json {
         (open, close): (char, char),
         items: &[T],
         level: usize,
-        out: &mut String,
+        out: &mut Text,
         budget: &mut Budget,
-        mut write: impl FnMut(&Json, &T, &mut String, &mut Budget) -> Res<()>,
+        mut write: impl FnMut(&Json, &T, &mut Text, &mut Budget) -> Res<()>,
     ) -> Res<()> {
-        out.push(open);
+        out.text.push(open);
         for (i, item) in items.iter().enumerate() {
             if i > 0 {
-                out.push_str(&self.item_separator);
+                out.own(&self.item_separator);
             }
             self.new_line(level + 1, out, budget)?;
             write(self, item, out, budget)?;
@@ -660,40 +695,61 @@ impl Json {
         if !items.is_empty() {
             self.new_line(level, out, budget)?;
         }
-        out.push(close);
+        out.text.push(close);
         Ok(())
     }
 
-    fn new_line(&self, level: usize, out: &mut String, budget: &mut Budget) -> Res<()> {
+    fn new_line(&self, level: usize, out: &mut Text, budget: &mut Budget) -> Res<()> {
         if let Some(indent) = &self.indent {
             budget.bytes(indent.len() * level + 1)?;
-            out.push('\n');
-            out.push_str(&indent.repeat(level));
+            out.own("\n");
+            for _ in 0..level {
+                out.own(indent);
+            }
         }
         Ok(())
     }
 
-    fn string(&self, text: &str, out: &mut String) {
-        out.push('"');
-        for c in text.chars() {
-            match c {
-                '"' => out.push_str("\\\""),
-                '\\' => out.push_str("\\\\"),
-                '\n' => out.push_str("\\n"),
-                '\r' => out.push_str("\\r"),
-                '\t' => out.push_str("\\t"),
-                '\u{8}' => out.push_str("\\b"),
-                '\u{c}' => out.push_str("\\f"),
-                c if (c as u32) < 0x20 => out.push_str(&format!("\\u{:04x}", c as u32)),
-                c if self.ensure_ascii && (c as u32) > 0x7e => {
-                    for unit in c.encode_utf16(&mut [0; 2]) {
-                        out.push_str(&format!("\\u{unit:04x}"));
-                    }
-                }
-                c => out.push(c),
+    fn string(&self, s: &Str, out: &mut Text) {
+        out.own("\"");
+        let text = &*s.text;
+        let mut copied = 0;
+        let special =
+            |b: u8| b < 0x20 || b == b'"' || b == b'\\' || self.ensure_ascii && b >= 0x7f;
+        while let Some(found) = text.as_bytes()[copied..].iter().position(|b| special(*b)) {
+            let at = copied + found;
+            out.part(s, copied..at);
+            let Some(c) = text[at..].chars().next() else {
+                break;
+            };
+            copied = at + c.len_utf8();
+            if c == '\u{7f}' {
+                out.part(s, at..copied);
+                continue;
+            }
+            let mut escaped = String::with_capacity(12);
+            escape_json(c, &mut escaped);
+            out.made(&escaped, &s.part(at..copied).origin);
+        }
+        out.part(s, copied..text.len());
+        out.own("\"");
+    }
+}
+
+fn escape_json(c: char, out: &mut String) {
+    match c {
+        '"' => out.push_str("\\\""),
+        '\\' => out.push_str("\\\\"),
+        '\n' => out.push_str("\\n"),
+        '\r' => out.push_str("\\r"),
+        '\t' => out.push_str("\\t"),
+        '\u{8}' => out.push_str("\\b"),
+        '\u{c}' => out.push_str("\\f"),
+        c => {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                out.push_str(&format!("\\u{unit:04x}"));
             }
         }
-        out.push('"');
     }
 }
 
@@ -705,9 +761,10 @@ fn json_float(f: f64) -> String {
     }
 }
 
-fn json_key(key: &Value) -> Res<String> {
-    Ok(match key {
-        Value::Str(s) | Value::Big(s) => s.text.to_string(),
+fn json_key(key: &Value, budget: &Budget) -> Res<Str> {
+    let text = match key {
+        Value::Str(s) => return Ok(s.clone()),
+        Value::Big(digits) => digits.to_string(),
         Value::None => "null".into(),
         Value::Bool(b) => b.to_string(),
         Value::Int(i) => i.to_string(),
@@ -718,6 +775,11 @@ fn json_key(key: &Value) -> Res<String> {
                 other.type_name()
             ));
         }
+    };
+    Ok(Str {
+        text: text.into(),
+        markup: false,
+        origin: budget.unsure(),
     })
 }
 

@@ -3,89 +3,123 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use super::filters::Builtin;
+use super::globals::Builtin;
 use super::format::{bound, format_method};
+use super::origin::{Str, Text};
 use super::run::{CallArgs, Run};
 use super::text;
-use super::value::{Budget, Dict, Res, Str, Value, fault, is_printable};
+use super::value::{Budget, Dict, Res, Value, fault, is_printable};
 
-const STR: &[&str] = &[
-    "capitalize",
-    "casefold",
-    "center",
-    "count",
-    "endswith",
-    "expandtabs",
-    "find",
-    "format",
-    "format_map",
-    "index",
-    "isalnum",
-    "isalpha",
-    "isascii",
-    "isdecimal",
-    "isdigit",
-    "isidentifier",
-    "islower",
-    "isnumeric",
-    "isprintable",
-    "isspace",
-    "istitle",
-    "isupper",
-    "join",
-    "ljust",
-    "lower",
-    "lstrip",
-    "partition",
-    "removeprefix",
-    "removesuffix",
-    "replace",
-    "rfind",
-    "rindex",
-    "rjust",
-    "rpartition",
-    "rsplit",
-    "rstrip",
-    "split",
-    "splitlines",
-    "startswith",
-    "strip",
-    "swapcase",
-    "title",
-    "translate",
-    "upper",
-    "zfill",
+const STR: u16 = 1 << 0;
+const SEQUENCE: u16 = 1 << 1;
+const LIST: u16 = 1 << 2;
+const DICT: u16 = 1 << 3;
+const INT: u16 = 1 << 4;
+const FLOAT: u16 = 1 << 5;
+const LOOP: u16 = 1 << 6;
+const CYCLER: u16 = 1 << 7;
+const DICT_CLASS: u16 = 1 << 8;
+
+/// Every method, in order of names, and what has it.
+static METHODS: &[(&str, u16)] = &[
+    ("bit_count", INT),
+    ("bit_length", INT),
+    ("capitalize", STR),
+    ("casefold", STR),
+    ("center", STR),
+    ("changed", LOOP),
+    ("conjugate", INT | FLOAT),
+    ("copy", LIST | DICT),
+    ("count", STR | SEQUENCE | LIST),
+    ("cycle", LOOP),
+    ("endswith", STR),
+    ("expandtabs", STR),
+    ("find", STR),
+    ("format", STR),
+    ("format_map", STR),
+    ("fromkeys", DICT | DICT_CLASS),
+    ("get", DICT),
+    ("index", STR | SEQUENCE | LIST),
+    ("is_integer", INT | FLOAT),
+    ("isalnum", STR),
+    ("isalpha", STR),
+    ("isascii", STR),
+    ("isdecimal", STR),
+    ("isdigit", STR),
+    ("isidentifier", STR),
+    ("islower", STR),
+    ("isnumeric", STR),
+    ("isprintable", STR),
+    ("isspace", STR),
+    ("istitle", STR),
+    ("isupper", STR),
+    ("items", DICT),
+    ("join", STR),
+    ("keys", DICT),
+    ("ljust", STR),
+    ("lower", STR),
+    ("lstrip", STR),
+    ("next", CYCLER),
+    ("partition", STR),
+    ("removeprefix", STR),
+    ("removesuffix", STR),
+    ("replace", STR),
+    ("reset", CYCLER),
+    ("rfind", STR),
+    ("rindex", STR),
+    ("rjust", STR),
+    ("rpartition", STR),
+    ("rsplit", STR),
+    ("rstrip", STR),
+    ("split", STR),
+    ("splitlines", STR),
+    ("startswith", STR),
+    ("strip", STR),
+    ("swapcase", STR),
+    ("title", STR),
+    ("translate", STR),
+    ("upper", STR),
+    ("values", DICT),
+    ("zfill", STR),
 ];
-const SEQUENCE: &[&str] = &["count", "index"];
-const LIST: &[&str] = &["copy", "count", "index"];
-const DICT: &[&str] = &["copy", "fromkeys", "get", "items", "keys", "values"];
-const INT: &[&str] = &["bit_count", "bit_length", "conjugate", "is_integer"];
-const FLOAT: &[&str] = &["conjugate", "is_integer"];
-const LOOP: &[&str] = &["changed", "cycle"];
-const CYCLER: &[&str] = &["next", "reset"];
+
+/// A method by its place in `METHODS`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Method(u8);
+
+impl Method {
+    pub fn named(name: &str) -> Option<Method> {
+        let at = METHODS.binary_search_by(|(n, _)| (*n).cmp(name)).ok()?;
+        u8::try_from(at).ok().map(Method)
+    }
+
+    pub fn name(self) -> &'static str {
+        METHODS[usize::from(self.0)].0
+    }
+
+    /// Do values of this type have it?
+    pub fn of(self, object: &Value) -> bool {
+        let kind = match object {
+            Value::Str(_) => STR,
+            Value::List(_) => LIST,
+            Value::Tuple(_) | Value::Range(_) => SEQUENCE,
+            Value::Dict(_) => DICT,
+            Value::Int(_) | Value::Bool(_) | Value::Big(_) => INT,
+            Value::Float(_) => FLOAT,
+            Value::Loop(_) => LOOP,
+            Value::Cycler(_) => CYCLER,
+            Value::Function(Builtin::Dict) => DICT_CLASS,
+            _ => 0,
+        };
+        METHODS[usize::from(self.0)].1 & kind != 0
+    }
+}
 
 /// Methods that change their object: the sandbox refuses them.
 const LIST_CHANGES: &[&str] = &[
     "append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort",
 ];
 const DICT_CHANGES: &[&str] = &["clear", "pop", "popitem", "setdefault", "update"];
-
-/// The method of this name, if values of this type have it.
-pub(super) fn find(object: &Value, name: &str) -> Option<&'static str> {
-    let methods = match object {
-        Value::Str(_) => STR,
-        Value::List(_) => LIST,
-        Value::Tuple(_) | Value::Range(_) => SEQUENCE,
-        Value::Dict(_) => DICT,
-        Value::Int(_) | Value::Bool(_) => INT,
-        Value::Float(_) => FLOAT,
-        Value::Loop(_) => LOOP,
-        Value::Cycler(_) => CYCLER,
-        Value::Function(Builtin::Dict) => &["fromkeys"],
-        _ => return None,
-    };
-    methods.iter().find(|m| **m == name).copied()
-}
 
 /// Does the sandbox hide this attribute?
 pub(super) fn is_unsafe(object: &Value, name: &str) -> bool {
@@ -97,14 +131,45 @@ pub(super) fn is_unsafe(object: &Value, name: &str) -> bool {
     }
 }
 
+/// Methods that take arguments by name; others take them by place alone.
+const TAKES_NAMES: &[&str] = &[
+    "changed", "cycle", "expandtabs", "format", "rsplit", "split", "splitlines",
+];
+
 pub(super) fn call(
     run: &mut Run<'_>,
     object: &Value,
-    name: &'static str,
-    args: CallArgs,
+    method: Method,
+    mut args: CallArgs,
 ) -> Res<Value> {
+    let name = method.name();
+    if !args.named.is_empty() && !TAKES_NAMES.contains(&name) {
+        let owner = object.type_name();
+        return fault(format!("{owner}.{name}() takes no keyword arguments"));
+    }
+    for arg in &mut args.positional {
+        run.settle(arg)?;
+    }
     match object {
         Value::Str(s) if name == "format" => format_method(run, s, &args),
+        Value::Str(s) if name == "format_map" => {
+            let [mapping] = args.bind(name, ["mapping"])?;
+            let Some(Value::Dict(mapping)) = mapping else {
+                return fault("format_map() argument must be a dict");
+            };
+            let mut named = Vec::new();
+            for (key, value) in &mapping.entries {
+                if let Value::Str(key) = key {
+                    run.budget.bytes(size_of::<Value>())?;
+                    named.push((key.text.clone(), value.clone()));
+                }
+            }
+            let args = CallArgs {
+                positional: Vec::new(),
+                named,
+            };
+            format_method(run, s, &args)
+        }
         Value::Str(s) => str_method(s, name, args, &mut run.budget),
         Value::Dict(_) | Value::Function(Builtin::Dict) if name == "fromkeys" => {
             from_keys(args, &mut run.budget)
@@ -122,6 +187,10 @@ pub(super) fn call(
             _ => Value::Float(*f),
         }),
         Value::Loop(_) | Value::Cycler(_) => loop_method(object, name, args, &mut run.budget),
+        Value::Big(_) if name != "conjugate" => {
+            fault(format!("{name}() of an integer beyond 128 bits"))
+        }
+        Value::Big(_) => Ok(object.clone()),
         other => {
             let size = other.as_int().unwrap_or(0).unsigned_abs();
             Ok(match name {
@@ -140,7 +209,7 @@ fn loop_method(object: &Value, name: &str, args: CallArgs, budget: &mut Budget) 
             if args.positional.is_empty() {
                 return fault("no items for cycling given");
             }
-            let at = state.index.load(Ordering::Relaxed) % args.positional.len();
+            let at = state.index() % args.positional.len();
             Ok(args.positional[at].clone())
         }
         (Value::Loop(state), _) => {
@@ -267,7 +336,7 @@ fn wanted(value: Option<Value>, method: &str) -> Res<Str> {
 fn str_method(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     budget.bytes(s.text.len())?;
     let t = &*s.text;
-    let same = |text: String| Value::text(text, s.markup);
+    let same = |text: String| Value::Str(s.made_into(text));
     match name {
         "capitalize" | "casefold" | "lower" | "upper" | "title" | "swapcase" => {
             let [] = args.bind(name, [])?;
@@ -293,7 +362,7 @@ fn str_method(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<V
         "replace" => {
             let [old, new, count] = args.bind(name, ["old", "new", "count"])?;
             let (old, new) = (wanted(old, name)?, wanted(new, name)?);
-            replace(s, &old.text, &new.text, count.as_ref(), budget)
+            replace(s, &old, &new, count.as_ref(), budget)
         }
         "join" => {
             let [items] = args.bind(name, ["iterable"])?;
@@ -307,11 +376,10 @@ fn str_method(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<V
                 "removeprefix" => t.strip_prefix(&*affix.text),
                 _ => t.strip_suffix(&*affix.text),
             };
-            Ok(same(left.unwrap_or(t).to_owned()))
+            Ok(Value::Str(s.slice(left.unwrap_or(t))))
         }
         "expandtabs" => expand_tabs(s, args, budget),
         "translate" => translate(s, args, budget),
-        "format_map" => fault("format_map is not supported"),
         _ => {
             let [] = args.bind(name, [])?;
             Ok(Value::Bool(str_is(t, name)))
@@ -353,7 +421,7 @@ pub(super) fn is_lower(t: &str) -> bool {
 fn pieces(parts: Vec<&str>, s: &Str, budget: &mut Budget) -> Res<Value> {
     let items = parts
         .into_iter()
-        .map(|p| Value::text(p.to_owned(), s.markup))
+        .map(|part| Value::Str(s.slice(part)))
         .collect();
     Value::list(items, budget)
 }
@@ -364,10 +432,8 @@ fn strip(s: &Str, name: &str, args: CallArgs) -> Res<Value> {
         None | Some(Value::None) => None,
         given => Some(wanted(given, name)?),
     };
-    Ok(Value::text(
-        stripped(&s.text, name, chars.as_ref().map(|c| &*c.text)).to_owned(),
-        s.markup,
-    ))
+    let left = stripped(&s.text, name, chars.as_ref().map(|c| &*c.text));
+    Ok(Value::Str(s.slice(left)))
 }
 
 /// strip, lstrip or rstrip.
@@ -425,15 +491,16 @@ fn partition(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Va
     } else {
         t.rfind(&*separator.text)
     };
+    let end = t.len();
     let parts = match (found, name) {
-        (Some(at), _) => [&t[..at], &*separator.text, &t[at + separator.text.len()..]],
-        (None, "partition") => [t, "", ""],
-        (None, _) => ["", "", t],
+        (Some(at), _) => [0..at, at..at + separator.text.len(), at + separator.text.len()..end],
+        (None, "partition") => [0..end, end..end, end..end],
+        (None, _) => [0..0, 0..0, 0..end],
     };
     Value::tuple(
         parts
             .into_iter()
-            .map(|p| Value::text(p.to_owned(), s.markup))
+            .map(|range| Value::Str(s.part(range)))
             .collect(),
         budget,
     )
@@ -510,25 +577,39 @@ fn search(t: &str, name: &str, args: CallArgs) -> Res<Value> {
 /// str.replace, paid for before it is made.
 pub(super) fn replace(
     s: &Str,
-    old: &str,
-    new: &str,
+    old: &Str,
+    new: &Str,
     count: Option<&Value>,
     budget: &mut Budget,
 ) -> Res<Value> {
     let limit = match count {
-        None | Some(Value::None) => usize::MAX,
+        None => usize::MAX,
         Some(n) => match n.as_int() {
             Some(n) => usize::try_from(n).unwrap_or(usize::MAX),
             None => return fault("count must be an integer"),
         },
     };
-    let hits = s.text.matches(old).take(limit).count();
-    budget.bytes(s.text.len() + hits.saturating_mul(new.len()))?;
-    Ok(Value::text(s.text.replacen(old, new, limit), s.markup))
+    let hits = s.text.matches(&*old.text).take(limit).count();
+    if hits == 0 {
+        return Ok(Value::Str(s.clone()));
+    }
+    budget.bytes(s.text.len() + hits.saturating_mul(new.text.len()))?;
+    let mut out = Text::with_capacity(s.text.len());
+    let mut at = 0;
+    for (hit, old) in s.text.match_indices(&*old.text).take(limit) {
+        out.part(s, at..hit);
+        match s.markup && !new.markup {
+            true => out.made(&super::value::html_escape(&new.text), &new.origin),
+            false => out.str(new),
+        }
+        at = hit + old.len();
+    }
+    out.part(s, at..s.text.len());
+    Ok(Value::Str(out.finish(s.markup)))
 }
 
 fn join(s: &Str, items: &[Value], budget: &mut Budget) -> Res<Value> {
-    let mut out = String::new();
+    let mut out = Text::default();
     for (i, item) in items.iter().enumerate() {
         let Value::Str(text) = item else {
             return fault(format!(
@@ -536,26 +617,29 @@ fn join(s: &Str, items: &[Value], budget: &mut Budget) -> Res<Value> {
                 item.type_name()
             ));
         };
-        let separator = if i > 0 { &*s.text } else { "" };
-        budget.bytes(separator.len() + text.text.len())?;
-        out.push_str(separator);
+        if i > 0 {
+            budget.bytes(s.text.len())?;
+            out.str(s);
+        }
+        budget.bytes(text.text.len())?;
         match s.markup && !text.markup {
-            true => out.push_str(&super::value::html_escape(&text.text)),
-            false => out.push_str(&text.text),
+            true => out.made(&super::value::html_escape(&text.text), &text.origin),
+            false => out.str(text),
         }
     }
-    Ok(Value::text(out, s.markup))
+    Ok(Value::Str(out.finish(s.markup)))
 }
 
-fn pad(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+pub(super) fn pad(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [width, fill] = args.bind(name, ["width", "fillchar"])?;
     let Some(width) = width.as_ref().and_then(Value::as_int) else {
         return fault(format!("{name}() needs an integer width"));
     };
     let fill = match fill {
-        None => " ".into(),
-        given => wanted(given, name)?.text,
+        None => Str::from(" "),
+        given => wanted(given, name)?,
     };
+    let (fill, fill_origin) = (fill.text, fill.origin);
     if fill.chars().count() != 1 {
         return fault("The fill character must be exactly one character long");
     }
@@ -565,22 +649,31 @@ fn pad(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
         .saturating_sub(t.chars().count());
     budget.bytes(t.len().saturating_add(missing.saturating_mul(fill.len())))?;
     let fills = |n: usize| fill.repeat(n);
-    Ok(Value::text(
-        match name {
-            "ljust" => t.to_owned() + &fills(missing),
-            "rjust" => fills(missing) + t,
-            "center" => {
-                // CPython puts the odd one left when width is odd.
-                let left = missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1);
-                fills(left) + t + &fills(missing - left)
-            }
-            _ => {
-                let sign = t.len() - t.strip_prefix(['+', '-']).unwrap_or(t).len();
-                t[..sign].to_owned() + &"0".repeat(missing) + &t[sign..]
-            }
-        },
-        s.markup,
-    ))
+    let mut out = Text::default();
+    match name {
+        "ljust" => {
+            out.str(s);
+            out.made(&fills(missing), &fill_origin);
+        }
+        "rjust" => {
+            out.made(&fills(missing), &fill_origin);
+            out.str(s);
+        }
+        "center" => {
+            // CPython puts the odd one left when width is odd.
+            let left = missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1);
+            out.made(&fills(left), &fill_origin);
+            out.str(s);
+            out.made(&fills(missing - left), &fill_origin);
+        }
+        _ => {
+            let sign = t.len() - t.strip_prefix(['+', '-']).unwrap_or(t).len();
+            out.part(s, 0..sign);
+            out.own(&"0".repeat(missing));
+            out.part(s, sign..t.len());
+        }
+    }
+    Ok(Value::Str(out.finish(s.markup)))
 }
 
 fn expand_tabs(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
@@ -607,7 +700,7 @@ fn expand_tabs(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
             }
         }
     }
-    Ok(Value::text(out, s.markup))
+    Ok(Value::Str(s.made_into(out)))
 }
 
 fn translate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
@@ -615,24 +708,24 @@ fn translate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let Some(Value::Dict(table)) = table else {
         return fault("translate() argument must be a dict");
     };
-    let mut out = String::new();
-    for c in s.text.chars() {
+    let mut out = Text::default();
+    for (i, c) in s.text.char_indices() {
         match table.get(&Value::Int((c as u32).into()), budget)? {
-            None => out.push(c),
+            None => out.part(s, i..i + c.len_utf8()),
             Some(Value::None) => {}
             Some(Value::Str(with)) => {
                 budget.bytes(with.text.len())?;
-                out.push_str(&with.text);
+                out.str(with);
             }
             Some(other) => match other
                 .as_int()
                 .and_then(|i| u32::try_from(i).ok())
                 .and_then(char::from_u32)
             {
-                Some(c) => out.push(c),
+                Some(c) => out.made(&c.to_string(), &budget.unsure()),
                 None => return fault("character mapping must return integer, None or str"),
             },
         }
     }
-    Ok(Value::text(out, s.markup))
+    Ok(Value::Str(out.finish(s.markup)))
 }

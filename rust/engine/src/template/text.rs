@@ -210,3 +210,8 @@ pub(super) fn words_from_end(text: &str, limit: usize) -> Vec<&str> {
     out.reverse();
     out
 }
+
+/// The character of this Unicode name, as `\N{...}` writes it.
+pub(super) fn by_name(name: &str) -> Option<char> {
+    unicode_names2::character(name)
+}

@@ -1,11 +1,14 @@
 //! Python's values as a chat template sees them: text, repr, truth, equality, order, under a budget.
 
 use std::cmp::Ordering;
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::filters::Builtin;
+use super::filters::sequence::Job;
+use super::globals::Builtin;
+use super::methods::Method;
+use super::origin::{Origin, Str, all_data};
 
 /// Deepest nesting of lists and dicts; keeps every walk over a value within the stack.
 const MAX_DEPTH: u16 = 160;
@@ -41,6 +44,8 @@ pub(super) fn fault<T>(message: impl Into<String>) -> Res<T> {
 pub(super) struct Budget {
     steps: u64,
     bytes: u64,
+    /// The origin of text that is made of data, or of who knows what; None where nobody asks.
+    unsure: Origin,
 }
 
 impl Budget {
@@ -49,7 +54,18 @@ impl Budget {
         Budget {
             steps: BASE_STEPS + extra,
             bytes: BASE_BYTES + extra,
+            unsure: None,
         }
+    }
+
+    /// From here on, text remembers where it came from.
+    pub fn follow_data(&mut self) {
+        self.unsure = all_data();
+    }
+
+    /// The origin of text that is made of numbers, containers and the like.
+    pub fn unsure(&self) -> Origin {
+        self.unsure.clone()
     }
 
     pub fn steps(&mut self, n: usize) -> Res<()> {
@@ -68,13 +84,6 @@ impl Budget {
         }
         self.steps(n / 64)
     }
-}
-
-/// A string; `markup` marks text declared safe from HTML escaping.
-#[derive(Clone, Debug)]
-pub(super) struct Str {
-    pub text: Arc<str>,
-    pub markup: bool,
 }
 
 #[derive(Debug)]
@@ -96,27 +105,39 @@ const SCAN: usize = 12;
 
 /// A dict key as Python hashes it: `1`, `1.0` and `True` are one key.
 #[derive(Debug, PartialEq, Eq, Hash)]
-enum Key {
+pub(super) enum Key {
     None,
+    Undefined,
     Int(i128),
     Float(u64),
     Text(Arc<str>),
+    Big(Arc<str>),
     Tuple(Vec<Key>),
+    Range(i64, i64, i64),
+    Object(usize),
 }
 
 impl Key {
-    fn of(value: &Value, budget: &mut Budget) -> Res<Key> {
+    pub fn of(value: &Value, budget: &mut Budget) -> Res<Key> {
         budget.steps(1)?;
         Ok(match value {
             Value::None => Key::None,
             Value::Bool(b) => Key::Int(i128::from(*b)),
             Value::Int(i) => Key::Int(*i),
-            Value::Float(f) if f.fract() == 0.0 && f.abs() < 1e30 => Key::Int(*f as i128),
+            Value::Float(f) if f.fract() == 0.0 && f.abs() < 1e38 => Key::Int(*f as i128),
             Value::Float(f) => Key::Float(f.to_bits()),
-            Value::Str(s) | Value::Big(s) => {
+            Value::Str(s) => {
                 budget.steps(s.text.len() / 64)?;
                 Key::Text(s.text.clone())
             }
+            Value::Big(digits) => Key::Big(digits.clone()),
+            Value::Undefined(_) => Key::Undefined,
+            Value::Range(r) => Key::Range(r.start, r.stop, r.step),
+            Value::Macro(m) => Key::Object(Arc::as_ptr(m) as usize),
+            Value::Iter(i) => Key::Object(Arc::as_ptr(i) as usize),
+            Value::Loop(l) => Key::Object(Arc::as_ptr(l) as usize),
+            Value::Cycler(c) | Value::Joiner(c) => Key::Object(Arc::as_ptr(c) as usize),
+            Value::Function(builtin) => Key::Object(*builtin as usize),
             Value::Tuple(t) => Key::Tuple(
                 t.items
                     .iter()
@@ -192,33 +213,74 @@ impl Range {
     }
 }
 
-/// A generator: what `map`, `select` and the like return. Its items can be taken once.
+/// A generator: what `map`, `select` and the like return. Its items can be taken once, and are made
+/// as they are taken.
 #[derive(Debug)]
 pub(super) struct Iter {
     pub type_name: &'static str,
-    items: Mutex<VecDeque<Value>>,
+    source: Mutex<Source>,
     depth: u16,
 }
 
 impl Iter {
-    pub fn next(&self) -> Option<Value> {
-        self.items
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
+    /// Take what makes the items out, to use it; who comes meanwhile finds nothing.
+    pub fn take(&self) -> Source {
+        let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut source, Source::Items(Vec::new().into_iter()))
     }
+
+    pub fn put(&self, source: Source) {
+        *self.source.lock().unwrap_or_else(PoisonError::into_inner) = source;
+    }
+}
+
+/// Where items come from.
+#[derive(Debug)]
+pub(super) enum Source {
+    Items(std::vec::IntoIter<Value>),
+    Seq(Arc<Seq>, usize),
+    Shared(Arc<Iter>),
+    Made(Box<Source>, Arc<Job>),
+    /// A loop's condition: the loop, and the scope it is in.
+    Filtered(Box<Source>, usize, usize),
+    /// What fails as soon as an item is wanted.
+    Failing(String),
 }
 
 /// The state behind the variable `loop`.
 #[derive(Debug)]
 pub(super) struct LoopState {
-    pub items: Arc<Seq>,
-    pub index: AtomicUsize,
     pub depth: usize,
     /// Which `for` this is, and the scope around it: for `loop(children)`.
     pub id: usize,
     pub scope: usize,
+    pub turn: Mutex<Turn>,
     pub changed: Mutex<Option<Vec<Value>>>,
+    /// How deep the items nest.
+    pub nests: u16,
+}
+
+/// Where a loop is.
+#[derive(Debug)]
+pub(super) struct Turn {
+    pub source: Source,
+    /// How many items there are, where that is known without taking them.
+    pub len: Option<usize>,
+    pub index: usize,
+    pub before: Option<Value>,
+    pub current: Option<Value>,
+    /// An item that was looked at ahead of its turn.
+    pub after: Option<Value>,
+}
+
+impl LoopState {
+    /// The place of the current item, from 0.
+    pub fn index(&self) -> usize {
+        self.turn().index
+    }
+    pub fn turn(&self) -> std::sync::MutexGuard<'_, Turn> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A macro, or the body of a call block, with the scope it was defined in.
@@ -235,15 +297,72 @@ pub(super) struct Counter {
     pub used: AtomicUsize,
 }
 
+/// What is not there: the name it was asked for by, and where.
+#[derive(Clone, Debug)]
+pub(super) struct Missing {
+    what: Arc<str>,
+    place: u8,
+}
+
+/// `Missing::place`: `what` is the whole message, a variable, a parameter; from 3 on, an attribute of
+/// a value whose type stands in `TYPES`.
+const MESSAGE: u8 = 0;
+const VARIABLE: u8 = 1;
+const PARAMETER: u8 = 2;
+const ATTRIBUTE: u8 = 3;
+
+impl Missing {
+    /// What its use raises.
+    pub fn message(&self) -> String {
+        let what = &self.what;
+        match self.place {
+            MESSAGE => what.to_string(),
+            VARIABLE => format!("'{what}' is undefined"),
+            PARAMETER => format!("parameter '{what}' was not provided"),
+            place => match TYPES.get(usize::from(place - ATTRIBUTE)) {
+                Some(&"NoneType") | None => format!("'None' has no attribute '{what}'"),
+                Some(owner) => format!("'{owner} object' has no attribute '{what}'"),
+            },
+        }
+    }
+
+    pub fn fault<T>(&self) -> Res<T> {
+        fault(self.message())
+    }
+}
+
+/// The types' names, in the order of `Value::type_index`.
+const TYPES: [&str; 20] = [
+    "Undefined",
+    "NoneType",
+    "bool",
+    "int",
+    "float",
+    "str",
+    "Markup",
+    "list",
+    "tuple",
+    "dict",
+    "dict_keys",
+    "dict_values",
+    "dict_items",
+    "range",
+    "TemplateNamespace",
+    "Macro",
+    "LoopContext",
+    "Cycler",
+    "Joiner",
+    "function",
+];
+
 #[derive(Clone, Debug)]
 pub(super) enum Value {
-    /// With the message that its use raises.
-    Undefined(Arc<str>),
+    Undefined(Missing),
     None,
     Bool(bool),
     Int(i128),
     /// An integer past 128 bits, as its decimal text: it can be carried, compared and printed.
-    Big(Str),
+    Big(Arc<str>),
     Float(f64),
     Str(Str),
     List(Arc<Seq>),
@@ -259,24 +378,13 @@ pub(super) enum Value {
     Cycler(Arc<Counter>),
     Joiner(Arc<Counter>),
     Function(Builtin),
-    /// A method not yet called: the object and the name.
-    Method(Arc<(Value, &'static str)>),
+    /// A method not yet called: the object and which.
+    Method(Arc<(Value, Method)>),
 }
 
 impl From<&str> for Value {
     fn from(text: &str) -> Value {
-        Value::Str(Str {
-            text: text.into(),
-            markup: false,
-        })
-    }
-}
-impl From<String> for Value {
-    fn from(text: String) -> Value {
-        Value::Str(Str {
-            text: text.into(),
-            markup: false,
-        })
+        Value::Str(Str::from(text))
     }
 }
 
@@ -289,23 +397,53 @@ fn depth_of<'a>(values: impl Iterator<Item = &'a Value>) -> Res<u16> {
 }
 
 impl Value {
-    fn depth(&self) -> u16 {
+    pub fn depth(&self) -> u16 {
         match self {
             Value::List(s) | Value::Tuple(s) => s.depth,
             Value::Dict(d) => d.depth,
             Value::View(v) => v.depth,
             Value::Iter(i) => i.depth,
-            Value::Loop(l) => l.items.depth,
+            Value::Loop(l) => l.nests,
             Value::Cycler(c) | Value::Joiner(c) => c.items.depth,
             Value::Method(m) => 1 + m.0.depth(),
             _ => 0,
         }
     }
 
-    pub fn text(text: String, markup: bool) -> Value {
+    /// Undefined, with the message its use raises.
+    pub fn undefined(message: impl Into<Arc<str>>) -> Value {
+        let what = message.into();
+        Value::Undefined(Missing {
+            what,
+            place: MESSAGE,
+        })
+    }
+    pub fn no_variable(name: &Arc<str>) -> Value {
+        let what = name.clone();
+        Value::Undefined(Missing {
+            what,
+            place: VARIABLE,
+        })
+    }
+    pub fn no_parameter(name: &Arc<str>) -> Value {
+        let what = name.clone();
+        Value::Undefined(Missing {
+            what,
+            place: PARAMETER,
+        })
+    }
+    /// What `self.name` is where there is no such thing.
+    pub fn no_attribute(&self, name: &Arc<str>) -> Value {
+        let place = ATTRIBUTE + self.type_index() as u8;
+        let what = name.clone();
+        Value::Undefined(Missing { what, place })
+    }
+    /// A text made of values that are no text.
+    pub fn made(text: String, budget: &Budget) -> Value {
         Value::Str(Str {
             text: text.into(),
-            markup,
+            markup: false,
+            origin: budget.unsure(),
         })
     }
     pub fn int(n: usize) -> Value {
@@ -328,9 +466,27 @@ impl Value {
         let depth = depth_of(items.iter())?;
         Ok(Value::Iter(Arc::new(Iter {
             type_name,
-            items: Mutex::new(items.into()),
+            source: Mutex::new(Source::Items(items.into_iter())),
             depth,
         })))
+    }
+    /// A generator that makes its items of another value's.
+    pub fn making(source: Source, of: &Value, job: Job, budget: &mut Budget) -> Res<Value> {
+        budget.bytes(size_of::<Job>())?;
+        let depth = depth_of(std::iter::once(of).chain(job.values()))?;
+        Ok(Value::Iter(Arc::new(Iter {
+            type_name: "generator",
+            source: Mutex::new(Source::Made(Box::new(source), Arc::new(job))),
+            depth,
+        })))
+    }
+    /// A generator that fails as soon as an item is wanted.
+    pub fn failing(message: impl Into<String>) -> Value {
+        Value::Iter(Arc::new(Iter {
+            type_name: "generator",
+            source: Mutex::new(Source::Failing(message.into())),
+            depth: 0,
+        }))
     }
     pub fn view(type_name: &'static str, items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
         budget.bytes(items.len() * size_of::<Value>())?;
@@ -430,34 +586,36 @@ impl Value {
                 digits.len()
             ));
         }
-        Ok(Value::Big(Str {
-            text: digits.into(),
-            markup: false,
-        }))
+        Ok(Value::Big(digits.into()))
+    }
+
+    fn type_index(&self) -> usize {
+        match self {
+            Value::Undefined(_) => 0,
+            Value::None => 1,
+            Value::Bool(_) => 2,
+            Value::Int(_) | Value::Big(_) => 3,
+            Value::Float(_) => 4,
+            Value::Str(s) => 5 + usize::from(s.markup),
+            Value::List(_) => 7,
+            Value::Tuple(_) => 8,
+            Value::Dict(_) => 9,
+            Value::View(v) => TYPES.iter().position(|t| *t == v.type_name).unwrap_or(10),
+            Value::Range(_) => 13,
+            Value::Namespace(_) => 14,
+            Value::Macro(_) => 15,
+            Value::Loop(_) => 16,
+            Value::Cycler(_) => 17,
+            Value::Joiner(_) => 18,
+            Value::Function(_) | Value::Method(_) | Value::Iter(_) => 19,
+        }
     }
 
     pub fn type_name(&self) -> &'static str {
         match self {
-            Value::Undefined(_) => "Undefined",
-            Value::None => "NoneType",
-            Value::Bool(_) => "bool",
-            Value::Int(_) | Value::Big(_) => "int",
-            Value::Float(_) => "float",
-            Value::Str(s) if s.markup => "Markup",
-            Value::Str(_) => "str",
-            Value::List(_) => "list",
-            Value::Tuple(_) => "tuple",
-            Value::Dict(_) => "dict",
-            Value::View(v) => v.type_name,
-            Value::Range(_) => "range",
             Value::Iter(i) => i.type_name,
-            Value::Namespace(_) => "TemplateNamespace",
-            Value::Macro(_) => "Macro",
-            Value::Loop(_) => "LoopContext",
-            Value::Cycler(_) => "Cycler",
-            Value::Joiner(_) => "Joiner",
-            Value::Function(_) => "function",
             Value::Method(_) => "builtin_function_or_method",
+            other => TYPES[other.type_index()],
         }
     }
 
@@ -472,7 +630,7 @@ impl Value {
     pub fn as_float(&self) -> Option<f64> {
         match self {
             Value::Float(f) => Some(*f),
-            Value::Big(s) => s.text.parse().ok(),
+            Value::Big(digits) => digits.parse().ok(),
             _ => self.as_int().map(|i| i as f64),
         }
     }
@@ -507,7 +665,6 @@ impl Value {
             Value::Dict(d) => d.entries.len(),
             Value::View(v) => v.items.len(),
             Value::Range(r) => r.len(),
-            Value::Loop(l) => l.items.items.len(),
             other => {
                 return fault(format!(
                     "object of type '{}' has no len()",
@@ -517,22 +674,21 @@ impl Value {
         })
     }
 
-    /// What `for x in value` walks over.
+    /// What `for x in value` walks over, for all but generators.
     pub fn items(&self, budget: &mut Budget) -> Res<Vec<Value>> {
         let items: Vec<Value> = match self {
             Value::Undefined(_) => Vec::new(),
             Value::Str(s) => {
                 budget.bytes(s.text.len() * size_of::<Value>())?;
                 s.text
-                    .chars()
-                    .map(|c| Value::text(c.to_string(), s.markup))
+                    .char_indices()
+                    .map(|(i, c)| Value::Str(s.part(i..i + c.len_utf8())))
                     .collect()
             }
             Value::List(s) | Value::Tuple(s) => s.items.clone(),
             Value::Dict(d) => d.entries.iter().map(|(k, _)| k.clone()).collect(),
             Value::View(v) => v.items.clone(),
             Value::Range(r) => (0..r.len()).map(|i| r.at(i)).collect(),
-            Value::Iter(i) => std::iter::from_fn(|| i.next()).collect(),
             other => return fault(format!("'{}' object is not iterable", other.type_name())),
         };
         budget.bytes(items.len() * size_of::<Value>())?;
@@ -548,7 +704,7 @@ impl Value {
                 budget.steps(a.text.len().min(b.text.len()) / 64)?;
                 a.text == b.text
             }
-            (Value::Big(a), Value::Big(b)) => a.text == b.text,
+            (Value::Big(a), Value::Big(b)) => a == b,
             (Value::List(a), Value::List(b)) | (Value::Tuple(a), Value::Tuple(b)) => {
                 if a.items.len() != b.items.len() {
                     return Ok(false);
@@ -594,7 +750,7 @@ impl Value {
     pub fn compare(&self, other: &Value, op: &str, budget: &mut Budget) -> Res<Option<Ordering>> {
         budget.steps(1)?;
         match (self, other) {
-            (Value::Undefined(m), _) | (_, Value::Undefined(m)) => fault(m.to_string()),
+            (Value::Undefined(m), _) | (_, Value::Undefined(m)) => m.fault(),
             (Value::Str(a), Value::Str(b)) => {
                 budget.steps(a.text.len().min(b.text.len()) / 64)?;
                 Ok(Some(a.text.cmp(&b.text)))
@@ -631,21 +787,13 @@ impl Value {
                 budget.steps(s.text.len() / 64)?;
                 Ok(s.text.contains(&*n.text))
             }
-            (Value::Str(_), Value::Undefined(m)) => fault(m.to_string()),
+            (Value::Str(_), Value::Undefined(m)) => m.fault(),
             (Value::Str(_), n) => fault(format!(
                 "'in <string>' requires string as left operand, not {}",
                 n.type_name()
             )),
             (Value::Dict(d), n) => Ok(d.get(n, budget)?.is_some()),
             (Value::Undefined(_), _) => Ok(false),
-            (Value::Iter(i), n) => {
-                while let Some(item) = i.next() {
-                    if item.equals(n, budget)? {
-                        return Ok(true);
-                    }
-                }
-                Ok(false)
-            }
             (Value::List(s) | Value::Tuple(s), n) => any_equal(&s.items, n, budget),
             (Value::View(v), n) => any_equal(&v.items, n, budget),
             (Value::Range(_), n) => any_equal(&self.items(budget)?, n, budget),
@@ -656,17 +804,26 @@ impl Value {
         }
     }
 
-    /// `str(value)`.
-    pub fn to_text(&self, budget: &mut Budget) -> Res<Arc<str>> {
+    /// `str(value)`, with its origin and what it is declared.
+    pub fn to_str(&self, budget: &mut Budget) -> Res<Str> {
         match self {
-            Value::Str(s) | Value::Big(s) => Ok(s.text.clone()),
-            Value::Undefined(_) => Ok("".into()),
+            Value::Str(s) => Ok(s.clone()),
+            Value::Undefined(_) => Ok(Str::from("")),
             other => {
                 let mut out = String::new();
                 other.write_repr(&mut out, budget)?;
-                Ok(out.into())
+                Ok(Str {
+                    text: out.into(),
+                    markup: false,
+                    origin: budget.unsure(),
+                })
             }
         }
+    }
+
+    /// `str(value)`, to look at.
+    pub fn to_text(&self, budget: &mut Budget) -> Res<Arc<str>> {
+        Ok(self.to_str(budget)?.text)
     }
 
     pub fn repr(&self, budget: &mut Budget) -> Res<String> {
@@ -675,7 +832,7 @@ impl Value {
         Ok(out)
     }
 
-    fn write_repr(&self, out: &mut String, budget: &mut Budget) -> Res<()> {
+    pub fn write_repr(&self, out: &mut String, budget: &mut Budget) -> Res<()> {
         budget.bytes(8)?;
         match self {
             Value::Undefined(_) => out.push_str("Undefined"),
@@ -683,7 +840,7 @@ impl Value {
             Value::Bool(true) => out.push_str("True"),
             Value::Bool(false) => out.push_str("False"),
             Value::Int(i) => out.push_str(&i.to_string()),
-            Value::Big(s) => out.push_str(&s.text),
+            Value::Big(digits) => out.push_str(digits),
             Value::Float(f) => out.push_str(&float_repr(*f)),
             Value::Str(s) => {
                 budget.bytes(s.text.len())?;
@@ -720,12 +877,9 @@ impl Value {
             }
             Value::Range(r) => out.push_str(&format!("range({}, {}, {})", r.start, r.stop, r.step)),
             Value::Loop(l) => {
-                let index = l.index.load(std::sync::atomic::Ordering::Relaxed);
-                out.push_str(&format!(
-                    "<LoopContext {}/{}>",
-                    index + 1,
-                    l.items.items.len()
-                ));
+                let turn = l.turn();
+                let len = turn.len.unwrap_or(turn.index + 1);
+                out.push_str(&format!("<LoopContext {}/{len}>", turn.index + 1));
             }
             other => out.push_str(&format!("<{} object>", other.type_name())),
         }
