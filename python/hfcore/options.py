@@ -26,7 +26,7 @@ SAMPLING = (
 
 TEMPLATE = (
     "tools", "documents", "add_generation_prompt", "continue_final_message",
-    "template_variables", "add_special_tokens",
+    "template_variables", "parse_special_in_content", "add_special_tokens",
 )  # fmt: skip
 """How a prompt is made of messages (or of text: `add_special_tokens`)."""
 
@@ -43,7 +43,8 @@ TEXT_REQUEST = (*SAMPLING, *SHAPES, "n", "add_special_tokens", "timeout", "prior
 """What a text prompt may ask for."""
 
 CHAT_REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, "n", "documents", "add_generation_prompt",
-                "continue_final_message", "template_variables", "timeout", "priority")  # fmt: skip
+                "continue_final_message", "template_variables", "parse_special_in_content",
+                "timeout", "priority")  # fmt: skip
 """What a LangChain conversation may ask for, besides tools."""
 
 REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs", "timeout",

@@ -21,7 +21,7 @@ use crate::options::{Defaults, Options};
 use crate::response::{Parser, Style, Thinking};
 use crate::sequence::{Parts, Text};
 use crate::stream::Stream;
-use crate::template::{ChatTemplate, RenderRequest};
+use crate::template::{ChatTemplate, RenderRequest, Segment};
 use crate::tokenizer::{Detokenizer, Tokenizer};
 use crate::weights::{Value as MetadataValue, Weights};
 use crate::{files, vocab};
@@ -243,7 +243,7 @@ impl Model {
 
     /// Queue a request. `options` are those of [`Options::parse`]; those that say what the text must be: `regex`, `choice`,
     /// `grammar` (Lark), `response_format`; and for messages also `tools`, `tool_choice`, `parallel_tool_calls`,
-    /// `tool_style`, `reasoning`, `documents`, `add_generation_prompt` (default: true, unless the final message is
+    /// `tool_style`, `reasoning`, `parse_special_in_content`, `documents`, `add_generation_prompt` (default: true, unless the final message is
     /// continued), `continue_final_message` and `template_variables`.
     ///
     /// # Errors
@@ -328,10 +328,12 @@ impl Model {
                 template.source(),
             ),
         };
+        let parse_special = for_template.parse_special_in_content;
         let request = for_template.request(messages)?;
-        let mut text = self.render(&request)?;
+        let (mut text, mut segments) = self.render_segments(&request)?;
         let Some((open, close)) = style.thought() else {
-            return Ok((self.tokenizer.encode(&text, false)?, Thinking::Off));
+            let ids = self.encode_prompt(&text, &segments, parse_special)?;
+            return Ok((ids, Thinking::Off));
         };
         let end = text.trim_end();
         let begun = end.ends_with(open);
@@ -340,16 +342,49 @@ impl Model {
             && answer.shapes_text()
             && request.add_generation_prompt
         {
+            let start = text.len();
             text.push_str(open);
             text.push('\n');
-            return Ok((self.tokenizer.encode(&text, false)?, Thinking::Begun));
+            segments.push(Segment {
+                text: start..text.len(),
+                template: true,
+            });
+            let ids = self.encode_prompt(&text, &segments, parse_special)?;
+            return Ok((ids, Thinking::Begun));
         }
         let thinking = match (begun, template.source().contains(close)) {
             (true, _) => Thinking::Begun,
             (false, true) => Thinking::Possible,
             (false, false) => Thinking::Off,
         };
-        Ok((self.tokenizer.encode(&text, false)?, thinking))
+        Ok((
+            self.encode_prompt(&text, &segments, parse_special)?,
+            thinking,
+        ))
+    }
+
+    /// A prompt's tokens. Special and other added tokens are such in what the template wrote; in what came out of messages
+    /// they are plain text, unless `parse_special` says otherwise: nobody writes a control token.
+    fn encode_prompt(
+        &self,
+        text: &str,
+        segments: &[Segment],
+        parse_special: Option<bool>,
+    ) -> Result<Vec<u32>> {
+        if parse_special == Some(true) {
+            return self.tokenizer.encode(text, false);
+        }
+        let parts: Vec<(&str, bool)> = segments
+            .iter()
+            .map(|part| (&text[part.text.clone()], part.template))
+            .collect();
+        match self.tokenizer.encode_segments(&parts) {
+            // A pipeline that only the library runs, which knows no parts: it is not asked for.
+            Err(Error::Unsupported { .. }) if parse_special.is_none() => {
+                self.tokenizer.encode(text, false)
+            }
+            ids => ids,
+        }
     }
 
     fn grammars(&self) -> Result<Arc<Grammars>> {
@@ -419,6 +454,11 @@ impl Model {
     /// # Errors
     /// `NoChatTemplate`; `Template`; `InvalidRequest` for content that is not text.
     pub fn render(&self, request: &RenderRequest) -> Result<String> {
+        self.render_segments(request).map(|(text, _)| text)
+    }
+
+    /// The same, and which parts of it the template wrote.
+    fn render_segments(&self, request: &RenderRequest) -> Result<(String, Vec<Segment>)> {
         let template = self.template_for(request.tools.is_some())?;
         let told;
         let request = if template.takes_tools() {
@@ -440,11 +480,11 @@ impl Model {
             &told
         };
         match plain_content(&request.messages)? {
-            Some(messages) => template.render(&RenderRequest {
+            Some(messages) => template.render_segments(&RenderRequest {
                 messages,
                 ..request.clone()
             }),
-            None => template.render(request),
+            None => template.render_segments(request),
         }
     }
 
@@ -756,6 +796,8 @@ struct ForTemplate {
     documents: Option<Value>,
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
+    /// See `Model::encode_prompt`.
+    parse_special_in_content: Option<bool>,
     variables: Option<Map<String, Value>>,
 }
 
@@ -779,6 +821,10 @@ fn split_options(options: Value) -> Result<(ForTemplate, Map<String, Value>)> {
         documents: take("documents"),
         add_generation_prompt: flag("add_generation_prompt", take("add_generation_prompt"))?,
         continue_final_message: flag("continue_final_message", take("continue_final_message"))?,
+        parse_special_in_content: flag(
+            "parse_special_in_content",
+            take("parse_special_in_content"),
+        )?,
         variables: match take("template_variables") {
             None => None,
             Some(Value::Object(variables)) => Some(variables),
@@ -834,6 +880,11 @@ impl ForTemplate {
         refuse(
             "continue_final_message",
             self.continue_final_message.is_some(),
+            "messages",
+        )?;
+        refuse(
+            "parse_special_in_content",
+            self.parse_special_in_content.is_some(),
             "messages",
         )?;
         refuse("template_variables", self.variables.is_some(), "messages")

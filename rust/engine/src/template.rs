@@ -107,8 +107,7 @@ impl ChatTemplate {
         source: &str,
         special_tokens: &BTreeMap<String, String>,
     ) -> Result<ChatTemplate> {
-        let program =
-            lower::compile(name, source).map_err(|fault| template_error(name, *fault))?;
+        let program = lower::compile(name, source).map_err(|fault| template_error(name, *fault))?;
         Ok(ChatTemplate {
             name: name.to_owned(),
             source: source.to_owned(),
@@ -157,11 +156,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`render`](Self::render).
-    pub fn render_conversation(
-        &self,
-        mut given: Conversation,
-        segments: bool,
-    ) -> Result<Rendered> {
+    pub fn render_conversation(&self, mut given: Conversation, segments: bool) -> Result<Rendered> {
         let mut messages = given.prepared()?;
         let continued = match given.continue_final_message {
             true => Some(self.mark_final_message(&given, &mut messages)?),
@@ -225,7 +220,9 @@ impl ChatTemplate {
         for (name, value) in given.variables {
             run.define(&name, |_| Ok(data(value.0)))?;
         }
-        run.define("messages", |budget| Ok(data(Value::list(messages, budget)?)))?;
+        run.define("messages", |budget| {
+            Ok(data(Value::list(messages, budget)?))
+        })?;
         let optional = |value: Option<Input>| value.map_or(Value::None, |value| data(value.0));
         run.define("tools", |_| Ok(optional(given.tools)))?;
         run.define("documents", |_| Ok(optional(given.documents)))?;
@@ -263,7 +260,9 @@ impl ChatTemplate {
                 *last = input::with_field(last, "content", tagged);
                 Ok(original)
             }
-            None => invalid("continue_final_message wants text in the last message, got none".into()),
+            None => {
+                invalid("continue_final_message wants text in the last message, got none".into())
+            }
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use super::filters;
 use super::methods;
+use super::ops::compare;
 use super::origin::Str;
 use super::program::{Comparison, Op};
-use super::ops::compare;
 use super::run::{CallArgs, Run};
 use super::text;
 use super::value::{Res, Value, fault};
@@ -186,4 +186,3 @@ fn comparison(name: &str) -> Option<Comparison> {
         _ => return None,
     })
 }
-

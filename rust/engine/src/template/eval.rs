@@ -205,8 +205,7 @@ impl<'p> Run<'p> {
             let Value::Dict(more) = self.eval(star_star)? else {
                 return fault("argument after ** must be a mapping");
             };
-            self.budget
-                .bytes(more.entries.len() * size_of::<Value>())?;
+            self.budget.bytes(more.entries.len() * size_of::<Value>())?;
             for (key, value) in &more.entries {
                 let Value::Str(key) = key else {
                     return fault("keywords must be strings");
@@ -287,12 +286,12 @@ impl<'p> Run<'p> {
             Value::Dict(dict) => dict.get_str(name).cloned(),
             Value::Namespace(id) => {
                 let vars = &self.namespaces[*id];
-                vars.iter()
-                    .find(|(n, _)| n == name)
-                    .map(|(_, v)| v.clone())
+                vars.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone())
             }
             Value::Loop(state) => self.loop_attribute(state, name)?,
-            Value::Int(_) | Value::Bool(_) | Value::Big(_) | Value::Float(_) => number_part(object, name),
+            Value::Int(_) | Value::Bool(_) | Value::Big(_) | Value::Float(_) => {
+                number_part(object, name)
+            }
             Value::Macro(closure) => self.macro_attribute(closure, name)?,
             // groupby's pairs have names.
             Value::Tuple(pair) if pair.items.len() == 2 && &**name == "grouper" => {
@@ -502,7 +501,12 @@ fn char_range(s: &Str, [start, stop, _]: [Option<i128>; 3], len: usize) -> Str {
     if s.text.len() == len {
         return s.part(from..to);
     }
-    let byte = |i: usize| s.text.char_indices().nth(i).map_or(s.text.len(), |(at, _)| at);
+    let byte = |i: usize| {
+        s.text
+            .char_indices()
+            .nth(i)
+            .map_or(s.text.len(), |(at, _)| at)
+    };
     s.part(byte(from)..byte(to))
 }
 

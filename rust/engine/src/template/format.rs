@@ -1,7 +1,7 @@
 //! Python's three ways to format: `%`, str.format and format(); and JSON as json.dumps writes it.
 
-use super::origin::{Origin, Str, Text};
 use super::eval::index;
+use super::origin::{Origin, Str, Text};
 use super::run::{CallArgs, Run};
 use super::value::{Budget, Res, Value, fault, float_repr, html_escape};
 
@@ -714,8 +714,7 @@ impl Json {
         out.own("\"");
         let text = &*s.text;
         let mut copied = 0;
-        let special =
-            |b: u8| b < 0x20 || b == b'"' || b == b'\\' || self.ensure_ascii && b >= 0x7f;
+        let special = |b: u8| b < 0x20 || b == b'"' || b == b'\\' || self.ensure_ascii && b >= 0x7f;
         while let Some(found) = text.as_bytes()[copied..].iter().position(|b| special(*b)) {
             let at = copied + found;
             out.part(s, copied..at);

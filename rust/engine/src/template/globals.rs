@@ -142,13 +142,12 @@ fn dict_pairs(run: &mut Run<'_>, mut args: CallArgs) -> Res<Vec<(Value, Value)>>
         (Some(Value::Dict(d)), 0) => pairs.extend(d.entries.iter().cloned()),
         (Some(other), 0) => {
             for pair in run.items(&other)? {
-                let [key, value] =
-                    <[Value; 2]>::try_from(run.items(&pair)?).or_else(|items| {
-                        fault(format!(
-                            "dictionary update sequence element has length {}; 2 is required",
-                            items.len()
-                        ))
-                    })?;
+                let [key, value] = <[Value; 2]>::try_from(run.items(&pair)?).or_else(|items| {
+                    fault(format!(
+                        "dictionary update sequence element has length {}; 2 is required",
+                        items.len()
+                    ))
+                })?;
                 pairs.push((key, value));
             }
         }

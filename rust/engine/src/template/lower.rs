@@ -6,6 +6,7 @@ use std::sync::Arc;
 use minijinja::machinery::ast::{self, BinOpKind, CompareOpKind, UnaryOpKind};
 use minijinja::machinery::{Span, parse};
 
+use super::checks;
 use super::filters;
 use super::names::{Meaning, Names, each_use, target_names};
 use super::program::{
@@ -13,7 +14,6 @@ use super::program::{
     StmtKind, Target,
 };
 use super::teach::{syntax, teach};
-use super::checks;
 use super::value::{Budget, Fault, Res, Value, fault};
 
 /// Larger sources are refused; the largest real chat templates have some 30 kB.

@@ -3,8 +3,8 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use super::globals::Builtin;
 use super::format::{bound, format_method};
+use super::globals::Builtin;
 use super::origin::{Str, Text};
 use super::run::{CallArgs, Run};
 use super::text;
@@ -133,7 +133,13 @@ pub(super) fn is_unsafe(object: &Value, name: &str) -> bool {
 
 /// Methods that take arguments by name; others take them by place alone.
 const TAKES_NAMES: &[&str] = &[
-    "changed", "cycle", "expandtabs", "format", "rsplit", "split", "splitlines",
+    "changed",
+    "cycle",
+    "expandtabs",
+    "format",
+    "rsplit",
+    "split",
+    "splitlines",
 ];
 
 pub(super) fn call(
@@ -493,7 +499,11 @@ fn partition(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Va
     };
     let end = t.len();
     let parts = match (found, name) {
-        (Some(at), _) => [0..at, at..at + separator.text.len(), at + separator.text.len()..end],
+        (Some(at), _) => [
+            0..at,
+            at..at + separator.text.len(),
+            at + separator.text.len()..end,
+        ],
         (None, "partition") => [0..end, end..end, end..end],
         (None, _) => [0..0, 0..0, 0..end],
     };

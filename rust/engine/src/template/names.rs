@@ -432,7 +432,10 @@ pub(super) fn each_use(stmts: &[Stmt<'_>], see: &mut dyn FnMut(&str, bool)) {
             Stmt::CallBlock(node) => {
                 each_name(&node.call.expr, &mut |name| see(name, false));
                 each_arg(&node.call.args, &mut |name| see(name, false));
-                node.macro_decl.args.iter().for_each(|arg| targets(arg, see));
+                node.macro_decl
+                    .args
+                    .iter()
+                    .for_each(|arg| targets(arg, see));
                 each_use(&node.macro_decl.body, see);
             }
             _ => {}

@@ -7,7 +7,9 @@ use super::clock::Now;
 use super::filters::sequence;
 use super::globals::Builtin;
 use super::origin::{Str, Text};
-use super::program::{Body, Condition, Enter, Expr, For, Function, Program, Stmt, StmtKind, Target};
+use super::program::{
+    Body, Condition, Enter, Expr, For, Function, Program, Stmt, StmtKind, Target,
+};
 use super::value::{
     Budget, Closure, Fault, LoopState, Res, Source, Turn, Value, fault, html_escape,
 };

@@ -36,7 +36,9 @@ pub(super) fn teach(source: &str, config: &SyntaxConfig) -> Res<String> {
         let range = span.start_offset as usize..span.end_offset as usize;
         lesson.see(source, &token, range, span)?;
     }
-    lesson.changes.sort_by_key(|(range, _)| (range.start, range.end));
+    lesson
+        .changes
+        .sort_by_key(|(range, _)| (range.start, range.end));
     let mut out = String::with_capacity(source.len());
     let mut copied = 0;
     for (range, with) in lesson.changes {
@@ -248,7 +250,10 @@ fn python_literal(literal: &str) -> Res<String> {
                 }
             }
             Some('N') => {
-                let name = chars.as_str().strip_prefix('{').and_then(|r| r.split_once('}'));
+                let name = chars
+                    .as_str()
+                    .strip_prefix('{')
+                    .and_then(|r| r.split_once('}'));
                 let found = name.and_then(|(name, _)| super::text::by_name(name));
                 let (Some((name, _)), Some(c)) = (name, found) else {
                     return fault("\\N in a string wants the name of a character in braces");
@@ -326,4 +331,3 @@ impl Limits {
         }
     }
 }
-

@@ -155,4 +155,3 @@ fn file_size(bytes: f64, binary: bool) -> String {
     }
     format!("{:.1} {}", base * bytes / unit, units[7])
 }
-

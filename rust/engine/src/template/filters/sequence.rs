@@ -485,4 +485,3 @@ fn group_by(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
     }
     Value::list(out, budget)
 }
-

@@ -119,7 +119,10 @@ fn indent(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let (first, blank) = (truth(first), truth(blank));
     let with_newline = s.made_into(format!("{}\n", s.text));
     let mut out = Text::default();
-    for (i, line) in text::lines(&with_newline.text, false).into_iter().enumerate() {
+    for (i, line) in text::lines(&with_newline.text, false)
+        .into_iter()
+        .enumerate()
+    {
         budget.bytes(by.text.len() + line.len() + 1)?;
         if i > 0 {
             out.own("\n");
@@ -204,4 +207,3 @@ fn word_wrap(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
     budget.bytes(t.len() + lines.len().saturating_mul(with.len()))?;
     Ok(lines.join(&with))
 }
-

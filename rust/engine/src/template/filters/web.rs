@@ -138,4 +138,3 @@ fn url_encode(run: &mut Run<'_>, value: &Value) -> Res<Value> {
     }
     Ok(Value::made(out, &run.budget))
 }
-
