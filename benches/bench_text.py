@@ -67,7 +67,7 @@ def tiktoken_encoder(path: str) -> Encode:
     file = json.loads(Path(path).read_text(encoding="utf-8"))
     special = {token["content"]: token["id"] for token in file["added_tokens"]}
     vocab = file["model"]["vocab"]
-    ranks = {byte_level(t): id for t, id in vocab.items() if t not in special}
+    ranks = {byte_level(t): rank for t, rank in vocab.items() if t not in special}
     parts = file["pre_tokenizer"].get("pretokenizers", [file["pre_tokenizer"]])
     patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -156,8 +156,7 @@ def batch(path: str, texts: list[str], rounds: int) -> float:
 COLD = """
 import sys
 from hfcore import ChatTemplate, Tokenizer
-template = ChatTemplate("{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\\n\\n"
-                        "{{ m.content | trim }}<|eot_id|>{% endfor %}")
+template = ChatTemplate("{% for m in messages %}{{ m.role + ': ' + m.content | trim }}{% endfor %}")
 prompt = template.render([{"role": "user", "content": "Hello, who are you?"}])
 assert len(Tokenizer.from_path(sys.argv[1]).encode(prompt)) > 5
 """

@@ -208,7 +208,9 @@ impl Tokenizer {
             return Ok(None);
         };
         let splitter = Splitter::new(&parts.pre_tokenizer, normal.removes(' '));
-        let fast = splitter.and_then(|splitter| Fast::new(&model, &normal, splitter, &added));
+        let fast = splitter
+            .filter(|_| normal.is_steady())
+            .and_then(|splitter| Fast::new(&model, &normal, splitter, &added));
         let tokenizer = Self {
             path: path.to_owned(),
             vocab_size: model.end().max(added.end()),

@@ -144,8 +144,8 @@ impl Added {
         self.special_ids.contains(&id)
     }
 
-    /// Whether an id is an added token that is more than white space: one that text must not become when
-    /// special tokens are not looked for.
+    /// Whether an id is an added token that plain text must not become: a special one, or one of several
+    /// characters that are not all white space.
     pub fn is_control(&self, id: u32) -> bool {
         self.by_id.get(&id).is_some_and(Token::is_control)
     }
@@ -185,11 +185,9 @@ impl Added {
 
 impl Token {
     fn is_control(&self) -> bool {
-        self.token.special
-            || !self
-                .spelled
-                .chars()
-                .all(|c| c.is_whitespace() || c == '\u{2581}')
+        let space = |c: char| c.is_whitespace() || c == '\u{2581}';
+        let word = self.spelled.chars().nth(1).is_some() && !self.spelled.chars().all(space);
+        self.token.special || word
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) struct Bpe {
     pub bytes: [u32; 256],
     /// Ids of tokens like `<0xE2>`, where unknown characters become these; [`NONE`] for none.
     pub fallback: Option<Box<[u32; 256]>>,
+    /// The id of `▁`, which most words begin with.
+    pub mark: Option<u32>,
     pub unknown: Option<u32>,
     /// Unknown characters side by side are one.
     pub fuse_unknown: bool,
@@ -77,7 +79,7 @@ impl Bpe {
                 return;
             }
         }
-        self.symbols(word, &mut work.symbols);
+        self.symbols(word, &|_| false, &mut work.symbols);
         let count = work.symbols.len();
         if count <= SHORT {
             let mut symbols = [0; SHORT];
@@ -110,7 +112,7 @@ impl Bpe {
                 work.symbols.push(Symbol { id, length });
             }
             None => {
-                self.symbols(word, &mut work.symbols);
+                self.symbols(word, &|_| false, &mut work.symbols);
                 self.merge_long(work, &|_| false);
             }
         }
@@ -125,14 +127,14 @@ impl Bpe {
         work: &mut Work,
         ids: &mut Vec<u32>,
     ) {
-        self.symbols(word, &mut work.symbols);
+        self.symbols(word, banned, &mut work.symbols);
         self.merge_long(work, banned);
         ids.extend(work.symbols.iter().map(|symbol| symbol.id));
     }
 
     /// A word's first symbols. The crate's order is kept: bytes of a character overtake unknown ones
     /// before it that are not written yet.
-    fn symbols(&self, word: &[u8], symbols: &mut Vec<Symbol>) {
+    fn symbols(&self, word: &[u8], banned: &dyn Fn(u32) -> bool, symbols: &mut Vec<Symbol>) {
         symbols.clear();
         let mut unknown: Option<Symbol> = None;
         let mut at = 0;
@@ -147,7 +149,9 @@ impl Bpe {
                 false => width as u32,
             };
             at += width;
-            if let Some(id) = self.symbol(symbol) {
+            // A byte has no other way to be said.
+            let allowed = |id: &u32| self.byte_level || !banned(*id);
+            if let Some(id) = self.symbol(symbol).filter(allowed) {
                 symbols.extend(unknown.take());
                 symbols.push(Symbol { id, length });
                 continue;
@@ -178,6 +182,7 @@ impl Bpe {
     fn symbol(&self, symbol: &[u8]) -> Option<u32> {
         match symbol {
             [byte] => Some(self.bytes[*byte as usize]).filter(|&id| id != NONE),
+            [0xe2, 0x96, 0x81] => self.mark,
             symbol => self.tokens.get(symbol),
         }
     }

@@ -18,12 +18,14 @@ const KEY_BYTES: usize = 15;
 const ENTRY_IDS: usize = 4;
 /// Words remembered at first and at most by one thread; an entry has 32 bytes.
 const MIN_ENTRIES: usize = 1 << 10;
-const MAX_ENTRIES: usize = 1 << 16;
+const MAX_ENTRIES: usize = 1 << 18;
 /// The same for words that do not fit there, of at most this many bytes; all are forgotten when those kept
 /// have more than these in all.
 const LONG_WORD: usize = 512;
-const LONG_BYTES: usize = 2 << 20;
-const MAX_LONG_ENTRIES: usize = 1 << 15;
+/// Words that are looked up side by side, so that they wait for memory together.
+const BATCH: usize = 16;
+const LONG_BYTES: usize = 4 << 20;
+const MAX_LONG_ENTRIES: usize = 1 << 17;
 
 /// The fast pipeline of a tokenizer.
 #[derive(Debug)]
@@ -94,6 +96,8 @@ impl Fast {
             scratch: &mut scratch,
             ids,
             failed: false,
+            waiting: [(0, 0); BATCH],
+            words_waiting: 0,
         }
         .text(text);
         if let Ok(mut idle) = self.idle.lock()
@@ -122,6 +126,9 @@ struct Encoder<'a> {
     scratch: &'a mut Scratch,
     ids: &'a mut Vec<u32>,
     failed: bool,
+    /// Starts and ends of words of the text at hand.
+    waiting: [(usize, usize); BATCH],
+    words_waiting: usize,
 }
 
 impl Encoder<'_> {
@@ -207,11 +214,12 @@ impl Encoder<'_> {
                     spaced.push_str(text);
                     let more = each_word(stages, &spaced, &mut |start, end| {
                         self.word(&spaced, start, end)
-                    });
+                    }) && self.flush(&spaced);
                     self.scratch.text = spaced;
                     return more;
                 }
                 each_word(stages, text, &mut |start, end| self.word(text, start, end))
+                    && self.flush(text)
             }
         }
     }
@@ -228,14 +236,14 @@ impl Encoder<'_> {
             }
             start = end;
         }
-        true
+        self.flush(text)
     }
 
     /// A text that is one word, in pieces where that is the same.
     fn pieces(&mut self, text: &str) -> bool {
         let fast = self.fast;
         let Some(cuts) = &fast.cuts else {
-            return self.word(text, 0, text.len());
+            return self.word(text, 0, text.len()) && self.flush(text);
         };
         let mut start = 0;
         while start < text.len() {
@@ -245,22 +253,61 @@ impl Encoder<'_> {
             }
             start = end;
         }
+        self.flush(text)
+    }
+
+    /// Take a word; it is looked up when there are some, or by [`flush`](Self::flush).
+    #[inline]
+    fn word(&mut self, text: &str, start: usize, end: usize) -> bool {
+        let at = self.words_waiting;
+        self.waiting[at] = (start, end);
+        self.words_waiting = at + 1;
+        at + 1 < BATCH || self.flush(text)
+    }
+
+    /// Append the ids of the words of `text` that wait.
+    fn flush(&mut self, text: &str) -> bool {
+        let count = std::mem::take(&mut self.words_waiting);
+        let waiting = self.waiting;
+        let mut keys = [0; BATCH];
+        let mut places = [0; BATCH];
+        let plain = self.request.trusted.is_none();
+        let mut seen = 0;
+        for (at, &(start, end)) in waiting[..count].iter().enumerate() {
+            if plain && end - start <= KEY_BYTES {
+                keys[at] = key(text.as_bytes(), start, end - start);
+                places[at] = self.scratch.cache.place(keys[at]);
+                seen ^= self.scratch.cache.sets[places[at]].0[0].key as u64;
+            } else {
+                let hash = self.scratch.long.seed.bytes(&text.as_bytes()[start..end]);
+                places[at] = hash as usize;
+                seen ^= self.scratch.long.at(hash).hash;
+            }
+        }
+        std::hint::black_box(seen);
+        for (at, &(start, end)) in waiting[..count].iter().enumerate() {
+            let word = &text[start..end];
+            let more = match keys[at] {
+                0 => self.long_word(word, places[at] as u64),
+                key => self.short_word(word, key, places[at]),
+            };
+            if !more {
+                return false;
+            }
+        }
         true
     }
 
     #[inline]
-    fn word(&mut self, text: &str, start: usize, end: usize) -> bool {
-        let length = end - start;
-        if length > KEY_BYTES || self.request.trusted.is_some() {
-            return self.long_word(&text[start..end]);
-        }
-        let key = key(text.as_bytes(), start, length);
-        if let Some(known) = self.scratch.cache.get(key) {
+    fn short_word(&mut self, word: &str, key: u128, place: usize) -> bool {
+        // The cache may have grown since the place was found: then this one is not there.
+        if let Some(known) = self.scratch.cache.get(key, place) {
             push_known(known, self.ids);
             return self.ids.len() < self.request.limit;
         }
         let before = self.ids.len();
-        let more = self.long_word(&text[start..end]);
+        let hash = self.scratch.long.seed.bytes(word.as_bytes());
+        let more = self.long_word(word, hash);
         if let Some(new) = self.ids.get(before..)
             && !self.failed
         {
@@ -270,10 +317,9 @@ impl Encoder<'_> {
     }
 
     /// A word that the small cache does not hold.
-    fn long_word(&mut self, word: &str) -> bool {
+    fn long_word(&mut self, word: &str, hash: u64) -> bool {
         let scratch = &mut self.scratch;
         let plain = self.request.trusted.is_none() && word.len() <= LONG_WORD;
-        let hash = scratch.long.seed.bytes(word.as_bytes());
         let known = if plain {
             scratch.long.get(hash, word)
         } else {
@@ -331,14 +377,19 @@ fn key(text: &[u8], start: usize, length: usize) -> u128 {
     bytes & ((1 << (8 * length)) - 1) | (length as u128) << 120
 }
 
-/// Words and their ids, each at the place its hash says or one beside it: a new one takes the place of an old.
+/// Words and their ids, each in one of the two places its hash says: a new one takes the place of an old.
 #[derive(Debug)]
 struct Cache {
-    entries: Vec<Entry>,
+    sets: Vec<Set>,
     seed: Seed,
     /// Insertions since the last growth.
     inserted: usize,
 }
+
+/// Two entries in one line of the CPU's cache; the younger is the first.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Set([Entry; 2]);
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
@@ -355,7 +406,7 @@ const VACANT: Entry = Entry {
 impl Cache {
     fn new() -> Self {
         Self {
-            entries: vec![VACANT; MIN_ENTRIES],
+            sets: vec![Set([VACANT; 2]); MIN_ENTRIES / 2],
             seed: Seed::new(),
             inserted: 0,
         }
@@ -363,25 +414,23 @@ impl Cache {
 
     #[inline]
     fn place(&self, key: u128) -> usize {
-        self.seed.word(key as u64, (key >> 64) as u64) as usize & (self.entries.len() - 1)
+        self.seed.word(key as u64, (key >> 64) as u64) as usize & (self.sets.len() - 1)
     }
 
     #[inline]
-    fn get(&self, key: u128) -> Option<&[u32; ENTRY_IDS]> {
-        let place = self.place(key);
-        let entry = &self.entries[place];
-        if entry.key == key {
-            return Some(&entry.ids);
+    fn get(&self, key: u128, place: usize) -> Option<&[u32; ENTRY_IDS]> {
+        let Set([first, second]) = &self.sets[place];
+        if first.key == key {
+            return Some(&first.ids);
         }
-        let entry = &self.entries[place ^ 1];
-        (entry.key == key).then_some(&entry.ids)
+        (second.key == key).then_some(&second.ids)
     }
 
     fn insert(&mut self, key: u128, ids: &[u32]) {
         if ids.len() > ENTRY_IDS {
             return;
         }
-        if self.inserted > self.entries.len() / 2 && self.entries.len() < MAX_ENTRIES {
+        if self.inserted > self.sets.len() / 2 && self.sets.len() < MAX_ENTRIES / 2 {
             self.grow();
         }
         self.inserted += 1;
@@ -392,18 +441,20 @@ impl Cache {
 
     fn put(&mut self, entry: Entry) {
         let place = self.place(entry.key);
-        if self.entries[place].key != 0 {
-            self.entries[place ^ 1] = self.entries[place];
-        }
-        self.entries[place] = entry;
+        let Set(entries) = &mut self.sets[place];
+        entries[1] = entries[0];
+        entries[0] = entry;
     }
 
     fn grow(&mut self) {
-        let size = self.entries.len() * 4;
-        let old = std::mem::replace(&mut self.entries, vec![VACANT; size]);
+        let size = self.sets.len() * 4;
+        let old = std::mem::replace(&mut self.sets, vec![Set([VACANT; 2]); size]);
         self.inserted = 0;
-        for entry in old.into_iter().filter(|entry| entry.key != 0) {
-            self.put(entry);
+        for Set([first, second]) in old {
+            [second, first]
+                .into_iter()
+                .filter(|entry| entry.key != 0)
+                .for_each(|e| self.put(e));
         }
     }
 }
@@ -440,8 +491,13 @@ impl LongCache {
     }
 
     #[inline]
+    fn at(&self, hash: u64) -> LongEntry {
+        self.entries[hash as usize & (self.entries.len() - 1)]
+    }
+
+    #[inline]
     fn get(&self, hash: u64, word: &str) -> Option<&[u32]> {
-        let entry = self.entries[hash as usize & (self.entries.len() - 1)];
+        let entry = self.at(hash);
         if entry.hash != hash || entry.length as usize != word.len() {
             return None;
         }
@@ -460,7 +516,7 @@ impl LongCache {
             self.ids.clear();
             self.entries.fill(LongEntry::default());
         }
-        if self.inserted > self.entries.len() / 2 && self.entries.len() < MAX_LONG_ENTRIES {
+        if self.inserted > self.entries.len() / 4 && self.entries.len() < MAX_LONG_ENTRIES {
             let size = self.entries.len() * 4;
             let old = std::mem::replace(&mut self.entries, vec![LongEntry::default(); size]);
             for entry in old {

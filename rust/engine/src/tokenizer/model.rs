@@ -113,6 +113,7 @@ impl Model {
             pairs.note_bytes(&bytes);
         }
         let model = Box::new(Bpe {
+            mark: tokens.get("\u{2581}".as_bytes()),
             tokens,
             pairs,
             byte_level: source.byte_level,

@@ -17,7 +17,12 @@ const FIRST_COMBINING: u8 = 0xcc; // the first byte of U+0300
 pub(super) enum Normal {
     /// The steps in order; none: the text stays as it is.
     Steps(Vec<Step>),
-    Library(Box<NormalizerWrapper>),
+    Library {
+        normalizer: Box<NormalizerWrapper>,
+        /// A text gives the same whether or not it was cut from another. Not so for replacements of
+        /// nothing, which the crate makes once more where a text begins.
+        steady: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -42,7 +47,10 @@ impl Normal {
         let mut steps = Vec::new();
         Ok(match read(json, &mut steps) {
             Some(()) => Self::Steps(steps),
-            None => Self::Library(Box::new(library)),
+            None => Self::Library {
+                normalizer: Box::new(library),
+                steady: is_steady(json),
+            },
         })
     }
 
@@ -67,12 +75,17 @@ impl Normal {
                 }
                 Some(text)
             }
-            Self::Library(library) => {
+            Self::Library { normalizer, .. } => {
                 let mut normalized = NormalizedString::from(text);
-                library.normalize(&mut normalized).ok()?;
+                normalizer.normalize(&mut normalized).ok()?;
                 Some(Cow::Owned(normalized.get().to_owned()))
             }
         }
+    }
+
+    /// Whether parts of a text can be normalised as texts of their own.
+    pub fn is_steady(&self) -> bool {
+        !matches!(self, Self::Library { steady: false, .. })
     }
 
     /// Whether the text always stays as it is, but for its canonical form.
@@ -97,6 +110,21 @@ impl Normal {
             }
         }
         gone
+    }
+}
+
+fn is_steady(json: &Json) -> bool {
+    match json {
+        Json::Object(map) => {
+            let replaces = map.get("type").and_then(Json::as_str) == Some("Replace");
+            let from = map
+                .get("pattern")
+                .and_then(|pattern| pattern.get("String")?.as_str());
+            let something = from.is_some_and(|from| !from.is_empty());
+            (!replaces || something) && map.values().all(is_steady)
+        }
+        Json::Array(list) => list.iter().all(is_steady),
+        _ => true,
     }
 }
 

@@ -316,6 +316,18 @@ pub(super) struct Cuts {
     /// The mark, and the characters that some token has before it: those below 128, all in order.
     ascii: [bool; 128],
     joined: Vec<u32>,
+    /// Which characters may stand side by side in a merged token: a bit for each of a pair's hashes, so that
+    /// some that do not seem to. Empty where only marks are looked at.
+    pairs: Vec<u64>,
+}
+
+/// Bits of [`Cuts::pairs`].
+const PAIR_BITS: u32 = 20;
+
+#[inline]
+fn pair_bit(left: u32, right: u32) -> usize {
+    let mixed = (u64::from(left) << 21 | u64::from(right)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> (64 - PAIR_BITS)) as usize
 }
 
 impl Cuts {
@@ -333,16 +345,24 @@ impl Cuts {
         if model.byte_level || model.whole_words || !known || !all_leave_one || mark.is_ascii() {
             return None;
         }
+        // An unknown character is fused with its neighbours, its bytes are not.
+        let bytes_leave = model.fallback.as_ref();
+        let by_pair = bytes_leave.is_some_and(|ids| !ids.contains(&super::table::NONE));
+        let mut pairs = vec![0u64; if by_pair { 1 << (PAIR_BITS - 6) } else { 0 }];
         let mut joined = HashSet::new();
         let fallback = model.fallback.iter().flat_map(|ids| ids.iter().copied());
         let strange: HashSet<u32> = fallback.chain(model.unknown).collect();
         for &merged in model.pairs.results() {
             let token = model.tokens.bytes(merged)?;
             let token = std::str::from_utf8(token).ok()?;
-            let mut before = None;
+            let mut before: Option<char> = None;
             for c in token.chars() {
                 if let (true, Some(before)) = (c == mark, before) {
                     joined.insert(before as u32);
+                }
+                if let (true, Some(before)) = (by_pair, before) {
+                    let bit = pair_bit(before as u32, c as u32);
+                    pairs[bit / 64] |= 1 << (bit % 64);
                 }
                 before = Some(c);
             }
@@ -361,6 +381,7 @@ impl Cuts {
             mark,
             ascii,
             joined,
+            pairs,
         })
     }
 
@@ -372,12 +393,35 @@ impl Cuts {
         let mark = self.mark.encode_utf8(&mut buffer).as_bytes();
         let mut end = at + width(bytes[at]);
         while let Some(&byte) = bytes.get(end) {
-            if byte == mark[0] && bytes[end..].starts_with(mark) && !self.joins(bytes, end) {
+            if byte < 0x80 {
+                end += 1;
+                continue;
+            }
+            let is_mark = byte == mark[0] && bytes[end..].starts_with(mark);
+            let cut = match is_mark {
+                true => !self.joins(bytes, end),
+                false => !self.pairs.is_empty() && self.is_apart(bytes, end),
+            };
+            if cut {
                 return end;
             }
-            end += 1;
+            end += width(byte);
         }
         bytes.len()
+    }
+
+    /// Whether no token has the characters before and after `end` side by side, both beyond ASCII.
+    #[inline]
+    fn is_apart(&self, bytes: &[u8], end: usize) -> bool {
+        let mut before = end - 1;
+        if bytes[before] < 0x80 {
+            return false;
+        }
+        while bytes[before] & 0xc0 == 0x80 {
+            before -= 1;
+        }
+        let bit = pair_bit(character(bytes, before).0, character(bytes, end).0);
+        self.pairs[bit / 64] >> (bit % 64) & 1 == 0
     }
 
     /// Whether some token has the character before `end` before a mark.

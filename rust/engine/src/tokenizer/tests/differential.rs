@@ -241,8 +241,16 @@ fn byte_level() -> (Json, Json) {
     (Json::Object(vocab), Json::Array(merges))
 }
 
-#[test]
-fn byte_level_tokenizers_with_odd_parts_give_the_crates_ids() {
+/// What of a file tells it from the others.
+fn shown(file: &Json) -> String {
+    format!(
+        "{} {} {}",
+        file["model"]["type"], file["normalizer"], file["pre_tokenizer"]
+    )
+}
+
+/// Byte-level BPE with several splits and normalisers.
+fn byte_level_files() -> Vec<Json> {
     let (vocab, merges) = byte_level();
     let split = |regex: &str, behavior: &str, invert: bool| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert});
     let bytes = |space: bool, regex: bool| json!({"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": space, "use_regex": regex});
@@ -288,27 +296,30 @@ fn byte_level_tokenizers_with_odd_parts_give_the_crates_ids() {
         json!({"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}),
         json!({"type": "Replace", "pattern": {"String": "a"}, "content": "bb"}),
     ];
+    let mut files = Vec::new();
     for (round, pre) in pre.iter().enumerate() {
         for (kind, normal) in normal.iter().enumerate() {
-            let file = json!({
+            files.push(json!({
                 "version": "1.0", "added_tokens": added(round, kind != 3), "normalizer": normal,
                 "pre_tokenizer": pre, "decoder": {"type": "ByteLevel", "add_prefix_space": true,
                 "trim_offsets": true, "use_regex": true}, "post_processor": {"type": "ByteLevel",
                 "add_prefix_space": true, "trim_offsets": round % 2 == 0, "use_regex": true},
                 "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": kind == 1}
-            });
-            compare(
-                &format!("{pre} {normal}"),
-                file.to_string().as_bytes(),
-                25,
-                round as u64,
-            );
+            }));
         }
     }
+    files
 }
 
 #[test]
-fn sentencepiece_tokenizers_with_odd_parts_give_the_crates_ids() {
+fn byte_level_tokenizers_with_odd_parts_give_the_crates_ids() {
+    for file in byte_level_files() {
+        compare(&shown(&file), file.to_string().as_bytes(), 25, 1);
+    }
+}
+
+/// SentencePiece BPE in its several forms.
+fn sentencepiece_files() -> Vec<Json> {
     let words = [
         "<unk>", "<s>", "▁", "a", "b", "c", "h", "e", "l", "o", "t", "漢", "é", "▁▁", "▁t", "he",
         "▁the", "ll", "aa", "o▁", "<0x0A>", "<0xC3>", "<0xA9>", "<", "s", ">", "<s", "▁a", "b▁",
@@ -339,6 +350,7 @@ fn sentencepiece_tokenizers_with_odd_parts_give_the_crates_ids() {
             meta("first", true),
         ),
     ];
+    let mut files = Vec::new();
     for (round, (normal, pre)) in pipelines.iter().enumerate() {
         for kind in 0..4 {
             let unknown = if kind == 3 {
@@ -346,26 +358,29 @@ fn sentencepiece_tokenizers_with_odd_parts_give_the_crates_ids() {
             } else {
                 Json::from("<unk>")
             };
-            let file = json!({
+            files.push(json!({
                 "version": "1.0", "added_tokens": added(round + kind, true), "normalizer": normal, "pre_tokenizer": pre,
                 "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"},
                 "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
                 {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
                 "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": unknown,
                 "fuse_unk": kind % 2 == 0, "byte_fallback": kind != 2}
-            });
-            compare(
-                &format!("{kind} {pre} {normal}"),
-                file.to_string().as_bytes(),
-                40,
-                round as u64,
-            );
+            }));
         }
     }
+    files
 }
 
 #[test]
-fn unigram_and_wordpiece_give_the_crates_ids() {
+fn sentencepiece_tokenizers_with_odd_parts_give_the_crates_ids() {
+    for file in sentencepiece_files() {
+        compare(&shown(&file), file.to_string().as_bytes(), 40, 2);
+    }
+}
+
+/// Unigram and WordPiece.
+fn other_files() -> Vec<Json> {
+    let mut files = Vec::new();
     let pieces = [
         ("<unk>", 0.0),
         ("▁", -2.0),
@@ -388,16 +403,10 @@ fn unigram_and_wordpiece_give_the_crates_ids() {
     let meta =
         json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
     for fallback in [false, true] {
-        let file = json!({
+        files.push(json!({
             "version": "1.0", "added_tokens": added(3, true), "normalizer": null, "pre_tokenizer": meta, "decoder": meta,
             "model": {"type": "Unigram", "vocab": pieces, "unk_id": 0, "byte_fallback": fallback}
-        });
-        compare(
-            &format!("unigram {fallback}"),
-            file.to_string().as_bytes(),
-            200,
-            5,
-        );
+        }));
     }
     let words = [
         "[UNK]", "[CLS]", "[SEP]", "the", "hello", "##lo", "hel", "can", "'", "t", "!", "?",
@@ -409,7 +418,7 @@ fn unigram_and_wordpiece_give_the_crates_ids() {
         .map(|(id, word)| (word.to_string(), Json::from(id)))
         .collect();
     for lowercase in [true, false] {
-        let file = json!({
+        files.push(json!({
             "version": "1.0", "added_tokens": added(1, false), "normalizer": {"type": "BertNormalizer", "clean_text": true,
             "handle_chinese_chars": true, "strip_accents": null, "lowercase": lowercase},
             "pre_tokenizer": {"type": "BertPreTokenizer"}, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
@@ -419,12 +428,188 @@ fn unigram_and_wordpiece_give_the_crates_ids() {
             "pad_type_id": 0, "pad_token": "[UNK]"},
             "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]", "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 20}
-        });
-        compare(
-            &format!("wordpiece {lowercase}"),
-            file.to_string().as_bytes(),
-            200,
-            6,
-        );
+        }));
+    }
+    files
+}
+
+#[test]
+fn unigram_and_wordpiece_give_the_crates_ids() {
+    for file in other_files() {
+        compare(&shown(&file), file.to_string().as_bytes(), 200, 3);
+    }
+}
+
+/// A file with some of its bytes, or of its values, changed.
+fn mutated(random: &mut Random, file: &Json) -> Vec<u8> {
+    let mut file = file.clone();
+    let odd = [
+        Json::Null,
+        json!(0),
+        json!(-1),
+        json!(4_294_967_295_u64),
+        json!(1e300),
+        json!(""),
+        json!("▁"),
+        json!("a"),
+        json!([]),
+        json!({}),
+        json!(true),
+        json!([["a", "b"]]),
+        json!({"String": ""}),
+        json!({"Regex": "(a*)*b|\\s+(?!\\S)|[[]"}),
+    ];
+    for _ in 0..random.below(4) {
+        let mut place = &mut file;
+        for _ in 0..random.below(6) {
+            let size = match &*place {
+                Json::Object(map) => map.len(),
+                Json::Array(list) => list.len(),
+                _ => 0,
+            };
+            if size == 0 {
+                break;
+            }
+            let at = random.below(size);
+            place = match place {
+                Json::Object(map) => map.values_mut().nth(at).unwrap(),
+                Json::Array(list) => &mut list[at],
+                _ => unreachable!("only those have a size"),
+            };
+        }
+        *place = odd[random.below(odd.len())].clone();
+    }
+    let mut bytes = file.to_string().into_bytes();
+    for _ in 0..random.below(3) {
+        let at = random.below(bytes.len());
+        match random.below(4) {
+            0 => bytes[at] = random.next() as u8,
+            1 => bytes.truncate(at.max(1)),
+            2 => {
+                let end = (at + random.below(40)).min(bytes.len());
+                let copy = bytes[at..end].to_vec();
+                bytes.splice(at..at, copy);
+            }
+            _ => {
+                let end = (at + random.below(40)).min(bytes.len() - 1);
+                bytes.drain(at.min(end)..end);
+            }
+        }
+    }
+    bytes
+}
+
+/// Load, encode, decode and stream what may be broken: nothing panics, and where both can, both agree.
+/// Returns whether both could.
+fn try_file(random: &mut Random, bytes: &[u8]) -> bool {
+    let Ok(ours) = Tokenizer::from_bytes("fuzz", bytes) else {
+        return false;
+    };
+    let ours = Arc::new(ours);
+    let theirs = guarded(|| tokenizers::Tokenizer::from_bytes(bytes));
+    for _ in 0..4 {
+        let text = text(random, &["<a>".to_owned(), " <b> ".to_owned()]);
+        let ids = ours.encode(&text, true);
+        let ids = ids.map_err(|e| e.to_string());
+        let half = (0..=text.len() / 2)
+            .rev()
+            .find(|&at| text.is_char_boundary(at))
+            .unwrap();
+        let segments = [(&text[..half], true), (&text[half..], false)];
+        let _ = ours.encode_segments(&segments);
+        let any: Vec<u32> = (0..9).map(|_| random.next() as u32 % 400).collect();
+        let any: Vec<u32> = any
+            .into_iter()
+            .filter(|&id| (id as usize) < ours.vocab_size())
+            .collect();
+        let whole = ours.decode(&any, false).unwrap();
+        assert_eq!(stream(&ours, &any, false).concat(), whole);
+        let Ok(theirs) = &theirs else { continue };
+        let expected = guarded(|| theirs.encode_fast(text.as_str(), true));
+        if let Ok(expected) = expected {
+            let file = String::from_utf8_lossy(bytes);
+            assert_eq!(ids.as_deref(), Ok(expected.get_ids()), "{text:?} {file}");
+        }
+    }
+    theirs.is_ok()
+}
+
+/// Mutate files and texts for so long; returns how many files both could read.
+fn fuzz(seconds: f64, most: usize, seed: u64) -> usize {
+    let files: Vec<Json> = [byte_level_files(), sentencepiece_files(), other_files()].concat();
+    let mut random = Random(seed);
+    let start = std::time::Instant::now();
+    let (mut tried, mut read) = (0, 0);
+    while tried < most && start.elapsed().as_secs_f64() < seconds {
+        let file = &files[random.below(files.len())];
+        let bytes = mutated(&mut random, file);
+        read += usize::from(try_file(&mut random, &bytes));
+        tried += 1;
+    }
+    eprintln!(
+        "{tried} files, {read} of them read by both, {:.0?}",
+        start.elapsed()
+    );
+    read
+}
+
+#[test]
+fn broken_files_and_texts_never_panic_and_never_give_other_ids() {
+    assert!(fuzz(f64::MAX, 150, 11) > 20);
+}
+
+#[test]
+#[ignore = "takes as long as HFCORE_FUZZ_SECONDS says"]
+fn broken_files_for_minutes() {
+    let seconds = std::env::var("HFCORE_FUZZ_SECONDS").map_or(60.0, |s| s.parse().unwrap());
+    let seed = std::env::var("HFCORE_FUZZ_SEED").map_or(1, |s| s.parse().unwrap());
+    assert!(fuzz(seconds, usize::MAX, seed) > 100);
+}
+
+#[test]
+fn segments_give_the_ids_of_the_whole_text_unless_a_plain_one_holds_a_token() {
+    let mut random = Random(17);
+    for file in [byte_level_files(), sentencepiece_files(), other_files()].concat() {
+        let bytes = file.to_string();
+        let tokenizer = Tokenizer::from_bytes("test", bytes.as_bytes()).unwrap();
+        if tokenizer.fast.is_none() {
+            assert!(tokenizer.encode_segments(&[("a", true)]).is_err());
+            continue;
+        }
+        for _ in 0..20 {
+            let tokens = ["<a>", " <b> ", "WORD", "ab", "é"].map(str::to_owned);
+            let text = text(&mut random, &tokens);
+            let mut cuts: Vec<usize> = (0..3).map(|_| random.below(text.len() + 1)).collect();
+            cuts.retain(|&at| text.is_char_boundary(at));
+            cuts.extend([0, text.len()]);
+            cuts.sort_unstable();
+            let pieces = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]);
+            // White space between tokens that both take it makes the crate give up.
+            let Ok(whole) = tokenizer.encode_segments(&[(&text, true)]) else {
+                assert!(tokenizer.encode(&text, false).is_err());
+                continue;
+            };
+            let trusted: Vec<_> = pieces.clone().map(|piece| (piece, true)).collect();
+            assert_eq!(
+                tokenizer.encode_segments(&trusted).unwrap(),
+                whole,
+                "{text:?}"
+            );
+            let plain: Vec<_> = pieces.map(|piece| (piece, false)).collect();
+            let Ok(plain) = tokenizer.encode_segments(&plain) else {
+                continue;
+            };
+            let control = |id: &&u32| tokenizer.added.is_control(**id);
+            let unknown = match &*tokenizer.model {
+                Model::Bpe { model, .. } => model.unknown,
+                _ => Some(0),
+            };
+            let found: Vec<_> = plain.iter().filter(control).collect();
+            let only_unknown = found.iter().all(|id| Some(**id) == unknown);
+            assert!(only_unknown, "{} {text:?} {found:?}", shown(&file));
+            if !whole.iter().any(|id| control(&id)) && tokenizer.parts.truncation.is_none() {
+                assert_eq!(plain, whole, "{} {text:?}", shown(&file));
+            }
+        }
     }
 }
