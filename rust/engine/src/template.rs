@@ -107,8 +107,7 @@ impl ChatTemplate {
         source: &str,
         special_tokens: &BTreeMap<String, String>,
     ) -> Result<ChatTemplate> {
-        let program =
-            lower::compile(name, source).map_err(|fault| template_error(name, *fault))?;
+        let program = lower::compile(name, source).map_err(|fault| template_error(name, *fault))?;
         Ok(ChatTemplate {
             name: name.to_owned(),
             source: source.to_owned(),
@@ -157,11 +156,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`render`](Self::render).
-    pub fn render_conversation(
-        &self,
-        mut given: Conversation,
-        segments: bool,
-    ) -> Result<Rendered> {
+    pub fn render_conversation(&self, mut given: Conversation, segments: bool) -> Result<Rendered> {
         let mut messages = given.prepared()?;
         let continued = match given.continue_final_message {
             true => Some(self.mark_final_message(&given, &mut messages)?),
@@ -225,7 +220,9 @@ impl ChatTemplate {
         for (name, value) in given.variables {
             run.define(&name, |_| Ok(data(value.0)))?;
         }
-        run.define("messages", |budget| Ok(data(Value::list(messages, budget)?)))?;
+        run.define("messages", |budget| {
+            Ok(data(Value::list(messages, budget)?))
+        })?;
         let optional = |value: Option<Input>| value.map_or(Value::None, |value| data(value.0));
         run.define("tools", |_| Ok(optional(given.tools)))?;
         run.define("documents", |_| Ok(optional(given.documents)))?;
@@ -263,7 +260,9 @@ impl ChatTemplate {
                 *last = input::with_field(last, "content", tagged);
                 Ok(original)
             }
-            None => invalid("continue_final_message wants text in the last message, got none".into()),
+            None => {
+                invalid("continue_final_message wants text in the last message, got none".into())
+            }
         }
     }
 }
@@ -594,8 +593,9 @@ mod tests {
         assert!(error("{{ 'x' * 99999999999 }}").contains("used up"));
         assert!(error("{{ '%999999999d' % 1 }}").contains("above"));
         assert!(error("{{ 'a'.center(999999999999) }}").contains("used up"));
-        assert!(error("{{ 2 ** 9999 }}").contains("128 bits"));
-        assert!(error("{{ 'a' | map(*(['map'] * 3000)) }}").contains("recursion depth"));
+        assert!(error("{{ 2 ** 99999 }}").contains("4300 digits"));
+        let maps = "{% set n = namespace(x=[1]) %}{% for i in range(9999) %}{% set n.x = n.x | map('string') %}{% endfor %}";
+        assert!(error(maps).contains("nest deeper"));
     }
 
     #[test]
@@ -614,7 +614,6 @@ mod tests {
             format!("{{{{ {}1 }}}}", "-".repeat(9999)),
             format!("{{{{ {}1 }}}}", "not ".repeat(9999)),
             format!("{{{{ {}1{} }}}}", "(".repeat(9999), ")".repeat(9999)),
-            format!("{{{{ 1{} }}}}", "+1".repeat(1900)),
             format!("{{{{ x{} }}}}", ".y".repeat(1900)),
             format!("{{{{ x{} }}}}", "|e".repeat(99999)),
             "{% if x %}".repeat(9999),

@@ -5,6 +5,7 @@ mod convert;
 mod delta;
 mod engine;
 mod error;
+mod input;
 mod stream;
 mod template;
 mod tokenizer;

@@ -39,10 +39,14 @@ static FILTERS: &[(&str, Filter)] = &[
     ("dictsort", |r, v, a| sequence::filter(r, "dictsort", v, a)),
     ("e", |r, v, a| web::filter(r, "e", &v, a)),
     ("escape", |r, v, a| web::filter(r, "escape", &v, a)),
-    ("filesizeformat", |r, v, a| number::filter(r, "filesizeformat", &v, a)),
+    ("filesizeformat", |r, v, a| {
+        number::filter(r, "filesizeformat", &v, a)
+    }),
     ("first", |r, v, a| sequence::filter(r, "first", v, a)),
     ("float", |r, v, a| number::filter(r, "float", &v, a)),
-    ("forceescape", |r, v, a| web::filter(r, "forceescape", &v, a)),
+    ("forceescape", |r, v, a| {
+        web::filter(r, "forceescape", &v, a)
+    }),
     ("format", |r, v, a| text::filter(r, "format", &v, a)),
     ("groupby", |r, v, a| sequence::filter(r, "groupby", v, a)),
     ("indent", |r, v, a| text::filter(r, "indent", &v, a)),
@@ -59,13 +63,17 @@ static FILTERS: &[(&str, Filter)] = &[
     ("pprint", |r, v, a| web::filter(r, "pprint", &v, a)),
     ("random", |r, v, a| sequence::filter(r, "random", v, a)),
     ("reject", |r, v, a| sequence::filter(r, "reject", v, a)),
-    ("rejectattr", |r, v, a| sequence::filter(r, "rejectattr", v, a)),
+    ("rejectattr", |r, v, a| {
+        sequence::filter(r, "rejectattr", v, a)
+    }),
     ("replace", |r, v, a| text::filter(r, "replace", &v, a)),
     ("reverse", |r, v, a| sequence::filter(r, "reverse", v, a)),
     ("round", |r, v, a| number::filter(r, "round", &v, a)),
     ("safe", |r, v, a| web::filter(r, "safe", &v, a)),
     ("select", |r, v, a| sequence::filter(r, "select", v, a)),
-    ("selectattr", |r, v, a| sequence::filter(r, "selectattr", v, a)),
+    ("selectattr", |r, v, a| {
+        sequence::filter(r, "selectattr", v, a)
+    }),
     ("slice", |r, v, a| sequence::filter(r, "slice", v, a)),
     ("sort", |r, v, a| sequence::filter(r, "sort", v, a)),
     ("string", |r, v, a| web::filter(r, "string", &v, a)),
@@ -78,6 +86,7 @@ static FILTERS: &[(&str, Filter)] = &[
     ("unique", |r, v, a| sequence::filter(r, "unique", v, a)),
     ("upper", |r, v, a| text::filter(r, "upper", &v, a)),
     ("urlencode", |r, v, a| web::filter(r, "urlencode", &v, a)),
+    ("urlize", |r, v, a| web::filter(r, "urlize", &v, a)),
     ("wordcount", |r, v, a| text::filter(r, "wordcount", &v, a)),
     ("wordwrap", |r, v, a| text::filter(r, "wordwrap", &v, a)),
     ("xmlattr", |r, v, a| web::filter(r, "xmlattr", &v, a)),
@@ -165,4 +174,3 @@ fn to_json(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
     json.write(&value, 0, &mut out, budget)?;
     Ok(Value::Str(out.finish(false)))
 }
-

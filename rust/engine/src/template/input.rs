@@ -292,7 +292,10 @@ pub(super) fn with_field(message: &Value, name: &str, value: Value) -> Value {
 /// The text of a content, or the last text among its parts; and the content with `tag` behind it.
 pub(super) fn continued(content: &Value, tag: &str) -> Option<(String, Value)> {
     if let Value::Str(s) = content {
-        return Some((s.text.to_string(), Value::from(&*format!("{}{tag}", s.text))));
+        return Some((
+            s.text.to_string(),
+            Value::from(&*format!("{}{tag}", s.text)),
+        ));
     }
     let parts = items(content)?;
     let (at, text) = parts

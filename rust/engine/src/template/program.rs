@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::checks::Test;
 use super::filters::Filter;
 use super::methods::Method;
-use super::checks::Test;
 use super::value::Value;
 
 #[derive(Debug)]
