@@ -16,9 +16,9 @@ PACKAGE = ROOT / "python" / "hfcore"
 
 # A file may use only what stands before it. `__init__` and `__main__` gather, so they come last.
 PYTHON_LADDER = (
-    "errors", "schemas", "metrics", "fetch", "options", "_core", "hub", "loops", "engine", "backends",
-    "testing", "messages", "tools", "structured", "llms", "chat_models", "embeddings", "server",
-    "bench", "demo", "cli", "__init__", "__main__",
+    "errors", "schemas", "metrics", "fetch", "options", "_core", "hub", "loops", "engine",
+    "backends", "testing", "messages", "tools", "structured", "llms", "chat_models", "embeddings",
+    "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 # `hfcore bench` is a package with a ladder of its own. Its worker stands alone: any Python runs it.

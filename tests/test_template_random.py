@@ -4,6 +4,8 @@ As a program: `python tests/test_template_random.py [COUNT [SEED]]` renders so m
 that differs.
 """
 
+# ruff: noqa: E501 (tables of template text read better with more in a line)
+
 from __future__ import annotations
 
 import os
@@ -36,7 +38,21 @@ LITERALS = [
     "'\\u00e9'", "'\\U0001F600'", "'\\N{BULLET}'", "'\\a\\v'", "'\\/'", "'\\101'", "'%s'", "'{}'",
     "','", "'<'", "'Hello World'", "'a b c'", "'x y'", "'<|im_start|>'", "'-'", "'l'", "'o'", "'1'",
 ]  # fmt: skip
-INTS = ["0", "1", "2", "3", "7", "-1", "-2", "10", "1_000", "0x1F", "0b11", "0o17", "12345678901234567890123"]
+INTS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "7",
+    "-1",
+    "-2",
+    "10",
+    "1_000",
+    "0x1F",
+    "0b11",
+    "0o17",
+    "12345678901234567890123",
+]
 FLOATS = ["0.0", "1.0", "2.5", "-0.5", "1e3", "1.5e-7", "1e16", "0.1", "3.14159", "12.345", "1e22"]
 
 
@@ -67,7 +83,9 @@ class Variables:
         values["l2"] = [rng.choice(TEXTS) for _ in range(rng.randrange(5))]
         values["l3"] = [[rng.choice("abc"), rng.randrange(4)] for _ in range(rng.randrange(4))]
         values["d0"] = {rng.choice("abcABC"): self.value(2) for _ in range(rng.randrange(5))}
-        values["d1"] = {rng.choice(["a", "B", "c", "items", "x y"]): rng.randrange(9) for _ in range(4)}
+        values["d1"] = {
+            rng.choice(["a", "B", "c", "items", "x y"]): rng.randrange(9) for _ in range(4)
+        }
         values["r0"] = [
             {"k": rng.choice("xyX"), "v": rng.randrange(4), **self.extra()}
             for _ in range(rng.randrange(5))
@@ -98,7 +116,9 @@ class Variables:
             return self.scalar()
         if kind < 0.8:
             return [self.value(depth - 1) for _ in range(self.rng.randrange(4))]
-        return {self.rng.choice("abcde"): self.value(depth - 1) for _ in range(self.rng.randrange(4))}
+        return {
+            self.rng.choice("abcde"): self.value(depth - 1) for _ in range(self.rng.randrange(4))
+        }
 
 
 class Grammar:
@@ -125,9 +145,20 @@ class Grammar:
 
     def any(self, depth: int) -> str:
         """An expression of any kind."""
-        kinds = [self.text, self.text, self.text, self.integer, self.real, self.flag, self.array, self.mapping]
+        kinds = [
+            self.text,
+            self.text,
+            self.text,
+            self.integer,
+            self.real,
+            self.flag,
+            self.array,
+            self.mapping,
+        ]
         if self.rng.random() < 0.08:
-            return self.rng.choice(["nn", "u", "d0.zz", "none", "u.x", "nn.x", "l0[99]", "s0.zz", "(1 if b1)"])
+            return self.rng.choice(
+                ["nn", "u", "d0.zz", "none", "u.x", "nn.x", "l0[99]", "s0.zz", "(1 if b1)"]
+            )
         if self.locals and self.rng.random() < 0.2:
             return self.rng.choice(self.locals)
         return self.rng.choice(kinds)(depth)
@@ -160,7 +191,15 @@ class Grammar:
             lambda: f"strftime_now({rng.choice(self.FORMATS)!r})",
         )  # fmt: skip
 
-    FORMATS = ("%d %b %Y", "%Y-%m-%d", "%A, %B %d", "%H:%M:%S %p %I", "%j %U %W %w %u %V %G", "%-d %e %% %y", "é%Z")
+    FORMATS = (
+        "%d %b %Y",
+        "%Y-%m-%d",
+        "%A, %B %d",
+        "%H:%M:%S %p %I",
+        "%j %U %W %w %u %V %G",
+        "%-d %e %% %y",
+        "é%Z",
+    )
 
     def operand(self, depth: int, kind: Callable[[int], str]) -> str:
         """An expression in parentheses where it may need them."""
@@ -194,7 +233,14 @@ class Grammar:
 
     def text_method(self, d: int) -> str:
         """A method of text."""
-        rng, t, n = self.rng, lambda: self.odd(0, self.text), lambda: self.odd(0, self.integer)
+        rng = self.rng
+
+        def t() -> str:
+            return self.odd(0, self.text)
+
+        def n() -> str:
+            return self.odd(0, self.integer)
+
         calls = [
             "strip()", f"strip({t()})", "lstrip()", f"rstrip({t()})", "upper()", "lower()", "title()", "capitalize()",
             "swapcase()", "casefold()", "split()", f"split({t()})", f"split({t()}, {n()})", "split(maxsplit=1)",
@@ -213,16 +259,23 @@ class Grammar:
 
     def slice(self, d: int) -> str:
         """What stands in brackets."""
-        part = lambda: self.rng.choice(["", "1", "2", "-1", "-2", "0", "n0", "none", self.odd(0, self.integer)])  # noqa: E731
-        return self.rng.choice([f"{part()}:{part()}", f"{part()}:{part()}:{part()}", "::-1", "1:", ":-1"])
+
+        def part() -> str:
+            usual = ["", "1", "2", "-1", "-2", "0", "n0", "none"]
+            return self.rng.choice([*usual, self.odd(0, self.integer)])
+
+        return self.rng.choice(
+            [f"{part()}:{part()}", f"{part()}:{part()}:{part()}", "::-1", "1:", ":-1"]
+        )
 
     def percent(self, d: int) -> str:
         """The % operator of text."""
         rng = self.rng
-        spec = lambda: rng.choice(  # noqa: E731
-            ["%s", "%r", "%d", "%5d", "%-6s|", "%05.1f", "%x", "%#o", "%e", "%g", "%c", "%+d", "%.2s", "%%", "%i", "%*d", "%a",
-             "%G", "%.3e", "%#x", "% d", "%08.3f", "%5s", "%10.4r"])  # fmt: skip
-        form = "".join(rng.choice(["", "a ", "é"]) + spec() for _ in range(rng.randrange(1, 3)))
+        specs = ["%s", "%r", "%d", "%5d", "%-6s|", "%05.1f", "%x", "%#o", "%e", "%g", "%c", "%+d", "%.2s", "%%", "%i", "%*d", "%a",
+                 "%G", "%.3e", "%#x", "% d", "%08.3f", "%5s", "%10.4r"]  # fmt: skip
+        form = "".join(
+            rng.choice(["", "a ", "é"]) + rng.choice(specs) for _ in range(rng.randrange(1, 3))
+        )
         values = [self.any(0) for _ in range(form.replace("%%", "").count("%") + form.count("*"))]
         if rng.random() < 0.2:
             return f"'%(a)s %(b)5r' % {self.operand(d, self.mapping)}"
@@ -235,9 +288,24 @@ class Grammar:
         specs = ["", ":>8", ":<6", ":^7", ":*^9", ":05", ":.2f", ":,", ":x", ":#b", ":e", ":g", ":%", ":+d", ":.3", "!r", "!s:>5",
                  ":_", ":{}", ":c", ":o", ":n", ":=+7", ":.1%", ":10.3f", ":X", "!a", ":d", ":s", ":,.2f", ":#x", ":08.2f", ":<08",
                  ":#.3g", ":z.1f", ":G", ": d", ":,d", ":_x"]  # fmt: skip
-        fields = ["{%s}", "{0%s}", "{1%s}", "{a%s}", "{a.b%s}", "{a[k]%s}", "{0[0]%s}", "{{%s}}", "{%s}"]
-        form = "".join(rng.choice(["", "x ", "é"]) + rng.choice(fields) % rng.choice(specs) for _ in range(rng.randrange(1, 3)))
-        given = [self.rng.choice([self.integer, self.real, self.text, self.any])(0) for _ in range(3)]
+        fields = [
+            "{%s}",
+            "{0%s}",
+            "{1%s}",
+            "{a%s}",
+            "{a.b%s}",
+            "{a[k]%s}",
+            "{0[0]%s}",
+            "{{%s}}",
+            "{%s}",
+        ]
+        form = "".join(
+            rng.choice(["", "x ", "é"]) + rng.choice(fields) % rng.choice(specs)
+            for _ in range(rng.randrange(1, 3))
+        )
+        given = [
+            self.rng.choice([self.integer, self.real, self.text, self.any])(0) for _ in range(3)
+        ]
         form = form.replace("'", "\\'")
         return f"'{form}'.format({', '.join(given)}, a={self.any(d)})"
 
@@ -250,7 +318,17 @@ class Grammar:
 
     def join_options(self, d: int) -> str:
         """Arguments of join."""
-        return self.rng.choice(["", f"({self.text(0)})", "(', ')", "(attribute='k')", f"(',', {self.text(0)})", "(1)", "(nn)"])
+        return self.rng.choice(
+            [
+                "",
+                f"({self.text(0)})",
+                "(', ')",
+                "(attribute='k')",
+                f"(',', {self.text(0)})",
+                "(1)",
+                "(nn)",
+            ]
+        )
 
     def conditional(self, d: int, kind: Callable[[int], str]) -> str:
         """An inline if, sometimes without else."""
@@ -305,7 +383,7 @@ class Grammar:
             lambda: f"{self.operand(d, self.real)} | round{rng.choice(['', '(1)', '(2)', '(-1)', '(1, ' + repr('ceil') + ')', '(method=' + repr('floor') + ')', '(precision=3)'])}",
             lambda: f"{self.operand(d, self.integer)} | round{rng.choice(['', '(-1)', '(2)'])}",
             lambda: f"{self.operand(d, self.real)} ** {rng.choice(['2', '-1', '3'])}",
-            lambda: f"-{self.operand(d, self.real)}", lambda: f"f0.is_integer()",
+            lambda: f"-{self.operand(d, self.real)}", lambda: "f0.is_integer()",
             lambda: f"{self.operand(d, self.real)} | abs", lambda: f"{self.operand(d, self.real)} | int",
         )  # fmt: skip
 
@@ -341,9 +419,27 @@ class Grammar:
         """Something with items."""
         rng = self.rng
         if depth <= 0 or rng.random() < 0.3:
-            return rng.choice(["l0", "l1", "l2", "l3", "r0", "messages", "[]", "()", "[1, 2, 3]", "('a', 'b')", "(1,)", "range(3)"])
+            return rng.choice(
+                [
+                    "l0",
+                    "l1",
+                    "l2",
+                    "l3",
+                    "r0",
+                    "messages",
+                    "[]",
+                    "()",
+                    "[1, 2, 3]",
+                    "('a', 'b')",
+                    "(1,)",
+                    "range(3)",
+                ]
+            )
         d = depth - 1
-        items = lambda: ", ".join(self.any(d) for _ in range(rng.randrange(1, 4)))  # noqa: E731
+
+        def items() -> str:
+            return ", ".join(self.any(d) for _ in range(rng.randrange(1, 4)))
+
         return self.pick(
             lambda: f"[{items()}]", lambda: f"({items()},)",
             lambda: f"{self.operand(d, self.text)}.split({rng.choice(['', self.text(0)])})",
@@ -394,9 +490,14 @@ class Grammar:
         """A dict."""
         rng = self.rng
         if depth <= 0 or rng.random() < 0.4:
-            return rng.choice(["d0", "d1", "{}", "{'a': 1, 'b': 'x'}", "messages[0]", "{'k': none}"])
+            return rng.choice(
+                ["d0", "d1", "{}", "{'a': 1, 'b': 'x'}", "messages[0]", "{'k': none}"]
+            )
         d = depth - 1
-        key = lambda: rng.choice(["'a'", "'b'", "1", "1.0", "true", "none", "(1, 2)", self.any(0)])  # noqa: E731
+
+        def key() -> str:
+            return rng.choice(["'a'", "'b'", "1", "1.0", "true", "none", "(1, 2)", self.any(0)])
+
         return self.pick(
             lambda: "{" + ", ".join(f"{key()}: {self.any(d)}" for _ in range(rng.randrange(1, 4))) + "}",
             lambda: f"dict({self.operand(d, self.mapping)}, z={self.any(0)})",
@@ -411,7 +512,26 @@ class Grammar:
 
     # statements
 
-    SPACES = ("", "", "", " ", "\n", "\n\n", "  ", "\t", "\r\n", "x", "text ", " y\n", "\n  ", "{ ", "é", "}}", "%}", "# ")
+    SPACES = (
+        "",
+        "",
+        "",
+        " ",
+        "\n",
+        "\n\n",
+        "  ",
+        "\t",
+        "\r\n",
+        "x",
+        "text ",
+        " y\n",
+        "\n  ",
+        "{ ",
+        "é",
+        "}}",
+        "%}",
+        "# ",
+    )
 
     def space(self) -> str:
         """Text between tags."""
@@ -439,9 +559,19 @@ class Grammar:
         """One statement with the text around it."""
         if depth <= 0:
             return self.space() + self.emit(2)
-        makers = [self.emit, self.emit, self.if_, self.for_, self.for_, self.set_, self.set_, self.macro, self.other]
+        makers = [
+            self.emit,
+            self.emit,
+            self.if_,
+            self.for_,
+            self.for_,
+            self.set_,
+            self.set_,
+            self.macro,
+            self.other,
+        ]
         maker = self.rng.choice(makers)
-        return self.space() + (self.emit() if maker == self.emit else maker(depth - 1))  # type: ignore[operator]
+        return self.space() + (self.emit() if maker == self.emit else maker(depth - 1))
 
     def if_(self, depth: int) -> str:
         """A condition."""
@@ -460,15 +590,29 @@ class Grammar:
         rng = self.rng
         name = self.name("i")
         if rng.random() < 0.1:
-            body = f"{{{{ x.k }}}}{{% if x.c %}}({{{{ loop(x.c) }}}}){{% endif %}}{{{{ loop.depth }}}}"
+            body = "{{ x.k }}{% if x.c %}({{ loop(x.c) }}){% endif %}{{ loop.depth }}"
             return self.tag("for x in r0 recursive") + body + self.tag("endfor")
         target, iterated = name, self.odd(2, self.array)
         if rng.random() < 0.25:
             target = f"{name}, {name}v"
-            iterated = rng.choice(["l3", "d0.items()", "d1 | items", "d0 | dictsort", "r0 | groupby('k')", "[(1, 2), (3, 4)]", "l2 | map('list')"])
+            iterated = rng.choice(
+                [
+                    "l3",
+                    "d0.items()",
+                    "d1 | items",
+                    "d0 | dictsort",
+                    "r0 | groupby('k')",
+                    "[(1, 2), (3, 4)]",
+                    "l2 | map('list')",
+                ]
+            )
         if rng.random() < 0.05:
             target, iterated = name, f"{self.text(0)}, {self.integer(0)}, {self.any(1)}"
-        condition = f" if {rng.choice([name, self.flag(1), name + ' is string', 'loop.index > 1'])}" if rng.random() < 0.2 else ""
+        condition = (
+            f" if {rng.choice([name, self.flag(1), name + ' is string', 'loop.index > 1'])}"
+            if rng.random() < 0.2
+            else ""
+        )
         self.locals.append(name)
         self.loops += 1
         made = self.tag(f"for {target} in {iterated}{condition}") + self.body(depth)
@@ -488,13 +632,19 @@ class Grammar:
         name = rng.choice([self.name("v"), rng.choice(["s0", "n0", "l0"])])
         kind = rng.randrange(6)
         if kind == 0:
-            made = self.tag(f"set {name}{rng.choice(['', ' | upper', ' | trim | length'])}") + self.body(depth) + self.tag("endset")
+            made = (
+                self.tag(f"set {name}{rng.choice(['', ' | upper', ' | trim | length'])}")
+                + self.body(depth)
+                + self.tag("endset")
+            )
         elif kind == 1:
             made = self.tag(f"set {name} = namespace(a={self.any(1)}, b=0)")
             made += f"{{% for q in range(2) %}}{{% set {name}.a = {self.any(2)} %}}{{% set {name}.b = {name}.b + q %}}{{% endfor %}}"
             made += f"{{{{ {name}.a }}}}{{{{ {name}.b }}}}{{{{ {name}.zz }}}}"
         elif kind == 2:
-            made = self.tag(f"set {name}, {name}b = {rng.choice(['1, 2', '(s0, n0)', 'l3[0]', 'd0', 's1', '[1, 2]'])}")
+            made = self.tag(
+                f"set {name}, {name}b = {rng.choice(['1, 2', '(s0, n0)', 'l3[0]', 'd0', 's1', '[1, 2]'])}"
+            )
         elif kind == 3:
             made = self.tag(f"set {name} = {self.any(1)}, {self.any(1)}")
         else:
@@ -510,10 +660,16 @@ class Grammar:
         if given and rng.random() < 0.5:
             given[-1] += f"={rng.choice(['1', 's0', repr('d'), 'none', 'p0'])}"
         before = list(self.locals)
-        self.locals += [f"p{i}" for i in range(count)] + rng.choice([[], [], ["varargs"], ["kwargs"], ["varargs", "kwargs"]])
+        self.locals += [f"p{i}" for i in range(count)] + rng.choice(
+            [[], [], ["varargs"], ["kwargs"], ["varargs", "kwargs"]]
+        )
         caller = rng.random() < 0.3
         self.inside += 1
-        body = self.body(depth) + ("{{ caller() }}" if caller else "") + "".join(f"{{{{ {n} }}}}" for n in self.locals[len(before) :])
+        body = (
+            self.body(depth)
+            + ("{{ caller() }}" if caller else "")
+            + "".join(f"{{{{ {n} }}}}" for n in self.locals[len(before) :])
+        )
         self.locals = before
         self.inside -= 1
         made = self.tag(f"macro {name}({', '.join(given)})") + body + self.tag("endmacro")
@@ -572,7 +728,7 @@ def wanted(made: Case) -> Outcome:
         return Outcome(*reference.render(made.source, {**tools, **made.variables}))
     except reference.Thrown as error:
         return Outcome(None, [], thrown=str(error))
-    except Exception as error:  # noqa: BLE001 (whatever a template raises is the outcome)
+    except Exception as error:
         return Outcome(None, [], error=f"{type(error).__name__}: {error}")
 
 

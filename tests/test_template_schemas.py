@@ -126,7 +126,7 @@ def test_a_methods_receiver_is_no_argument() -> None:
 def no_docstring(a: int) -> None: ...
 
 
-def no_hint(a) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def no_hint(a) -> None:  # type: ignore[no-untyped-def]
     """Do.
 
     Args:

@@ -1,6 +1,10 @@
 """Which parts of a prompt the template wrote, and which came out of messages, tools, variables."""
 
+# ruff: noqa: E501 (tables of template text read better with more in a line)
+
 from __future__ import annotations
+
+import itertools
 
 import pytest
 from test_template_random import MESSAGES, case
@@ -24,7 +28,13 @@ def data(source: str, content: object = EVIL) -> str:
 
 def test_literals_and_special_tokens_are_the_templates() -> None:
     made = parts("{{ bos_token }}<|im_start|>{{ messages[0].role }}\n{{ messages[0].content }}!")
-    assert made == [("<s><|im_start|>", True), ("user", False), ("\n", True), (EVIL, False), ("!", True)]
+    assert made == [
+        ("<s><|im_start|>", True),
+        ("user", False),
+        ("\n", True),
+        (EVIL, False),
+        ("!", True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +75,11 @@ def test_what_is_made_of_data_unfollowed_is_data() -> None:
 
 
 def test_characters_of_a_control_token_may_come_from_both() -> None:
-    assert parts("{{ '<|' + messages[0].role + '|>' }}") == [("<|", True), ("user", False), ("|>", True)]
+    assert parts("{{ '<|' + messages[0].role + '|>' }}") == [
+        ("<|", True),
+        ("user", False),
+        ("|>", True),
+    ]
 
 
 def test_a_continued_message_ends_its_segments() -> None:
@@ -89,5 +103,5 @@ def test_segments_make_up_the_text_that_render_gives() -> None:
         segments = template.render_segments(MESSAGES, **made.variables)
         assert "".join(part for part, _ in segments) == text, seed
         assert all(part for part, _ in segments)
-        assert all(a[1] != b[1] for a, b in zip(segments, segments[1:], strict=False))
+        assert all(a[1] != b[1] for a, b in itertools.pairwise(segments))
     assert rendered > 100

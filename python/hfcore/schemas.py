@@ -1,4 +1,4 @@
-"""JSON schemas of Python functions, from type hints and Google docstrings, as transformers makes them."""
+"""JSON schemas of Python functions, from hints and docstrings, as transformers makes them."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def _parameters(function: Callable[..., Any], name: str) -> dict[str, Any]:
         hints.pop(first, None)
     for argument, parameter in known.items():
         if parameter.annotation is inspect.Parameter.empty:
-            raise InvalidRequestError(f"argument {argument!r} of {name} wants a type hint, got none")
+            problem = f"argument {argument!r} of {name} wants a type hint, got none"
+            raise InvalidRequestError(problem)
     properties = {}
     for argument, hint in hints.items():
         try:
@@ -167,7 +168,7 @@ def _schema_of_values(values: Sequence[Any], where: str) -> dict[str, Any]:
     """An enum: each JSON type that appears, once."""
     if not values or any(type(value) not in _SCALARS for value in values):
         raise InvalidRequestError(
-            f"{where} must hold int, float, str, bool or None, and one at least, got {values!r:.200}"
+            f"{where} must hold int, float, str, bool or None, and any at all, got {values!r:.200}"
         )
     kinds = list(dict.fromkeys(_SCALARS[type(value)] for value in values))
     return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(values)}
