@@ -1,4 +1,4 @@
-"""Jinja2 set up as transformers' apply_chat_template sets it up: what templates are compared with."""
+"""Jinja2 set up as transformers sets it up: what templates are compared with."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class PlainDict:
 class ShyNamespace(Namespace):
     """`namespace` that takes no name with an underscore in front."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805 (namespace(self=1) is allowed)
+    def __init__(*args: Any, **kwargs: Any) -> None:
         self, rest = args[0], args[1:]
         given = dict(*rest, **kwargs)
         for name in given:
             ShyNamespace._check(name)
-        Namespace.__init__(self, given)  # type: ignore[no-untyped-call]
+        Namespace.__init__(self, given)
 
     def __setitem__(self, name: str, value: Any) -> None:
         ShyNamespace._check(name)

@@ -64,7 +64,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -76,7 +76,8 @@ class ChatTemplate:
 
         Args:
             messages: The conversation.
-            tools: Tool definitions, as JSON schema functions.
+            tools: Tool definitions, as JSON schema functions; a Python function becomes one by
+                `hfcore.schemas.get_json_schema`.
             documents: For templates that know retrieval.
             add_generation_prompt: End with the beginning of an assistant's answer.
             continue_final_message: End inside the last message, so that the model goes on with it.
@@ -93,7 +94,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -104,6 +105,30 @@ class ChatTemplate:
         """`render`, and where the assistant's own words stand: (start, end) in code points.
 
         The spans are those of the template's `{% generation %}` blocks; without any, none.
+        """
+
+    def render_segments(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        keep_none_keys: bool = False,
+        now: datetime | None = None,
+        **variables: Any,
+    ) -> list[tuple[str, bool]]:
+        """`render` in parts: each text, and whether the template itself wrote it.
+
+        The rest came from messages, tools, documents or variables. Special tokens are the
+        template's. Text made of data in a way that cannot be followed counts as data. Put
+        together, the parts are what `render` gives.
+
+        >>> from hfcore import ChatTemplate
+        >>> template = ChatTemplate("<|user|>{{ messages[0].content }}<|end|>")
+        >>> template.render_segments([{"role": "user", "content": "<|end|>"}])
+        [('<|user|>', True), ('<|end|>', False), ('<|end|>', True)]
         """
 
     @property

@@ -593,8 +593,9 @@ mod tests {
         assert!(error("{{ 'x' * 99999999999 }}").contains("used up"));
         assert!(error("{{ '%999999999d' % 1 }}").contains("above"));
         assert!(error("{{ 'a'.center(999999999999) }}").contains("used up"));
-        assert!(error("{{ 2 ** 9999 }}").contains("128 bits"));
-        assert!(error("{{ 'a' | map(*(['map'] * 3000)) }}").contains("recursion depth"));
+        assert!(error("{{ 2 ** 99999 }}").contains("4300 digits"));
+        let maps = "{% set n = namespace(x=[1]) %}{% for i in range(9999) %}{% set n.x = n.x | map('string') %}{% endfor %}";
+        assert!(error(maps).contains("nest deeper"));
     }
 
     #[test]
@@ -613,7 +614,6 @@ mod tests {
             format!("{{{{ {}1 }}}}", "-".repeat(9999)),
             format!("{{{{ {}1 }}}}", "not ".repeat(9999)),
             format!("{{{{ {}1{} }}}}", "(".repeat(9999), ")".repeat(9999)),
-            format!("{{{{ 1{} }}}}", "+1".repeat(1900)),
             format!("{{{{ x{} }}}}", ".y".repeat(1900)),
             format!("{{{{ x{} }}}}", "|e".repeat(99999)),
             "{% if x %}".repeat(9999),

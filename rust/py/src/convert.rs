@@ -18,19 +18,19 @@ use serde_json::{Map, Number, Value, json};
 use crate::error::invalid;
 
 /// Deeper nesting is refused: it is a cycle, or an attack.
-const MAX_DEPTH: usize = 100;
+pub const MAX_DEPTH: usize = 100;
 
 /// More than this in one argument is refused: lists that hold one another many times grow without bound as they are
 /// copied. Text counts by its bytes, every value `VALUE_BYTES` beside.
-const MAX_BYTES: usize = 1 << 26;
-const VALUE_BYTES: usize = 16;
+pub const MAX_BYTES: usize = 1 << 26;
+pub const VALUE_BYTES: usize = 16;
 
 /// Where a value stands, for errors: prints as `messages[0].content`. Costs nothing until then.
 #[derive(Clone, Copy)]
 pub struct Place<'a> {
     above: Option<&'a Place<'a>>,
     step: Step<'a>,
-    depth: usize,
+    pub depth: usize,
     /// Integers beyond 64 bits pass, in the form that templates read.
     big_integers: bool,
     /// What is left of `MAX_BYTES`, where it is counted.
@@ -38,7 +38,7 @@ pub struct Place<'a> {
 }
 
 #[derive(Clone, Copy)]
-enum Step<'a> {
+pub enum Step<'a> {
     Root(&'a str),
     Key(&'a str),
     Index(usize),
@@ -64,8 +64,16 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// The same place, with its values counted: `MAX_BYTES` of them pass.
+    pub fn counted(self, left: &'a Cell<usize>) -> Self {
+        Self {
+            left: Some(left),
+            ..self
+        }
+    }
+
     /// Count a value; an error once there are too many.
-    fn spend(&self, object: &Bound<'_, PyAny>, bytes: usize) -> PyResult<()> {
+    pub fn spend(&self, object: &Bound<'_, PyAny>, bytes: usize) -> PyResult<()> {
         let Some(cell) = self.left else { return Ok(()) };
         match cell.get().checked_sub(bytes) {
             Some(left) => {
@@ -87,7 +95,7 @@ impl<'a> Place<'a> {
         self.above.map_or(self, Place::top)
     }
 
-    fn down(&'a self, step: Step<'a>) -> Self {
+    pub fn down(&'a self, step: Step<'a>) -> Self {
         Self {
             above: Some(self),
             step,
@@ -248,7 +256,7 @@ fn to_float(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyResult<Value> {
     finite.ok_or_else(|| invalid(object.py(), format!("{place} must be finite, got {number}")))
 }
 
-fn to_text(text: &Bound<'_, PyString>, place: &Place<'_>) -> PyResult<String> {
+pub fn to_text(text: &Bound<'_, PyString>, place: &Place<'_>) -> PyResult<String> {
     let problem = |_| {
         invalid(
             text.py(),
@@ -258,7 +266,7 @@ fn to_text(text: &Bound<'_, PyString>, place: &Place<'_>) -> PyResult<String> {
     text.to_cow().map(|text| text.into_owned()).map_err(problem)
 }
 
-fn too_deep(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyErr {
+pub fn too_deep(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyErr {
     let top = place.top();
     invalid(
         object.py(),
@@ -266,7 +274,7 @@ fn too_deep(object: &Bound<'_, PyAny>, place: &Place<'_>) -> PyErr {
     )
 }
 
-fn refused(object: &Bound<'_, PyAny>, place: &Place<'_>, wanted: &str) -> PyErr {
+pub fn refused(object: &Bound<'_, PyAny>, place: &Place<'_>, wanted: &str) -> PyErr {
     invalid(
         object.py(),
         format!("{place} must be {wanted}, got {}", type_name(object)),

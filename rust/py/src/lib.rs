@@ -6,6 +6,7 @@ mod delta;
 mod engine;
 mod error;
 mod quantize;
+mod input;
 mod stream;
 mod template;
 mod tokenizer;

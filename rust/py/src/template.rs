@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use hfcore_engine::template::{self, Now, RenderRequest};
+use hfcore_engine::template::{self, Conversation, Now, RenderRequest};
 use pyo3::prelude::*;
-use pyo3::types::{PyDateTime, PyDict};
+use pyo3::types::{PyDateTime, PyDict, PyList};
 use serde_json::Map;
 
 use crate::convert::{Place, to_object, to_strings, to_value, type_name};
 use crate::error::{invalid, run};
+use crate::input::Reader;
 
 /// A compiled chat template: Jinja as transformers runs it.
 #[pyclass(frozen, module = "hfcore._core")]
@@ -63,8 +64,9 @@ impl ChatTemplate {
             continue_final_message,
             keep_none_keys,
         };
-        let request = render_request(messages, tools, documents, flags, now, variables)?;
-        run(py, || self.inner.render(&request))
+        let given = conversation(messages, tools, documents, flags, now, variables)?;
+        let rendered = run(py, || self.inner.render_conversation(given, false))?;
+        Ok(rendered.text)
     }
 
     /// `render`, and where the assistant's own words stand: (start, end) in code points.
@@ -90,15 +92,43 @@ impl ChatTemplate {
             continue_final_message,
             keep_none_keys,
         };
-        let request = render_request(messages, tools, documents, flags, now, variables)?;
-        let (text, spans) = run(py, || self.inner.render_with_spans(&request))?;
-        Ok((
-            text,
-            spans
-                .into_iter()
-                .map(|span| (span.start, span.end))
-                .collect(),
-        ))
+        let given = conversation(messages, tools, documents, flags, now, variables)?;
+        let rendered = run(py, || self.inner.render_conversation(given, false))?;
+        let spans = rendered.spans.into_iter();
+        let spans = spans.map(|span| (span.start, span.end)).collect();
+        Ok((rendered.text, spans))
+    }
+
+    /// `render` in parts: (text, whether the template itself wrote it).
+    #[pyo3(signature = (
+        messages, *, tools = None, documents = None, add_generation_prompt = false,
+        continue_final_message = false, keep_none_keys = false, now = None, **variables
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "apply_chat_template's, by name")]
+    fn render_segments(
+        &self,
+        py: Python<'_>,
+        messages: &Bound<'_, PyAny>,
+        tools: Option<&Bound<'_, PyAny>>,
+        documents: Option<&Bound<'_, PyAny>>,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        keep_none_keys: bool,
+        now: Option<&Bound<'_, PyAny>>,
+        variables: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Vec<(String, bool)>> {
+        let flags = Flags {
+            add_generation_prompt,
+            continue_final_message,
+            keep_none_keys,
+        };
+        let given = conversation(messages, tools, documents, flags, now, variables)?;
+        let rendered = run(py, || self.inner.render_conversation(given, true))?;
+        let text = &rendered.text;
+        let segments = rendered.segments.into_iter();
+        Ok(segments
+            .map(|segment| (text[segment.text].to_owned(), segment.template))
+            .collect())
     }
 
     /// The Jinja text.
@@ -134,6 +164,62 @@ pub struct Flags {
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
     pub keep_none_keys: bool,
+}
+
+/// What a render is given, straight as template values.
+fn conversation(
+    messages: &Bound<'_, PyAny>,
+    tools: Option<&Bound<'_, PyAny>>,
+    documents: Option<&Bound<'_, PyAny>>,
+    flags: Flags,
+    now: Option<&Bound<'_, PyAny>>,
+    variables: Option<&Bound<'_, PyDict>>,
+) -> PyResult<Conversation> {
+    let mut reader = Reader::default();
+    let messages = reader.read(messages, "messages")?;
+    let tools = tools.map(|tools| with_schemas(tools)).transpose()?;
+    let tools = tools
+        .map(|tools| reader.read(&tools, "tools"))
+        .transpose()?;
+    let documents = documents.map(|documents| reader.read(documents, "documents"));
+    Ok(Conversation {
+        messages,
+        tools,
+        documents: documents.transpose()?,
+        add_generation_prompt: flags.add_generation_prompt,
+        continue_final_message: flags.continue_final_message,
+        now: now.map(to_now).transpose()?,
+        keep_none_keys: flags.keep_none_keys,
+        variables: match variables {
+            Some(variables) => reader.variables(variables)?,
+            None => Vec::new(),
+        },
+        bytes: reader.bytes(),
+    })
+}
+
+/// Functions among tools become what `get_json_schema` makes of them.
+fn with_schemas<'py>(tools: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let Ok(list) = tools.cast::<PyList>() else {
+        return Ok(tools.clone());
+    };
+    let is_function =
+        |tool: &Bound<'_, PyAny>| !tool.is_instance_of::<PyDict>() && tool.is_callable();
+    if !list.iter().any(|tool| is_function(&tool)) {
+        return Ok(tools.clone());
+    }
+    let schema = tools
+        .py()
+        .import("hfcore.schemas")?
+        .getattr("get_json_schema")?;
+    let made = PyList::empty(tools.py());
+    for tool in list.iter() {
+        match is_function(&tool) {
+            true => made.append(schema.call1((tool,))?)?,
+            false => made.append(tool)?,
+        }
+    }
+    Ok(made.into_any())
 }
 
 /// What a render is given.

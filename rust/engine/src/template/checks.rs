@@ -7,7 +7,7 @@ use super::origin::Str;
 use super::program::{Comparison, Op};
 use super::run::{CallArgs, Run};
 use super::text;
-use super::value::{Res, Value, fault};
+use super::value::{Key, Res, Value, fault};
 
 /// What a test is: its name, the value before `is`, and the arguments.
 pub(super) type Test = fn(&mut Run<'_>, &str, &Value, CallArgs) -> Res<bool>;
@@ -168,8 +168,14 @@ fn test(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<boo
             t.chars().any(text::is_upper)
                 && !t.chars().any(|c| text::is_cased(c) && !text::is_upper(c))
         }
-        "filter" => filters::named(&value.to_text(budget)?).is_some(),
-        "test" => TESTS.binary_search(&&*value.to_text(budget)?).is_ok(),
+        "filter" | "test" => {
+            Key::of(value, budget)?;
+            match value {
+                Value::Str(s) if name == "filter" => filters::named(&s.text).is_some(),
+                Value::Str(s) => TESTS.binary_search(&&*s.text).is_ok(),
+                _ => false,
+            }
+        }
         _ => return unknown(name),
     })
 }

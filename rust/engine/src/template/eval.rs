@@ -9,7 +9,7 @@ use super::ops::{compare, negate};
 use super::origin::{Str, Text};
 use super::program::{Args, Comparison, Expr, Name};
 use super::run::{CallArgs, Run};
-use super::value::{Budget, Closure, LoopState, Res, Value, fault, html_escape};
+use super::value::{Budget, Closure, LoopState, Range, Res, Value, fault, html_escape};
 use super::{checks, filters};
 
 impl<'p> Run<'p> {
@@ -30,6 +30,9 @@ impl<'p> Run<'p> {
 
     /// Is it true?
     pub(super) fn truth(&mut self, expr: &'p Expr) -> Res<bool> {
+        if let Some(value) = self.peek(expr) {
+            return Ok(value.truth());
+        }
         Ok(self.eval(expr)?.truth())
     }
 
@@ -175,6 +178,13 @@ impl<'p> Run<'p> {
     }
 
     fn compare(&mut self, first: &'p Expr, chain: &'p [(Comparison, Expr)]) -> Res<Value> {
+        if let [(op @ (Comparison::Eq | Comparison::Ne), right)] = chain
+            && let (Some(Value::Str(a)), Some(Value::Str(b))) = (self.peek(first), self.peek(right))
+        {
+            let (equal, size) = (a.text == b.text, a.text.len().min(b.text.len()));
+            self.budget.steps(1 + size / 64)?;
+            return Ok(Value::Bool(equal == (*op == Comparison::Eq)));
+        }
         let mut left = self.eval(first)?;
         for (op, right) in chain {
             let mut right = self.eval(right)?;
@@ -285,7 +295,7 @@ impl<'p> Run<'p> {
         let found = match object {
             Value::Dict(dict) => dict.get_str(name).cloned(),
             Value::Namespace(id) => {
-                let vars = &self.namespaces[*id];
+                let vars = &self.budget.namespaces[*id];
                 vars.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone())
             }
             Value::Loop(state) => self.loop_attribute(state, name)?,
@@ -430,13 +440,7 @@ impl<'p> Run<'p> {
                     .collect();
                 Value::tuple(items, &mut self.budget)
             }
-            Value::Range(r) => {
-                let items = indices(&mut self.budget)?
-                    .into_iter()
-                    .map(|i| r.at(i))
-                    .collect();
-                Value::list(items, &mut self.budget)
-            }
+            Value::Range(r) => range_slice(r, bounds, len),
             Value::Undefined(missing) => missing.fault(),
             other => fault(format!(
                 "'{}' object is not subscriptable",
@@ -454,7 +458,18 @@ pub(super) fn index(key: &Value, len: usize) -> Option<usize> {
 }
 
 /// The indices that `[start:stop:step]` takes of `len` items.
-fn slice_indices([start, stop, step]: [Option<i128>; 3], len: usize) -> Res<Vec<usize>> {
+fn slice_indices(bounds: [Option<i128>; 3], len: usize) -> Res<Vec<usize>> {
+    let (mut at, end, step) = slice_bounds(bounds, len)?;
+    let mut out = Vec::new();
+    while (step > 0 && at < end) || (step < 0 && at > end) {
+        out.push(at as usize);
+        at = at.saturating_add(step);
+    }
+    Ok(out)
+}
+
+/// Where a slice of `len` items begins, ends, and its step.
+fn slice_bounds([start, stop, step]: [Option<i128>; 3], len: usize) -> Res<(i128, i128, i128)> {
     let step = step.unwrap_or(1);
     if step == 0 {
         return fault("slice step cannot be zero");
@@ -466,16 +481,10 @@ fn slice_indices([start, stop, step]: [Option<i128>; 3], len: usize) -> Res<Vec<
         Some(i) if i < 0 => i.saturating_add(len).clamp(low, high),
         Some(i) => i.clamp(low, high),
     };
-    let (mut at, end) = match step > 0 {
-        true => (place(start, low), place(stop, high)),
-        false => (place(start, high), place(stop, low)),
-    };
-    let mut out = Vec::new();
-    while (step > 0 && at < end) || (step < 0 && at > end) {
-        out.push(at as usize);
-        at = at.saturating_add(step);
-    }
-    Ok(out)
+    Ok(match step > 0 {
+        true => (place(start, low), place(stop, high), step),
+        false => (place(start, high), place(stop, low), step),
+    })
 }
 
 /// What a failed lookup gives, with the message its use raises.
@@ -485,6 +494,22 @@ fn missing(object: &Value, what: &str) -> Value {
         other => format!("'{} object'", other.type_name()),
     };
     Value::undefined(format!("{owner} has no {what}"))
+}
+
+/// `range[start:stop:step]` is a range again.
+fn range_slice(range: &Range, bounds: [Option<i128>; 3], len: usize) -> Res<Value> {
+    let (from, to, step) = slice_bounds(bounds, len)?;
+    let at = |i: i128| i128::from(range.start) + i * i128::from(range.step);
+    let whole = |i: i128| match i64::try_from(i) {
+        Ok(i) => Ok(i),
+        Err(_) => fault("the result does not fit into 64 bits"),
+    };
+    let step = step.saturating_mul(i128::from(range.step));
+    Ok(Value::Range(Arc::new(Range {
+        start: whole(at(from))?,
+        stop: whole(at(to))?,
+        step: whole(step)?,
+    })))
 }
 
 /// `text[start:stop]`.

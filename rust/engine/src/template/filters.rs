@@ -86,6 +86,7 @@ static FILTERS: &[(&str, Filter)] = &[
     ("unique", |r, v, a| sequence::filter(r, "unique", v, a)),
     ("upper", |r, v, a| text::filter(r, "upper", &v, a)),
     ("urlencode", |r, v, a| web::filter(r, "urlencode", &v, a)),
+    ("urlize", |r, v, a| web::filter(r, "urlize", &v, a)),
     ("wordcount", |r, v, a| text::filter(r, "wordcount", &v, a)),
     ("wordwrap", |r, v, a| text::filter(r, "wordwrap", &v, a)),
     ("xmlattr", |r, v, a| web::filter(r, "xmlattr", &v, a)),

@@ -19,6 +19,10 @@ struct Spec {
     comma: Option<char>,
     precision: Option<usize>,
     kind: Option<char>,
+    /// The padding comes from a zero before the width: of text, it goes behind.
+    zeros: bool,
+    /// Negative zero is written as zero.
+    no_minus_zero: bool,
 }
 
 fn number(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> Res<Option<usize>> {
@@ -52,10 +56,12 @@ impl Spec {
             _ => {}
         }
         spec.sign = chars.next_if(|c| matches!(c, '+' | '-' | ' '));
+        spec.no_minus_zero = chars.next_if_eq(&'z').is_some();
         spec.alternate = chars.next_if_eq(&'#').is_some();
-        if chars.next_if_eq(&'0').is_some() && spec.align.is_none() {
+        if chars.next_if_eq(&'0').is_some() {
             spec.fill = spec.fill.or(Some('0'));
-            spec.align = Some('=');
+            spec.zeros = spec.align.is_none();
+            spec.align = spec.align.or(Some('='));
         }
         spec.width = number(&mut chars)?.unwrap_or(0);
         spec.comma = chars.next_if(|c| matches!(c, ',' | '_'));
@@ -98,15 +104,20 @@ impl Spec {
 
 /// Digits in groups of three before the point.
 fn grouped(body: &str, comma: Option<char>) -> String {
-    let Some(comma) = comma else {
-        return body.to_owned();
-    };
     let end = body
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(body.len());
+    in_groups(body, end, comma, 3)
+}
+
+/// The first `end` digits in groups.
+fn in_groups(body: &str, end: usize, comma: Option<char>, size: usize) -> String {
+    let Some(comma) = comma else {
+        return body.to_owned();
+    };
     let mut out = String::new();
     for (i, c) in body[..end].chars().enumerate() {
-        if i > 0 && (end - i) % 3 == 0 {
+        if i > 0 && (end - i).is_multiple_of(size) {
             out.push(comma);
         }
         out.push(c);
@@ -129,13 +140,24 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
                     value.type_name()
                 ));
             }
+            if let Some(separator) = spec.comma {
+                return fault(format!("Cannot specify '{separator}' with 's'."));
+            }
             budget.bytes(s.text.len())?;
             let cut: String = s
                 .text
                 .chars()
                 .take(spec.precision.unwrap_or(usize::MAX))
                 .collect();
-            Ok(spec.pad("", &cut, '<'))
+            match (spec.align, spec.zeros) {
+                (Some('='), false) => fault("'=' alignment not allowed in string format specifier"),
+                (_, true) => Ok(Spec {
+                    align: Some('<'),
+                    ..spec
+                }
+                .pad("", &cut, '<')),
+                _ => Ok(spec.pad("", &cut, '<')),
+            }
         }
         Value::Bool(_) if spec.kind.is_none() => Ok(spec.pad("", &value.to_text(budget)?, '<')),
         Value::Int(_) | Value::Bool(_) => format_int(value.as_int().unwrap_or(0), &spec),
@@ -149,12 +171,20 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
 
 fn format_int(i: i128, spec: &Spec) -> Res<String> {
     let size = i.unsigned_abs();
-    let body = match spec.kind {
+    let digits = match spec.kind {
         None | Some('d' | 'n') => grouped(&size.to_string(), spec.comma),
-        Some('x') => format!("{}{size:x}", if spec.alternate { "0x" } else { "" }),
-        Some('X') => format!("{}{size:X}", if spec.alternate { "0X" } else { "" }),
-        Some('o') => format!("{}{size:o}", if spec.alternate { "0o" } else { "" }),
-        Some('b') => format!("{}{size:b}", if spec.alternate { "0b" } else { "" }),
+        Some(kind @ ('x' | 'X' | 'o' | 'b')) => {
+            let digits = match kind {
+                'x' => format!("{size:x}"),
+                'X' => format!("{size:X}"),
+                'o' => format!("{size:o}"),
+                _ => format!("{size:b}"),
+            };
+            if spec.comma == Some(',') {
+                return fault(format!("Cannot specify ',' with '{kind}'."));
+            }
+            in_groups(&digits, digits.len(), spec.comma, 4)
+        }
         Some('c') => match u32::try_from(i).ok().and_then(char::from_u32) {
             Some(c) => c.to_string(),
             None => return fault("%c arg not in range(0x110000)"),
@@ -166,7 +196,12 @@ fn format_int(i: i128, spec: &Spec) -> Res<String> {
             ));
         }
     };
-    Ok(spec.pad(spec.signed(i < 0), &body, '>'))
+    let prefix = match spec.kind {
+        Some(kind @ ('x' | 'X' | 'o' | 'b')) if spec.alternate => format!("0{kind}"),
+        _ => String::new(),
+    };
+    let sign = format!("{}{prefix}", spec.signed(i < 0));
+    Ok(spec.pad(&sign, &digits, '>'))
 }
 
 fn format_float(f: f64, spec: &Spec) -> Res<String> {
@@ -195,8 +230,9 @@ fn format_float(f: f64, spec: &Spec) -> Res<String> {
             ));
         }
     };
+    let is_zero = spec.no_minus_zero && !body.contains(|c: char| ('1'..='9').contains(&c));
     Ok(spec.pad(
-        spec.signed(f.is_sign_negative() && !f.is_nan()),
+        spec.signed(f.is_sign_negative() && !f.is_nan() && !is_zero),
         &grouped(&body, spec.comma),
         '>',
     ))

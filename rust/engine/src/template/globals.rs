@@ -67,8 +67,8 @@ pub(super) fn call(run: &mut Run<'_>, builtin: Builtin, args: CallArgs) -> Res<V
         Builtin::Namespace => {
             let pairs = dict_pairs(run, args)?;
             run.budget.bytes(64)?;
-            run.namespaces.push(Vec::new());
-            let id = run.namespaces.len() - 1;
+            run.budget.namespaces.push(Vec::new());
+            let id = run.budget.namespaces.len() - 1;
             for (key, value) in pairs {
                 let Value::Str(key) = key else {
                     return fault("namespace keys must be strings");
@@ -140,6 +140,7 @@ fn dict_pairs(run: &mut Run<'_>, mut args: CallArgs) -> Res<Vec<(Value, Value)>>
     match (args.positional.pop(), args.positional.len()) {
         (None, _) => {}
         (Some(Value::Dict(d)), 0) => pairs.extend(d.entries.iter().cloned()),
+        (Some(Value::Undefined(missing)), 0) => return missing.fault(),
         (Some(other), 0) => {
             for pair in run.items(&other)? {
                 let [key, value] = <[Value; 2]>::try_from(run.items(&pair)?).or_else(|items| {

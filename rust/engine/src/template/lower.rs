@@ -77,6 +77,8 @@ struct At {
     top: bool,
     /// Inside any loop: `loop` cannot be set.
     loops: bool,
+    /// In a branch: an unknown filter or test is an error only where it is reached.
+    soft: bool,
 }
 
 struct Lowering<'s> {
@@ -151,7 +153,16 @@ impl Lowering<'_> {
         let before = self.at;
         let function = self.names.function_of(before.scope);
         self.at.scope = self.names.scope(function, Some(before.scope));
-        self.at.top = false;
+        (self.at.top, self.at.soft) = (false, false);
+        let result = lower(self);
+        self.at = before;
+        result
+    }
+
+    /// Go on in a branch.
+    fn soft<T>(&mut self, lower: impl FnOnce(&mut Self) -> Res<T>) -> Res<T> {
+        let before = self.at;
+        self.at.soft = true;
         let result = lower(self);
         self.at = before;
         result
@@ -298,7 +309,15 @@ impl Lowering<'_> {
             .and_then(|s| s.rfind("{%").map(|at| &s[at + 2..]));
         let is_raw =
             opens_raw.is_some_and(|tag| tag.trim_start_matches(['-', '+']).trim() == "raw");
-        match is_raw && after.starts_with('\n') && !raw.starts_with('\n') {
+        let end = after
+            .find("endraw")
+            .and_then(|end| after[..end].rfind("{%"));
+        let whole = &after[..end.unwrap_or(after.len())];
+        let trimmed = match whole.trim().is_empty() {
+            true => whole.len() > raw.len(),
+            false => whole.trim_end().len() > raw.trim_end().len(),
+        };
+        match is_raw && after.starts_with('\n') && trimmed {
             true => format!("\n{raw}"),
             false => raw.to_owned(),
         }
@@ -409,6 +428,10 @@ impl Lowering<'_> {
 
     /// `elif` comes as an `if` in the else branch: flat again.
     fn if_chain(&mut self, first: &ast::IfCond<'_>) -> Res<StmtKind> {
+        self.soft(|l| l.branches(first))
+    }
+
+    fn branches(&mut self, first: &ast::IfCond<'_>) -> Res<StmtKind> {
         let mut branches = Vec::new();
         let mut current = first;
         loop {
@@ -572,11 +595,26 @@ impl Lowering<'_> {
                     .as_ref()
                     .map_or(Ok(Expr::Captured), |e| self.expr(e))?;
                 let (filter, args) = (filters::named(f.name), self.args(&f.args)?);
+                if filter.is_none() && !self.at.soft {
+                    return filters::unknown(f.name);
+                }
                 Expr::Filter(filter, f.name.into(), Box::new(input), args)
             }
             ast::Expr::Test(t) => {
-                let (test, args) = (checks::named(t.name), self.args(&t.args)?);
-                Expr::Test(test, t.name.into(), self.boxed(&t.expr)?, args)
+                let test = checks::named(t.name);
+                if test.is_none() && !self.at.soft {
+                    return checks::unknown(t.name);
+                }
+                let tested = self.boxed(&t.expr)?;
+                // `x is odd -1` takes one from what the test says.
+                if let [ast::CallArg::Pos(arg @ ast::Expr::UnaryOp(minus))] = t.args.as_slice()
+                    && self.is_bare_minus(arg.span().start_offset as usize)
+                {
+                    let tested = Expr::Test(test, t.name.into(), tested, Args::default());
+                    let pair = Box::new((tested, self.expr(&minus.expr)?));
+                    return Ok(Expr::Bin(Op::Sub, pair));
+                }
+                Expr::Test(test, t.name.into(), tested, self.args(&t.args)?)
             }
             ast::Expr::UnaryOp(u) => match u.op {
                 UnaryOpKind::Not => Expr::Not(self.boxed(&u.expr)?),
@@ -590,12 +628,20 @@ impl Lowering<'_> {
                 }
                 Expr::Compare(self.boxed(&c.expr)?, chain)
             }
-            ast::Expr::IfExpr(i) => Expr::If(Box::new((
-                self.expr(&i.test_expr)?,
-                self.expr(&i.true_expr)?,
-                self.optional(i.false_expr.as_ref())?,
-            ))),
+            ast::Expr::IfExpr(i) => self.soft(|l| {
+                Ok(Expr::If(Box::new((
+                    l.expr(&i.test_expr)?,
+                    l.expr(&i.true_expr)?,
+                    l.optional(i.false_expr.as_ref())?,
+                ))))
+            })?,
         })
+    }
+
+    /// Does a minus stand here, without a bracket before it?
+    fn is_bare_minus(&self, at: usize) -> bool {
+        let (before, after) = self.source.split_at(at);
+        after.starts_with('-') && !before.trim_end().ends_with('(')
     }
 
     fn name(&mut self, name: &str) -> Expr {

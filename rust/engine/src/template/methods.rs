@@ -253,6 +253,10 @@ fn sequence_method(
         return Ok(object.clone());
     }
     let [needle, start, stop] = args.bind(name, ["value", "start", "stop"])?;
+    if name == "count" && start.is_some() {
+        return fault("count() takes exactly one argument");
+    }
+    check_indices([&start, &stop])?;
     let Some(needle) = needle else {
         return fault(format!("{name}() takes exactly one argument (0 given)"));
     };
@@ -348,7 +352,7 @@ fn str_method(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<V
             let [] = args.bind(name, [])?;
             Ok(same(match name {
                 "capitalize" => text::capitalize(t),
-                "casefold" => t.to_lowercase().replace('ß', "ss").replace('ς', "σ"),
+                "casefold" => text::casefold(t),
                 "lower" => t.to_lowercase(),
                 "upper" => t.to_uppercase(),
                 "title" => text::title(t),
@@ -458,6 +462,9 @@ fn split(s: &Str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value>
     let [separator, limit] = args.bind(name, ["sep", "maxsplit"])?;
     let limit = match limit.as_ref().map(|l| l.as_int()) {
         None => usize::MAX - 1,
+        Some(Some(l)) if i64::try_from(l).is_err() => {
+            return fault("Python int too large to convert to C ssize_t");
+        }
         Some(Some(l)) => usize::try_from(l)
             .unwrap_or(usize::MAX - 1)
             .min(usize::MAX - 1),
@@ -534,8 +541,18 @@ fn window<'t>(t: &'t str, start: Option<&Value>, stop: Option<&Value>) -> Option
     (from <= to).then(|| (&t[byte(from)..byte(to)], from))
 }
 
+/// Places in a text or a list: integers or None.
+fn check_indices(indices: [&Option<Value>; 2]) -> Res<()> {
+    let fits = |v: &Value| matches!(v, Value::None | Value::Big(_)) || v.as_int().is_some();
+    match indices.into_iter().flatten().all(fits) {
+        true => Ok(()),
+        false => fault("slice indices must be integers or None or have an __index__ method"),
+    }
+}
+
 fn affix(t: &str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [affixes, start, stop] = args.bind(name, ["prefix", "start", "end"])?;
+    check_indices([&start, &stop])?;
     let affixes = match affixes {
         Some(Value::Tuple(tuple)) => tuple.items.clone(),
         other => vec![Value::Str(wanted(other, name)?)],
@@ -560,6 +577,7 @@ fn affix(t: &str, name: &str, args: CallArgs, budget: &mut Budget) -> Res<Value>
 
 fn search(t: &str, name: &str, args: CallArgs) -> Res<Value> {
     let [needle, start, stop] = args.bind(name, ["sub", "start", "end"])?;
+    check_indices([&start, &stop])?;
     let needle = wanted(needle, name)?;
     let window = window(t, start.as_ref(), stop.as_ref());
     if name == "count" {

@@ -316,53 +316,57 @@ impl Names {
     }
 }
 
-/// Call `see` with each name that an expression reads.
+/// Call `see` with each name that an expression reads. Chains are walked, not recursed into: nothing
+/// has looked at how deep they are yet.
 pub(super) fn each_name(expr: &Expr<'_>, see: &mut dyn FnMut(&str)) {
-    match expr {
-        Expr::Var(var) => see(var.id),
-        Expr::Const(_) => {}
-        Expr::List(list) => list.items.iter().for_each(|e| each_name(e, see)),
-        Expr::Tuple(tuple) => tuple.items.iter().for_each(|e| each_name(e, see)),
-        Expr::Map(map) => {
-            map.keys.iter().for_each(|e| each_name(e, see));
-            map.values.iter().for_each(|e| each_name(e, see));
-        }
-        Expr::GetAttr(node) => each_name(&node.expr, see),
-        Expr::GetItem(node) => {
-            each_name(&node.expr, see);
-            each_name(&node.subscript_expr, see);
-        }
-        Expr::Slice(node) => {
-            each_name(&node.expr, see);
-            for part in [&node.start, &node.stop, &node.step].into_iter().flatten() {
-                each_name(part, see);
+    let mut next = Some(expr);
+    while let Some(expr) = next.take() {
+        match expr {
+            Expr::Var(var) => see(var.id),
+            Expr::Const(_) => {}
+            Expr::List(list) => list.items.iter().for_each(|e| each_name(e, see)),
+            Expr::Tuple(tuple) => tuple.items.iter().for_each(|e| each_name(e, see)),
+            Expr::Map(map) => {
+                map.keys.iter().for_each(|e| each_name(e, see));
+                map.values.iter().for_each(|e| each_name(e, see));
             }
-        }
-        Expr::Call(node) => {
-            each_name(&node.expr, see);
-            each_arg(&node.args, see);
-        }
-        Expr::Filter(node) => {
-            node.expr.iter().for_each(|e| each_name(e, see));
-            each_arg(&node.args, see);
-        }
-        Expr::Test(node) => {
-            each_name(&node.expr, see);
-            each_arg(&node.args, see);
-        }
-        Expr::UnaryOp(node) => each_name(&node.expr, see),
-        Expr::BinOp(node) => {
-            each_name(&node.left, see);
-            each_name(&node.right, see);
-        }
-        Expr::Compare(node) => {
-            each_name(&node.expr, see);
-            node.ops.iter().for_each(|op| each_name(&op.expr, see));
-        }
-        Expr::IfExpr(node) => {
-            each_name(&node.test_expr, see);
-            each_name(&node.true_expr, see);
-            node.false_expr.iter().for_each(|e| each_name(e, see));
+            Expr::GetAttr(node) => next = Some(&node.expr),
+            Expr::GetItem(node) => {
+                each_name(&node.subscript_expr, see);
+                next = Some(&node.expr);
+            }
+            Expr::Slice(node) => {
+                for part in [&node.start, &node.stop, &node.step].into_iter().flatten() {
+                    each_name(part, see);
+                }
+                next = Some(&node.expr);
+            }
+            Expr::Call(node) => {
+                each_arg(&node.args, see);
+                next = Some(&node.expr);
+            }
+            Expr::Filter(node) => {
+                each_arg(&node.args, see);
+                next = node.expr.as_ref();
+            }
+            Expr::Test(node) => {
+                each_arg(&node.args, see);
+                next = Some(&node.expr);
+            }
+            Expr::UnaryOp(node) => next = Some(&node.expr),
+            Expr::BinOp(node) => {
+                each_name(&node.right, see);
+                next = Some(&node.left);
+            }
+            Expr::Compare(node) => {
+                node.ops.iter().for_each(|op| each_name(&op.expr, see));
+                next = Some(&node.expr);
+            }
+            Expr::IfExpr(node) => {
+                each_name(&node.test_expr, see);
+                each_name(&node.true_expr, see);
+                next = node.false_expr.as_ref();
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Python's operators over values.
 
+use num_bigint::BigInt;
+
 use super::format;
 use super::origin::{Str, Text};
 use super::program::{Comparison, Op};
@@ -130,6 +132,9 @@ fn arithmetic(op: Op, left: &Value, right: &Value) -> Res<Value> {
     if let (Some(a), Some(b)) = (left.as_int(), right.as_int()) {
         return int_arithmetic(op, a, b);
     }
+    if let (Some(a), Some(b)) = (as_big(left), as_big(right)) {
+        return big_arithmetic(op, &a, &b);
+    }
     match (left.as_float(), right.as_float()) {
         (Some(a), Some(b)) => float_arithmetic(op, a, b),
         _ => {
@@ -158,7 +163,7 @@ fn int_arithmetic(op: Op, a: i128, b: i128) -> Res<Value> {
         Op::Add => a.checked_add(b),
         Op::Sub => a.checked_sub(b),
         Op::Mul => a.checked_mul(b),
-        Op::Div => return Ok(Value::Float(a as f64 / b as f64)),
+        Op::Div => return Ok(Value::Float(divide(a, b))),
         Op::FloorDiv => a.checked_div_euclid(b).map(|q| {
             if b < 0 && a.rem_euclid(b) != 0 {
                 q - 1
@@ -179,8 +184,82 @@ fn int_arithmetic(op: Op, a: i128, b: i128) -> Res<Value> {
     };
     match result {
         Some(i) => Ok(Value::Int(i)),
-        None => fault("the result does not fit into 128 bits"),
+        None => big_arithmetic(op, &a.into(), &b.into()),
     }
+}
+
+/// The quotient as the nearest float.
+fn divide(a: i128, b: i128) -> f64 {
+    const EXACT: u128 = 1 << 53;
+    let (size, by) = (a.unsigned_abs(), b.unsigned_abs());
+    if size <= EXACT && by <= EXACT {
+        return a as f64 / b as f64;
+    }
+    // Decimal digits, more than a float holds, and whether anything is left.
+    let (mut digits, mut rest) = ((size / by).to_string(), size % by);
+    let (mut point, mut places) = (String::new(), 0);
+    while rest != 0 && places < 80 && (digits == "0" || digits.len() + places < 40) {
+        let Some(next) = rest.checked_mul(10) else {
+            return a as f64 / b as f64;
+        };
+        point.push(char::from(b'0' + (next / by) as u8));
+        (rest, places) = (next % by, places + 1);
+    }
+    if rest != 0 {
+        point.push('1');
+    }
+    digits.push('.');
+    digits.push_str(&point);
+    digits.push('0');
+    let quotient: f64 = digits.parse().unwrap_or(f64::NAN);
+    if (a < 0) != (b < 0) {
+        -quotient
+    } else {
+        quotient
+    }
+}
+
+/// An integer of any size.
+fn as_big(value: &Value) -> Option<BigInt> {
+    match value {
+        Value::Big(digits) => digits.parse().ok(),
+        other => other.as_int().map(BigInt::from),
+    }
+}
+
+/// Integers past 128 bits, as long as Python would still print them.
+fn big_arithmetic(op: Op, a: &BigInt, b: &BigInt) -> Res<Value> {
+    const MOST_BITS: u64 = 14_300;
+    let zero = BigInt::ZERO;
+    if *b == zero && matches!(op, Op::Div | Op::FloorDiv | Op::Rem) {
+        return fault("division by zero");
+    }
+    let floored = || {
+        let (quotient, rest) = (a / b, a % b);
+        match rest != zero && (rest < zero) != (*b < zero) {
+            true => (quotient - 1, rest + b),
+            false => (quotient, rest),
+        }
+    };
+    let result = match op {
+        Op::Add => a + b,
+        Op::Sub => a - b,
+        Op::Mul => a * b,
+        Op::FloorDiv => floored().0,
+        Op::Rem => floored().1,
+        Op::Div => {
+            let float = |n: &BigInt| n.to_string().parse().unwrap_or(f64::NAN);
+            return Ok(Value::Float(float(a) / float(b)));
+        }
+        Op::Pow => match u32::try_from(b) {
+            Ok(power) if a.bits().saturating_mul(power.into()) <= MOST_BITS => a.pow(power),
+            _ => return fault("the power does not fit into 4300 digits"),
+        },
+    };
+    if result.bits() > MOST_BITS {
+        return fault("the result does not fit into 4300 digits");
+    }
+    Value::integer(&result.to_string())
 }
 
 fn float_arithmetic(op: Op, a: f64, b: f64) -> Res<Value> {
@@ -205,6 +284,14 @@ fn float_arithmetic(op: Op, a: f64, b: f64) -> Res<Value> {
         Op::FloorDiv => ((a - modulo()) / b).round(),
         Op::Rem => modulo(),
         Op::Pow if a == 0.0 && b < 0.0 => return fault("0.0 cannot be raised to a negative power"),
-        Op::Pow => a.powf(b),
+        Op::Pow if a < 0.0 && b.fract() != 0.0 => {
+            return fault("a negative number to a broken power is complex: not supported");
+        }
+        Op::Pow => match a.powf(b) {
+            power if power.is_infinite() && a.is_finite() && b.is_finite() => {
+                return fault("(34, 'Numerical result out of range')");
+            }
+            power => power,
+        },
     }))
 }

@@ -13,7 +13,8 @@ pub(super) type Origin = Option<Arc<Vec<Range<usize>>>>;
 
 /// The origin of a text that is data as a whole, however long it is.
 pub(super) fn all_data() -> Origin {
-    Some(Arc::new(vec![0..usize::MAX]))
+    let whole = 0..usize::MAX;
+    Some(Arc::new(Vec::from([whole])))
 }
 
 /// A string; `markup` marks text declared safe from HTML escaping.

@@ -98,7 +98,6 @@ pub(super) struct Run<'p> {
     context: Vec<Option<Value>>,
     frames: Vec<Frame>,
     at: usize,
-    pub namespaces: Vec<Vec<(Arc<str>, Value)>>,
     pub(super) captured: Vec<Value>,
     /// The output, and above it the texts being captured.
     buffers: Vec<Text>,
@@ -119,7 +118,6 @@ impl<'p> Run<'p> {
             context: vec![None; program.names.len()],
             frames: Vec::new(),
             at: 0,
-            namespaces: Vec::new(),
             captured: Vec::new(),
             buffers: vec![Text::with_capacity(4096)],
             spans: Vec::new(),
@@ -200,7 +198,7 @@ impl<'p> Run<'p> {
                 let (value, flow) = self.capture(body)?;
                 if matches!(flow, Flow::Next) {
                     let value = self.filtered(value, Some(filter))?;
-                    self.emit(&value)?;
+                    self.emit_text(&value)?;
                 }
                 return Ok(flow);
             }
@@ -210,7 +208,8 @@ impl<'p> Run<'p> {
                 self.in_function(function.slots, 0, |run| run.body(&function.body))?;
             }
             StmtKind::Macro(id, slot) => {
-                let closure = self.closure(*id);
+                let name = self.program.functions[*id].name.clone();
+                let closure = self.closure(*id, Some(name));
                 self.set_slot(*slot, closure);
             }
             StmtKind::CallBlock(call, id) => self.call_block(call, *id)?,
@@ -261,7 +260,35 @@ impl<'p> Run<'p> {
         self.write_str(&escaped)
     }
 
+    /// What a filter block or a call block made goes out as it is: it must be text.
+    fn emit_text(&mut self, value: &Value) -> Res<()> {
+        match value {
+            Value::Str(s) => self.write_str(s),
+            other => fault(format!(
+                "expected str instance, {} found",
+                other.type_name()
+            )),
+        }
+    }
+
+    /// Write a plain text that is there already; false where there is none.
+    fn emit_known(&mut self, expr: &'p Expr) -> Res<bool> {
+        match look(&self.frames, self.at, &self.context, expr) {
+            Some(Value::Str(s)) if !s.markup && !self.autoescape => {
+                self.budget.bytes(s.text.len())?;
+                if let Some(buffer) = self.buffers.last_mut() {
+                    buffer.str(s);
+                }
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
     fn emit_expr(&mut self, expr: &'p Expr) -> Res<()> {
+        if self.emit_known(expr)? {
+            return Ok(());
+        }
         match expr {
             Expr::Sum(parts) if !self.autoescape => self.emit_sum(parts),
             // Whether put together first or not: the same text.
@@ -284,6 +311,9 @@ impl<'p> Run<'p> {
         let buffer = self.buffers.len() - 1;
         let start = self.buffers[buffer].text.len();
         for (i, part) in parts.iter().enumerate() {
+            if self.emit_known(part)? {
+                continue;
+            }
             match self.eval(part)? {
                 Value::Str(s) if !s.markup => self.write_str(&s)?,
                 other => {
@@ -417,6 +447,11 @@ impl<'p> Run<'p> {
         }
     }
 
+    /// The value of a variable, or of an entry of a dict in one, if it is there to be looked at.
+    pub(super) fn peek<'v>(&'v self, expr: &'v Expr) -> Option<&'v Value> {
+        look(&self.frames, self.at, &self.context, expr)
+    }
+
     pub(super) fn slot(&self, out: u32, slot: u32) -> Option<&Value> {
         let mut at = self.at;
         for _ in 0..out {
@@ -437,9 +472,10 @@ impl<'p> Run<'p> {
         Builtin::named(&self.program.names[name as usize]).map(Value::Function)
     }
 
-    fn closure(&mut self, id: usize) -> Value {
+    fn closure(&mut self, id: usize, name: Option<Arc<str>>) -> Value {
         self.frames[self.at].captured = true;
-        Value::Macro(Arc::new(Closure { id, scope: self.at }))
+        let scope = self.at;
+        Value::Macro(Arc::new(Closure { name, id, scope }))
     }
 
     fn assign(&mut self, target: &'p Target, value: Value) -> Res<()> {
@@ -470,13 +506,14 @@ impl<'p> Run<'p> {
         if name.starts_with('_') {
             return fault(format!("access to namespace attribute '{name}' is unsafe"));
         }
-        let vars = &mut self.namespaces[id];
-        self.budget.steps(vars.len() / 16)?;
+        let known = self.budget.namespaces[id].len();
+        self.budget.steps(known / 16)?;
+        let vars = &mut self.budget.namespaces[id];
         match vars.iter_mut().find(|(n, _)| n == name) {
             Some(slot) => slot.1 = value,
             None => {
-                self.budget.bytes(size_of::<Value>())?;
                 vars.push((name.clone(), value));
+                self.budget.bytes(size_of::<Value>())?;
             }
         }
         Ok(())
@@ -518,7 +555,7 @@ impl<'p> Run<'p> {
     }
 
     fn call_block(&mut self, call: &'p Expr, id: usize) -> Res<()> {
-        let caller = self.closure(id);
+        let caller = self.closure(id, None);
         let Expr::Call(function, args) = call else {
             return fault("expected a call in the call block");
         };
@@ -526,7 +563,7 @@ impl<'p> Run<'p> {
         let mut args = self.args(args)?;
         args.named.push(("caller".into(), caller));
         let value = self.call(&function, args)?;
-        self.emit(&value)
+        self.emit_text(&value)
     }
 
     // --- loops ---
@@ -607,9 +644,9 @@ impl<'p> Run<'p> {
     fn turns_with_loop(&mut self, node: &'p For, slot: u32, state: &Arc<LoopState>) -> Res<bool> {
         let mut ran = false;
         let mut first = true;
+        self.set_slot(slot, Value::Loop(state.clone()));
         while let Some(item) = self.next_turn(state, first)? {
             first = false;
-            self.set_slot(slot, Value::Loop(state.clone()));
             match self.turn(node, item)? {
                 Flow::Break => break,
                 Flow::Continue => {}
@@ -628,12 +665,17 @@ impl<'p> Run<'p> {
     }
 
     fn next_turn(&mut self, state: &LoopState, first: bool) -> Res<Option<Value>> {
-        let ahead = state.turn().after.take();
-        let item = match ahead {
-            Some(item) => Some(item),
-            None => self.pull_turn(state)?,
-        };
         let mut turn = state.turn();
+        let item = match (turn.after.take(), &mut turn.source) {
+            (Some(item), _) => Some(item),
+            (None, source @ (Source::Seq(..) | Source::Items(_))) => self.pull(source)?,
+            _ => {
+                drop(turn);
+                let item = self.pull_turn(state)?;
+                turn = state.turn();
+                item
+            }
+        };
         if let Some(item) = &item {
             turn.before = turn.current.replace(item.clone());
             turn.index += usize::from(!first);
@@ -885,6 +927,37 @@ impl<'p> Run<'p> {
             ));
         }
         Ok(())
+    }
+}
+
+/// See [`Run::peek`]: apart from the run, so that the rest of it can be changed meanwhile.
+fn look<'v>(
+    frames: &'v [Frame],
+    at: usize,
+    context: &'v [Option<Value>],
+    expr: &'v Expr,
+) -> Option<&'v Value> {
+    match expr {
+        Expr::Const(value) => Some(value),
+        Expr::Slot(place, _) => {
+            let mut at = at;
+            for _ in 0..place.out {
+                at = frames[at].parent;
+            }
+            frames[at].slots.get(place.slot as usize)?.as_ref()
+        }
+        Expr::Global(name) => context.get(*name as usize)?.as_ref(),
+        Expr::Item(parts) => match (look(frames, at, context, &parts.0)?, &parts.1) {
+            (Value::Dict(dict), Expr::Const(Value::Str(key))) => dict.get_str(&key.text),
+            _ => None,
+        },
+        Expr::Attr(object, name) => match look(frames, at, context, object)? {
+            object @ Value::Dict(dict) if name.method.is_none_or(|method| !method.of(object)) => {
+                dict.get_str(&name.text)
+            }
+            _ => None,
+        },
+        _ => None,
     }
 }
 

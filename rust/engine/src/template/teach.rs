@@ -91,11 +91,21 @@ impl Lesson {
             }
             // +x is -(-x): an error for all but numbers, and an int for a bool.
             Token::Plus if self.place == Place::Operand => Some("- -".to_owned()),
+            Token::Ident("is") if self.place == Place::Filtered && self.limits.in_test => {
+                return fault("You cannot chain multiple tests with is");
+            }
+            // The dot belongs to the filter's name: there is none of such a name.
+            Token::Dot if self.place == Place::Filtered => Some("_".to_owned()),
             Token::String(_) => source.get(range.clone()).map(python_literal).transpose()?,
             _ => None,
         };
         if let Some(replacement) = replacement {
             self.changes.push((range.clone(), replacement));
+        }
+        match token {
+            Token::Ident("is") => self.limits.in_test = true,
+            Token::Pipe => self.limits.in_test = false,
+            _ => {}
         }
         self.see_tuple(token, range);
         self.place = Place::after(token, &self.place);
@@ -133,18 +143,18 @@ impl Lesson {
                     is_loop: true,
                 });
             }
-            Token::Ident("if" | "recursive") if self.brackets.is_empty() => {
-                if self.bare.is_some_and(|bare| bare.is_loop) {
-                    self.close_bare(range.start);
-                }
+            Token::Ident("if" | "recursive")
+                if self.brackets.is_empty() && self.bare.is_some_and(|bare| bare.is_loop) =>
+            {
+                self.close_bare(range.start);
             }
             Token::VariableEnd | Token::BlockEnd => {
                 self.close_bare(range.start);
                 self.limits.in_for = false;
             }
             Token::ParenOpen | Token::BraceOpen | Token::BracketOpen => {
-                let subscript =
-                    matches!(token, Token::BracketOpen) && self.place == Place::Operator;
+                let subscript = matches!(token, Token::BracketOpen)
+                    && matches!(self.place, Place::Operator | Place::Filtered);
                 self.brackets.push(Bracket {
                     subscript,
                     start: range.end,
@@ -191,6 +201,9 @@ enum Place {
     Operator,
     /// An attribute's name.
     Name,
+    /// A filter's or a test's name; what follows it.
+    Filter,
+    Filtered,
 }
 
 impl Place {
@@ -199,11 +212,13 @@ impl Place {
             Token::BlockStart => Place::Tag,
             // A name behind a dot is no word of the language.
             Token::Ident(_) if *before == Place::Name => Place::Operator,
+            Token::Ident("not") if *before == Place::Filter => Place::Filter,
+            Token::Ident(_) if *before == Place::Filter => Place::Filtered,
+            Token::Pipe | Token::Ident("is") => Place::Filter,
+            Token::Dot if *before == Place::Filtered => Place::Filter,
             Token::Dot => Place::Name,
             Token::TemplateData(_) | Token::BlockEnd | Token::VariableEnd => Place::Text,
-            Token::Ident("if" | "elif" | "else" | "in" | "and" | "or" | "not" | "is") => {
-                Place::Operand
-            }
+            Token::Ident("if" | "elif" | "else" | "in" | "and" | "or" | "not") => Place::Operand,
             Token::Ident(_)
             | Token::Str(_)
             | Token::String(_)
@@ -305,6 +320,8 @@ struct Limits {
     elifs: usize,
     /// Between a loop's `for` and its `in`.
     in_for: bool,
+    /// The name before was a test's, not a filter's.
+    in_test: bool,
 }
 
 impl Limits {

@@ -215,3 +215,17 @@ pub(super) fn words_from_end(text: &str, limit: usize) -> Vec<&str> {
 pub(super) fn by_name(name: &str) -> Option<char> {
     unicode_names2::character(name)
 }
+
+/// str.casefold(): what upper case makes of a character, in lower case.
+pub(super) fn casefold(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            'ı' => out.push(c),
+            'ẞ' => out.push_str("ss"),
+            _ if c.is_ascii() => out.push(c.to_ascii_lowercase()),
+            _ => out.extend(c.to_uppercase().flat_map(char::to_lowercase)),
+        }
+    }
+    out
+}

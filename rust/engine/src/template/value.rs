@@ -46,6 +46,10 @@ pub(super) struct Budget {
     bytes: u64,
     /// The origin of text that is made of data, or of who knows what; None where nobody asks.
     unsure: Origin,
+    /// The render's namespaces: values hold their numbers, for references would make cycles.
+    pub namespaces: Vec<Vec<(Arc<str>, Value)>>,
+    /// Namespaces that are being printed.
+    printing: Vec<usize>,
 }
 
 impl Budget {
@@ -55,6 +59,8 @@ impl Budget {
             steps: BASE_STEPS + extra,
             bytes: BASE_BYTES + extra,
             unsure: None,
+            namespaces: Vec::new(),
+            printing: Vec::new(),
         }
     }
 
@@ -286,6 +292,8 @@ impl LoopState {
 /// A macro, or the body of a call block, with the scope it was defined in.
 #[derive(Debug)]
 pub(super) struct Closure {
+    /// None for the body of a call block.
+    pub name: Option<Arc<str>>,
     pub id: usize,
     pub scope: usize,
 }
@@ -386,6 +394,16 @@ impl From<&str> for Value {
     fn from(text: &str) -> Value {
         Value::Str(Str::from(text))
     }
+}
+
+/// Are all keys text, and no two alike? For few.
+fn differ(pairs: &[(Value, Value)]) -> bool {
+    let texts = |i: usize| match &pairs[i].0 {
+        Value::Str(s) => Some(&*s.text),
+        _ => None,
+    };
+    (0..pairs.len())
+        .all(|i| texts(i).is_some_and(|text| (0..i).all(|other| texts(other) != Some(text))))
 }
 
 fn depth_of<'a>(values: impl Iterator<Item = &'a Value>) -> Res<u16> {
@@ -508,6 +526,13 @@ impl Value {
     pub fn dict(pairs: Vec<(Value, Value)>, budget: &mut Budget) -> Res<Value> {
         budget.bytes(pairs.len() * 2 * size_of::<Value>())?;
         let depth = depth_of(pairs.iter().map(|(_, v)| v))?;
+        if pairs.len() <= SCAN && differ(&pairs) {
+            return Ok(Value::Dict(Arc::new(Dict {
+                entries: pairs,
+                index: None,
+                depth,
+            })));
+        }
         let mut entries: Vec<(Value, Value)> = Vec::with_capacity(pairs.len());
         let mut index: HashMap<Key, usize> = HashMap::with_capacity(pairs.len());
         for (key, value) in pairs {
@@ -682,7 +707,14 @@ impl Value {
                 budget.bytes(s.text.len() * size_of::<Value>())?;
                 s.text
                     .char_indices()
-                    .map(|(i, c)| Value::Str(s.part(i..i + c.len_utf8())))
+                    .map(|(i, c)| {
+                        let one = s.part(i..i + c.len_utf8());
+                        // Walking over a safe text gives plain characters.
+                        Value::Str(Str {
+                            markup: false,
+                            ..one
+                        })
+                    })
                     .collect()
             }
             Value::List(s) | Value::Tuple(s) => s.items.clone(),
@@ -881,10 +913,40 @@ impl Value {
                 let len = turn.len.unwrap_or(turn.index + 1);
                 out.push_str(&format!("<LoopContext {}/{len}>", turn.index + 1));
             }
+            Value::Namespace(id) => return write_namespace(*id, out, budget),
+            Value::Macro(closure) => match &closure.name {
+                Some(name) => out.push_str(&format!("<Macro '{name}'>")),
+                None => out.push_str("<Macro anonymous>"),
+            },
             other => out.push_str(&format!("<{} object>", other.type_name())),
         }
         Ok(())
     }
+}
+
+fn write_namespace(id: usize, out: &mut String, budget: &mut Budget) -> Res<()> {
+    if budget.printing.contains(&id) {
+        out.push_str("<Namespace {...}>");
+        return Ok(());
+    }
+    if budget.printing.len() > usize::from(MAX_DEPTH) {
+        return fault("maximum recursion depth exceeded");
+    }
+    budget.printing.push(id);
+    let vars = budget.namespaces.get(id).cloned().unwrap_or_default();
+    budget.bytes(vars.len() * size_of::<Value>())?;
+    out.push_str("<Namespace {");
+    for (i, (name, value)) in vars.iter().enumerate() {
+        if i > 0 {
+            out.push_str(", ");
+        }
+        str_repr(name, out);
+        out.push_str(": ");
+        value.write_repr(out, budget)?;
+    }
+    out.push_str("}>");
+    budget.printing.pop();
+    Ok(())
 }
 
 fn any_equal(items: &[Value], needle: &Value, budget: &mut Budget) -> Res<bool> {

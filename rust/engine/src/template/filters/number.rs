@@ -124,14 +124,30 @@ fn round(value: &Value, args: CallArgs, budget: &mut Budget) -> Res<Value> {
             let text = format!("{f:.*}", precision as usize);
             Ok(Value::Float(text.parse().unwrap_or(f)))
         }
-        ("common", Value::Int(_) | Value::Bool(_)) => {
-            Ok(Value::Int(((f * scale).round_ties_even() / scale) as i128))
-        }
+        ("common", Value::Int(_) | Value::Bool(_)) => Ok(Value::Int(round_int(
+            value.as_int().unwrap_or(0),
+            precision.unsigned_abs(),
+        ))),
         ("common", _) => Ok(Value::Float((f * scale).round_ties_even() / scale)),
         ("ceil", _) => Ok(Value::Float((f * scale).ceil() / scale)),
         ("floor", _) => Ok(Value::Float((f * scale).floor() / scale)),
         _ => fault("method must be common, ceil or floor"),
     }
+}
+
+/// An integer rounded to so many zeros, halves to even.
+fn round_int(i: i128, zeros: u32) -> i128 {
+    let Some(unit) = 10i128.checked_pow(zeros) else {
+        return 0;
+    };
+    let rest = i.rem_euclid(unit);
+    let down = i.saturating_sub(rest);
+    let up = match (rest.saturating_mul(2)).cmp(&unit) {
+        std::cmp::Ordering::Less => false,
+        std::cmp::Ordering::Greater => true,
+        std::cmp::Ordering::Equal => (down / unit) % 2 != 0,
+    };
+    if up { down.saturating_add(unit) } else { down }
 }
 
 fn file_size(bytes: f64, binary: bool) -> String {

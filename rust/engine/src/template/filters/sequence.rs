@@ -26,6 +26,9 @@ pub(super) fn filter(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs
             if let Value::Iter(i) = &value {
                 return fault(format!("'{}' object is not reversible", i.type_name));
             }
+            if let (Value::Dict(_), "random") = (&value, name) {
+                return fault("a dict has no items by number to choose among");
+            }
             let mut items = run.items(&value)?;
             let last = match name {
                 "random" if !items.is_empty() => Some(items.swap_remove(any_index(items.len()))),
@@ -116,25 +119,27 @@ fn join(run: &mut Run<'_>, value: &Value, args: CallArgs) -> Res<Value> {
     let [separator, attribute] = args.bind("join", ["d", "attribute"])?;
     let separator = separator.unwrap_or_else(|| Value::from(""));
     let separator = separator.to_str(&mut run.budget)?;
-    let mut out = Text::default();
-    let escaping = run.autoescape;
-    let mut piece = |s: &Str, budget: &mut Budget| -> Res<()> {
-        budget.bytes(s.text.len())?;
-        match escaping && !s.markup {
-            true => out.made(&html_escape(&s.text), &s.origin),
-            false => out.str(s),
-        }
-        Ok(())
-    };
-    for (i, item) in run.items(value)?.iter().enumerate() {
-        if i > 0 {
-            piece(&separator, &mut run.budget)?;
-        }
-        let item = by_attribute(run, item, attribute.as_ref(), None)?;
-        let item = item.to_str(&mut run.budget)?;
-        piece(&item, &mut run.budget)?;
+    let mut texts = Vec::new();
+    for item in run.items(value)? {
+        let item = by_attribute(run, &item, attribute.as_ref(), None)?;
+        let text = item.to_str(&mut run.budget)?;
+        run.budget
+            .bytes(separator.text.len() + text.text.len() + size_of::<Str>())?;
+        texts.push(text);
     }
-    Ok(Value::Str(out.finish(escaping)))
+    let markup = run.autoescape && (separator.markup || texts.iter().any(|text| text.markup));
+    let mut out = Text::default();
+    let mut piece = |s: &Str| match markup && !s.markup {
+        true => out.made(&html_escape(&s.text), &s.origin),
+        false => out.str(s),
+    };
+    for (i, text) in texts.iter().enumerate() {
+        if i > 0 {
+            piece(&separator);
+        }
+        piece(text);
+    }
+    Ok(Value::Str(out.finish(markup)))
 }
 
 /// What a generator does with each item.

@@ -9,6 +9,16 @@ use super::super::value::{Budget, Res, Value, fault, html_escape};
 
 pub(super) fn filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Value> {
     let budget = &mut run.budget;
+    match (name, value) {
+        ("indent" | "wordwrap", Value::Undefined(missing)) => return missing.fault(),
+        ("indent" | "wordwrap", Value::Str(_)) | ("truncate", Value::Str(_)) => {}
+        ("indent" | "wordwrap", other) => {
+            let owner = other.type_name();
+            return fault(format!("'{owner}' object has no attribute 'splitlines'"));
+        }
+        ("truncate", other) => return truncate_other(other, args, budget),
+        _ => {}
+    }
     let s = value.to_str(budget)?;
     budget.bytes(s.text.len())?;
     let same = |text: String| Ok(Value::Str(s.made_into(text)));
@@ -135,6 +145,17 @@ fn indent(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     Ok(Value::Str(out.finish(s.markup)))
 }
 
+/// What has a length that is short enough stays; anything else cannot be cut.
+fn truncate_other(value: &Value, args: CallArgs, budget: &mut Budget) -> Res<Value> {
+    let len = value.len(budget)?;
+    let [length, _, _, leeway] = args.bind("truncate", ["length", "killwords", "end", "leeway"])?;
+    let size = |v: Option<Value>, default: i128| v.and_then(|v| v.as_int()).unwrap_or(default);
+    match len as i128 <= size(length, 255).saturating_add(size(leeway, 5)) {
+        true => Ok(value.clone()),
+        false => fault(format!("'{}' cannot be cut", value.type_name())),
+    }
+}
+
 fn truncate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
     let [length, kill, end, leeway] =
         args.bind("truncate", ["length", "killwords", "end", "leeway"])?;
@@ -168,42 +189,132 @@ fn truncate(s: &Str, args: CallArgs, budget: &mut Budget) -> Res<Value> {
 }
 
 fn word_wrap(t: &str, args: CallArgs, budget: &mut Budget) -> Res<String> {
-    let [width, break_long, with, _] = args.bind(
-        "wordwrap",
-        [
-            "width",
-            "break_long_words",
-            "wrapstring",
-            "break_on_hyphens",
-        ],
-    )?;
-    let width = width
-        .and_then(|w| w.as_int())
-        .and_then(|w| usize::try_from(w).ok())
-        .unwrap_or(79)
-        .max(1);
-    let break_long = break_long.is_none_or(|b| b.truth());
+    let names = [
+        "width",
+        "break_long_words",
+        "wrapstring",
+        "break_on_hyphens",
+    ];
+    let [width, break_long, with, hyphens] = args.bind("wordwrap", names)?;
+    let width = match width.map(|w| w.as_int()) {
+        None => 79,
+        Some(Some(width)) if width > 0 => usize::try_from(width).unwrap_or(usize::MAX),
+        _ => return fault("invalid width (must be > 0)"),
+    };
+    let truth = |flag: Option<Value>| flag.is_none_or(|f| f.truth());
+    let (break_long, hyphens) = (truth(break_long), truth(hyphens));
     let with = with.unwrap_or_else(|| Value::from("\n")).to_text(budget)?;
+    let with = if with.is_empty() { "\n" } else { &*with };
+    let mut paragraphs = Vec::new();
+    for line in text::lines(t, false) {
+        budget.bytes(8 * line.len())?;
+        let lines = wrap(line, width, break_long, hyphens);
+        budget.bytes(lines.len() * (with.len() + width.min(line.len())))?;
+        paragraphs.push(lines.join(with));
+    }
+    Ok(paragraphs.join(with))
+}
+
+/// Python's textwrap.wrap of one line.
+fn wrap(line: &str, width: usize, break_long: bool, hyphens: bool) -> Vec<String> {
+    let chars: Vec<char> = line.chars().collect();
+    let mut chunks: Vec<&[char]> = wrap_chunks(&chars, hyphens);
+    chunks.reverse();
+    let blank = |chunk: &[char]| chunk.iter().all(|c| text::is_space(*c));
     let mut lines: Vec<String> = Vec::new();
-    for paragraph in text::lines(t, false) {
-        let mut line = String::new();
-        for word in paragraph.split(' ') {
-            let (held, needed) = (line.chars().count(), word.chars().count());
-            if !line.is_empty() && held + 1 + needed > width {
-                lines.push(std::mem::take(&mut line));
-            } else if !line.is_empty() {
-                line.push(' ');
-            }
-            line.push_str(word);
-            while break_long && line.chars().count() > width {
-                let rest: String = line.chars().skip(width).collect();
-                lines.push(line.chars().take(width).collect());
-                budget.bytes(line.len())?;
-                line = rest;
+    while let Some(next) = chunks.last() {
+        if blank(next) && !lines.is_empty() {
+            chunks.pop();
+        }
+        let mut current: Vec<&[char]> = Vec::new();
+        let mut length = 0;
+        while let Some(chunk) = chunks.pop_if(|chunk| length + chunk.len() <= width) {
+            length += chunk.len();
+            current.push(chunk);
+        }
+        if let Some(long) = chunks.pop_if(|chunk| chunk.len() > width) {
+            if break_long {
+                let (head, tail) = long.split_at(break_at(long, width - length, hyphens));
+                current.push(head);
+                chunks.push(tail);
+            } else if current.is_empty() {
+                current.push(long);
+            } else {
+                chunks.push(long);
             }
         }
-        lines.push(line);
+        if current.last().is_some_and(|chunk| blank(chunk)) {
+            current.pop();
+        }
+        if !current.is_empty() {
+            lines.push(current.concat().into_iter().collect());
+        }
     }
-    budget.bytes(t.len() + lines.len().saturating_mul(with.len()))?;
-    Ok(lines.join(&with))
+    lines
+}
+
+/// Where a word that is too long is cut: behind a hyphen, if one is there.
+fn break_at(word: &[char], room: usize, hyphens: bool) -> usize {
+    let found = word[..room]
+        .iter()
+        .rposition(|c| *c == '-')
+        .filter(|_| hyphens);
+    match found {
+        Some(at) if at > 0 && word[..at].iter().any(|c| *c != '-') => at + 1,
+        _ => room,
+    }
+}
+
+/// White space, words, parts of words that end with a hyphen, dashes between words.
+fn wrap_chunks(chars: &[char], hyphens: bool) -> Vec<&[char]> {
+    let is_space = |c: char| matches!(c, '\t'..='\r' | ' ');
+    let mut chunks = Vec::new();
+    let mut start = 0;
+    while start < chars.len() {
+        let run = |wanted: bool| {
+            let same = chars[start..]
+                .iter()
+                .take_while(|c| is_space(**c) == wanted);
+            start + same.count()
+        };
+        let end = match is_space(chars[start]) {
+            true => run(true),
+            false if hyphens => word_end(chars, start, is_space),
+            false => run(false),
+        };
+        chunks.push(&chars[start..end]);
+        start = end;
+    }
+    chunks
+}
+
+/// The end of the word, part of a word or dash that begins here.
+fn word_end(chars: &[char], start: usize, is_space: impl Fn(char) -> bool) -> usize {
+    let at = |i: usize| chars.get(i).copied();
+    let word = |c: Option<char>| c.is_some_and(|c| c == '_' || c.is_alphanumeric());
+    let letter = |c: Option<char>| word(c) && c.is_none_or(|c| text::decimal(c).is_none());
+    let before_dash = |c: char| word(Some(c)) || "!\"'&.,?".contains(c);
+    // Two hyphens or more between a word before and one after.
+    let dash = |i: usize| -> Option<usize> {
+        let count = chars[i..].iter().take_while(|c| **c == '-').count();
+        let between = i > 0 && before_dash(chars[i - 1]) && word(at(i + count));
+        (count >= 2 && between).then_some(i + count)
+    };
+    if let Some(end) = dash(start) {
+        return end;
+    }
+    for (end, c) in chars.iter().enumerate().skip(start + 1) {
+        if is_space(*c) || dash(end).is_some() {
+            return end;
+        }
+        let back = |n: usize| end.checked_sub(n).and_then(at);
+        let behind =
+            letter(back(1)) && (letter(back(2)) || back(2) == Some('-') && letter(back(3)));
+        let ahead = letter(at(end + 1))
+            && (letter(at(end + 2)) || at(end + 2) == Some('-') && letter(at(end + 3)));
+        if *c == '-' && behind && ahead {
+            return end + 1;
+        }
+    }
+    chars.len()
 }

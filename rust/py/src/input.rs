@@ -1,0 +1,196 @@
+//! Python values straight to template values: no JSON in between, tuples and integer keys kept.
+
+use std::cell::Cell;
+
+use hfcore_engine::template::{Input, Inputs};
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
+
+use crate::convert::{
+    MAX_BYTES, MAX_DEPTH, Place, Step, VALUE_BYTES, is_list_like, refused, to_text, too_deep,
+    type_name,
+};
+use crate::error::{invalid, to_py};
+
+/// Keys that are remembered: messages have the same few.
+const KEYS: usize = 32;
+
+/// Reads what one render is given.
+#[derive(Default)]
+pub struct Reader<'py> {
+    inputs: Inputs,
+    keys: Vec<(Bound<'py, PyString>, Input)>,
+}
+
+impl<'py> Reader<'py> {
+    /// What was read so far, about as bytes of text.
+    pub fn bytes(&self) -> usize {
+        self.inputs.bytes()
+    }
+
+    /// An argument of this name.
+    pub fn read(&mut self, object: &Bound<'py, PyAny>, name: &str) -> PyResult<Input> {
+        let left = Cell::new(MAX_BYTES);
+        let place = Place::template(name).counted(&left);
+        self.value(object, &place)
+    }
+
+    /// Keyword arguments.
+    pub fn variables(&mut self, given: &Bound<'py, PyDict>) -> PyResult<Vec<(String, Input)>> {
+        let left = Cell::new(MAX_BYTES);
+        let place = Place::template("variables").counted(&left);
+        let mut variables = Vec::with_capacity(given.len());
+        for (name, value) in given.iter() {
+            let name = to_text(name.cast::<PyString>()?, &place)?;
+            let value = self.value(&value, &place.down(Step::Key(&name)))?;
+            variables.push((name, value));
+        }
+        Ok(variables)
+    }
+
+    fn value(&mut self, object: &Bound<'py, PyAny>, place: &Place<'_>) -> PyResult<Input> {
+        if place.depth > MAX_DEPTH {
+            return Err(too_deep(object, place));
+        }
+        place.spend(object, VALUE_BYTES)?;
+        if let Ok(text) = object.cast::<PyString>() {
+            self.text(text, place)
+        } else if let Ok(dict) = object.cast::<PyDict>() {
+            self.dict(dict, place)
+        } else if let Ok(list) = object.cast::<PyList>() {
+            let mut items = Vec::with_capacity(list.len());
+            for (i, item) in list.iter().enumerate() {
+                items.push(self.value(&item, &place.down(Step::Index(i)))?);
+            }
+            self.made(object, |inputs| inputs.list(items))
+        } else if object.is_none() {
+            Ok(self.inputs.none())
+        } else if let Ok(flag) = object.cast::<PyBool>() {
+            Ok(self.inputs.bool(flag.is_true()))
+        } else if object.is_instance_of::<PyInt>() {
+            self.integer(object, place)
+        } else if object.is_instance_of::<PyFloat>() {
+            self.float(object, place)
+        } else {
+            self.other(object, place)
+        }
+    }
+
+    /// What is not as common, or only like one of the common types.
+    fn other(&mut self, object: &Bound<'py, PyAny>, place: &Place<'_>) -> PyResult<Input> {
+        if let Ok(map) = object.cast::<PyMapping>() {
+            let pairs = map.items()?;
+            let mut entries = Vec::with_capacity(pairs.len());
+            for pair in pairs.iter() {
+                let (key, value) = pair.extract()?;
+                entries.push(self.entry(&key, &value, place)?);
+            }
+            self.made(object, |inputs| inputs.dict(entries))
+        } else if is_list_like(object) {
+            let mut items = Vec::new();
+            for (i, item) in object.try_iter()?.enumerate() {
+                items.push(self.value(&item?, &place.down(Step::Index(i)))?);
+            }
+            self.made(object, |inputs| match object.is_instance_of::<PyTuple>() {
+                true => inputs.tuple(items),
+                false => inputs.list(items),
+            })
+        } else if object.hasattr("__index__")? {
+            self.integer(object, place) // numpy's integers
+        } else if object.hasattr("__float__")? {
+            self.float(object, place) // numpy's floats, Decimal
+        } else if object.hasattr("model_dump")? {
+            let plain = object.call_method0("model_dump")?;
+            self.value(&plain, &place.down(Step::Key("model_dump()")))
+        } else {
+            Err(refused(
+                object,
+                place,
+                "None, bool, int, float, str, a sequence or a mapping",
+            ))
+        }
+    }
+
+    fn dict(&mut self, dict: &Bound<'py, PyDict>, place: &Place<'_>) -> PyResult<Input> {
+        let mut entries = Vec::with_capacity(dict.len());
+        for (key, value) in dict.iter() {
+            entries.push(self.entry(&key, &value, place)?);
+        }
+        self.made(dict.as_any(), |inputs| inputs.dict(entries))
+    }
+
+    fn entry(
+        &mut self,
+        key: &Bound<'py, PyAny>,
+        value: &Bound<'py, PyAny>,
+        place: &Place<'_>,
+    ) -> PyResult<(Input, Input)> {
+        let Ok(text) = key.cast::<PyString>() else {
+            if key.is_instance_of::<PyInt>() && !key.is_instance_of::<PyBool>() {
+                let value = self.value(value, &place.down(Step::Key(&key.str()?.to_cow()?)))?;
+                return Ok((self.integer(key, place)?, value));
+            }
+            let problem = format!("keys of {place} must be str, got {}", type_name(key));
+            return Err(invalid(key.py(), problem));
+        };
+        let known = self.keys.iter().find(|(known, _)| known.is(text));
+        let key = match known.map(|(_, key)| key.clone()) {
+            Some(key) => key,
+            None => {
+                let key = self.text(text, place)?;
+                if self.keys.len() < KEYS {
+                    self.keys.push((text.clone(), key.clone()));
+                }
+                key
+            }
+        };
+        let name = text.to_cow().unwrap_or_default();
+        let value = self.value(value, &place.down(Step::Key(&name)))?;
+        Ok((key, value))
+    }
+
+    fn text(&mut self, text: &Bound<'py, PyString>, place: &Place<'_>) -> PyResult<Input> {
+        let Ok(utf8) = text.to_str() else {
+            // Says what is wrong with it.
+            return to_text(text, place).map(|text| self.inputs.text(text));
+        };
+        place.spend(text.as_any(), utf8.len())?;
+        Ok(self.inputs.text(utf8))
+    }
+
+    fn integer(&mut self, object: &Bound<'py, PyAny>, place: &Place<'_>) -> PyResult<Input> {
+        if let Ok(number) = object.extract::<i64>() {
+            return Ok(self.inputs.int(number.into()));
+        }
+        // Python itself refuses to write out more than some thousand digits.
+        let Ok(digits) = object.call_method0("__index__").and_then(|i| i.str()) else {
+            let problem =
+                format!("{place} must be an int of at most 4300 digits, got a larger one");
+            return Err(invalid(object.py(), problem));
+        };
+        let digits = digits.to_cow()?;
+        self.made(object, |inputs| inputs.integer(&digits))
+    }
+
+    fn float(&mut self, object: &Bound<'py, PyAny>, place: &Place<'_>) -> PyResult<Input> {
+        let number = object.extract::<f64>()?;
+        if !number.is_finite() {
+            let shown = if number.is_nan() {
+                "NaN".to_owned()
+            } else {
+                number.to_string()
+            };
+            let problem = format!("{place} must be finite, got {shown}");
+            return Err(invalid(object.py(), problem));
+        }
+        Ok(self.inputs.float(number))
+    }
+
+    fn made(
+        &mut self,
+        object: &Bound<'py, PyAny>,
+        make: impl FnOnce(&mut Inputs) -> hfcore_engine::error::Result<Input>,
+    ) -> PyResult<Input> {
+        make(&mut self.inputs).map_err(|error| to_py(object.py(), error))
+    }
+}
