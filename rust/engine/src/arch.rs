@@ -66,6 +66,8 @@ struct Family {
     experts: Option<bool>,
     /// Each head has a score that takes weight and gives nothing (gpt-oss).
     sinks: bool,
+    /// Where YaRN begins and ends is rounded, which GGUF files do not say.
+    rounded_yarn: bool,
     tied: bool,
     /// transformers' name of the list of layers.
     hf_layers: &'static str,
@@ -81,7 +83,6 @@ const LLAMA: Family = Family {
         "mistral",
         "ministral",
         "ministral3",
-        "seed_oss",
         "cwm",
         "internlm3",
     ],
@@ -107,6 +108,7 @@ const LLAMA: Family = Family {
     wide_queries: None,
     experts: None,
     sinks: false,
+    rounded_yarn: true,
     tied: false,
     hf_layers: "model.layers",
     hf_names: &[],
@@ -333,6 +335,12 @@ const FAMILIES: &[Family] = &[
         ..STARCODER2
     },
     Family {
+        gguf: Some("seed_oss"),
+        hf: &["seed_oss"],
+        gguf_pairing: Pairing::Halves,
+        ..LLAMA
+    },
+    Family {
         gguf: Some("arcee"),
         hf: &["arcee"],
         activation: Activation::ReluSquared,
@@ -399,6 +407,7 @@ const FAMILIES: &[Family] = &[
         window_interval: Some(2),
         experts: Some(true),
         sinks: true,
+        rounded_yarn: false,
         hf_names: &[("ffn_gate_inp", "mlp.router")],
         ..LLAMA
     },
@@ -724,7 +733,7 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
         .min(2 * MAX_WIDTH);
     let base = w.get_f32(&key("rope.freq_base"))?.unwrap_or(10000.0);
     let mut global = Rope::new(base_frequencies(base, dim));
-    gguf_scale(w, name, &scaling, base, &mut global)?;
+    gguf_scale(w, family, &scaling, base, &mut global)?;
     let mut ropes = vec![global];
     if let Some(of) = family.local_rope {
         let own = w.get_f32(&key("rope.freq_base_swa"))?.or(of);
@@ -944,11 +953,12 @@ fn gguf_scaling(w: &Weights, name: &str) -> Result<GgufScaling> {
 
 fn gguf_scale(
     w: &Weights,
-    name: &str,
+    family: &Family,
     scaling: &GgufScaling,
     base: f32,
     rope: &mut Rope,
 ) -> Result<()> {
+    let name = family.name();
     let factors = |tensor: &str| -> Result<Option<Vec<f32>>> {
         let Some(t) = w.tensor(tensor) else {
             return Ok(None);
@@ -999,7 +1009,7 @@ fn gguf_scale(
                 original: scaling.original_context.unwrap_or(context) as f32,
                 fast: beta("yarn_beta_fast")?.unwrap_or(32.0),
                 slow: beta("yarn_beta_slow")?.unwrap_or(1.0),
-                truncate: true,
+                truncate: family.rounded_yarn,
             };
             yarn.scale(base, &mut rope.frequencies);
             let own = scaling.attention_factor.unwrap_or(1.0);
