@@ -14,9 +14,6 @@ DEVICE = os.environ.get("HFCORE_CASE_DEVICE", "cpu")
 
 SKIP = {
     "bert": "embeddings are not read yet",
-    "gemma2": "not a family of this version",
-    "mixtral": "not a family of this version",
-    "qwen3_moe": "not a family of this version",
     **dict.fromkeys(
         ("awq_g32", "bnb_int8", "bnb_nf4_dq", "ct_fp8_channel", "ct_w4a16_g32", "gptq_g32_sym"),
         "quantised safetensors are not read yet",

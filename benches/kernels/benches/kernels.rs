@@ -154,6 +154,7 @@ fn attention_of(c: &mut Criterion, kind: KvType, heads: usize, kv_heads: usize, 
                 pages: &pages,
                 q: &all[..rows * width],
                 width,
+                sinks: None,
             };
             let mut plan = AttentionPlan::default();
             let mut out = vec![0.0; rows * heads * head_dim];

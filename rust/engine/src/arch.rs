@@ -1,10 +1,23 @@
 //! A model family as data: sizes, norms, rotary positions, biases, tensor names. No tensors, no branch on names elsewhere.
 
-use hfcore_kernels::elementwise::{Activation, Pairing};
+use hfcore_kernels::elementwise::{Activation, Pairing, SWISH_ALPHA, SWISH_LIMIT};
 use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
-use crate::weights::Weights;
+use crate::weights::{Value, Weights, nearest};
+
+/// Where a layer's norms stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Block {
+    /// Before attention and before the feed-forward (llama).
+    Before,
+    /// After each of them, before it is added (olmo 2).
+    After,
+    /// Before and after (gemma 2).
+    Around,
+    /// One before both, which read the same and are added together (command-r).
+    Parallel,
+}
 
 /// What tells one family of models from another, where their files do not say it themselves.
 struct Family {
@@ -12,87 +25,425 @@ struct Family {
     gguf: Option<&'static str>,
     /// `model_type` values of `config.json`.
     hf: &'static [&'static str],
-    /// How GGUF files pair the numbers of a head. Converters permute llama's; transformers always pairs halves.
+    /// How GGUF files pair the numbers of a head. Converters permute llama's; transformers mostly pairs halves.
     gguf_pairing: Pairing,
+    hf_pairing: Pairing,
     activation: Activation,
+    /// The feed-forward has a gate beside its inputs.
+    gated: bool,
+    block: Block,
+    /// Norms take the mean off, and may have biases.
+    layer_norm: bool,
     /// Queries, keys and values always have biases.
     qkv_bias: bool,
-    /// RMS norms over each query and key head.
+    /// Norms over the query and key heads.
     qk_norm: bool,
-    /// Norms after attention and feed-forward too (gemma).
-    post_norms: bool,
+    /// These norms see all heads of a row as one vector.
+    qk_together: bool,
     /// transformers stores norm weights less one (gemma); GGUF files have the one added.
     hf_norm_offset: f32,
     /// Embeddings are multiplied by the square root of the width.
     scaled_embedding: bool,
-    /// One tensor each for q, k, v and for gate, up (phi3).
-    fused: bool,
+    /// GGUF's logit scale divides (granite).
+    divided_logits: bool,
+    /// Tokens' positions are a table (gpt2), not angles.
+    learned_positions: bool,
+    /// transformers stores matrices as `[inputs, outputs]` (gpt2).
+    hf_transposed: bool,
+    /// Part of a head that turns, where the file does not say.
+    partial_rotary: f32,
     /// Every n-th layer has no positions (smollm3), where the file does not list them.
     nope_interval: Option<usize>,
-    /// Every n-th layer sees everything, the others a window; a second rope base for those (gemma3).
+    /// Layers that see everything have no positions, if others have a window (command-r 7B).
+    global_nope: bool,
+    /// Every n-th layer sees everything, the others a window.
     window_interval: Option<usize>,
+    /// Layers with a window have a rope of their own, of this base where the file does not say, or of the other's.
+    local_rope: Option<Option<f32>>,
+    /// Models with so many layers scale scores by hidden size / heads, which GGUF files do not say (gemma 27B).
+    wide_queries: Option<usize>,
+    /// Feed-forwards of which a router chooses some; their shares are made to add up to one.
+    experts: Option<bool>,
+    /// Each head has a score that takes weight and gives nothing (gpt-oss).
+    sinks: bool,
+    /// Where YaRN begins and ends is rounded, which GGUF files do not say.
+    rounded_yarn: bool,
     tied: bool,
+    /// transformers' name of the list of layers.
+    hf_layers: &'static str,
+    /// transformers' tensor names, by GGUF's, where they are not llama's: see `HF_NAMES`.
+    hf_names: &'static [(&'static str, &'static str)],
 }
 
 /// Most families differ from llama in a field or two.
 const LLAMA: Family = Family {
     gguf: Some("llama"),
-    hf: &["llama", "mistral"],
+    hf: &[
+        "llama",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "cwm",
+        "internlm3",
+    ],
     gguf_pairing: Pairing::Neighbours,
+    hf_pairing: Pairing::Halves,
     activation: Activation::Silu,
+    gated: true,
+    block: Block::Before,
+    layer_norm: false,
     qkv_bias: false,
     qk_norm: false,
-    post_norms: false,
+    qk_together: false,
     hf_norm_offset: 0.0,
     scaled_embedding: false,
-    fused: false,
+    divided_logits: false,
+    learned_positions: false,
+    hf_transposed: false,
+    partial_rotary: 1.0,
     nope_interval: None,
+    global_nope: false,
     window_interval: None,
+    local_rope: None,
+    wide_queries: None,
+    experts: None,
+    sinks: false,
+    rounded_yarn: true,
     tied: false,
+    hf_layers: "model.layers",
+    hf_names: &[],
+};
+
+const GEMMA: Family = Family {
+    gguf: Some("gemma"),
+    hf: &["gemma"],
+    gguf_pairing: Pairing::Halves,
+    activation: Activation::GeluTanh,
+    hf_norm_offset: 1.0,
+    scaled_embedding: true,
+    tied: true,
+    ..LLAMA
+};
+
+const GEMMA2: Family = Family {
+    gguf: Some("gemma2"),
+    hf: &["gemma2"],
+    block: Block::Around,
+    window_interval: Some(2),
+    wide_queries: Some(46),
+    hf_names: &[("ffn_norm", "pre_feedforward_layernorm")],
+    ..GEMMA
+};
+
+const GRANITE: Family = Family {
+    gguf: Some("granite"),
+    hf: &["granite"],
+    divided_logits: true,
+    ..LLAMA
+};
+
+const GRANITE_MOE: Family = Family {
+    gguf: Some("granitemoe"),
+    hf: &["granitemoe", "granitemoeshared"],
+    experts: Some(true),
+    hf_names: &[
+        ("ffn_gate_inp", "block_sparse_moe.router.layer"),
+        ("ffn_gate_up_exps", "block_sparse_moe.input_linear"),
+        ("ffn_down_exps", "block_sparse_moe.output_linear"),
+        ("ffn_gate_up_shexp", "shared_mlp.input_linear"),
+        ("ffn_down_shexp", "shared_mlp.output_linear"),
+    ],
+    ..GRANITE
+};
+
+const COMMAND_R: Family = Family {
+    gguf: Some("command-r"),
+    hf: &["cohere"],
+    hf_pairing: Pairing::Neighbours,
+    block: Block::Parallel,
+    layer_norm: true,
+    tied: true,
+    ..LLAMA
+};
+
+const OLMO2: Family = Family {
+    gguf: Some("olmo2"),
+    hf: &["olmo2"],
+    gguf_pairing: Pairing::Halves,
+    block: Block::After,
+    qk_norm: true,
+    qk_together: true,
+    ..LLAMA
+};
+
+const STARCODER2: Family = Family {
+    gguf: Some("starcoder2"),
+    hf: &["starcoder2"],
+    gguf_pairing: Pairing::Halves,
+    activation: Activation::GeluTanh,
+    gated: false,
+    layer_norm: true,
+    tied: true,
+    hf_names: &[("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")],
+    ..LLAMA
+};
+
+const GLM4: Family = Family {
+    gguf: Some("glm4"),
+    hf: &["glm4"],
+    hf_pairing: Pairing::Neighbours,
+    block: Block::Around,
+    partial_rotary: 0.5,
+    hf_names: &[
+        ("post_attention_norm", "post_self_attn_layernorm"),
+        ("post_ffw_norm", "post_mlp_layernorm"),
+    ],
+    ..LLAMA
+};
+
+const QWEN3: Family = Family {
+    gguf: Some("qwen3"),
+    hf: &["qwen3"],
+    gguf_pairing: Pairing::Halves,
+    qk_norm: true,
+    ..LLAMA
+};
+
+const QWEN2: Family = Family {
+    gguf: Some("qwen2"),
+    hf: &["qwen2"],
+    gguf_pairing: Pairing::Halves,
+    qkv_bias: true,
+    ..LLAMA
 };
 
 const FAMILIES: &[Family] = &[
     LLAMA,
-    Family {
-        gguf: Some("qwen2"),
-        hf: &["qwen2"],
-        gguf_pairing: Pairing::Halves,
-        qkv_bias: true,
-        ..LLAMA
-    },
-    Family {
-        gguf: Some("qwen3"),
-        hf: &["qwen3"],
-        gguf_pairing: Pairing::Halves,
-        qk_norm: true,
-        ..LLAMA
-    },
+    QWEN2,
+    QWEN3,
     Family {
         gguf: Some("smollm3"),
         hf: &["smollm3"],
         nope_interval: Some(4),
+        tied: true,
         ..LLAMA
     },
+    GEMMA,
+    GEMMA2,
     Family {
         gguf: Some("gemma3"),
         hf: &["gemma3_text"],
-        gguf_pairing: Pairing::Halves,
-        activation: Activation::GeluTanh,
         qk_norm: true,
-        post_norms: true,
-        hf_norm_offset: 1.0,
-        scaled_embedding: true,
         window_interval: Some(6),
-        tied: true,
-        ..LLAMA
+        local_rope: Some(Some(10000.0)),
+        wide_queries: Some(62),
+        ..GEMMA2
+    },
+    Family {
+        gguf: None,
+        hf: &["vaultgemma"],
+        block: Block::Before,
+        ..GEMMA2
     },
     Family {
         gguf: Some("phi3"),
         hf: &["phi3"],
         gguf_pairing: Pairing::Halves,
-        fused: true,
         ..LLAMA
     },
+    Family {
+        gguf: None,
+        hf: &["mixtral"],
+        experts: Some(true),
+        hf_names: &[
+            ("ffn_gate_inp", "block_sparse_moe.gate"),
+            ("ffn_gate.#", "block_sparse_moe.experts.#.w1"),
+            ("ffn_up.#", "block_sparse_moe.experts.#.w3"),
+            ("ffn_down.#", "block_sparse_moe.experts.#.w2"),
+            ("ffn_gate_up_exps", "block_sparse_moe.experts.gate_up_proj!"),
+            ("ffn_down_exps", "block_sparse_moe.experts.down_proj!"),
+        ],
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("qwen2moe"),
+        hf: &["qwen2_moe"],
+        experts: Some(false),
+        ..QWEN2
+    },
+    Family {
+        gguf: Some("qwen3moe"),
+        hf: &["qwen3_moe"],
+        experts: Some(true),
+        ..QWEN3
+    },
+    Family {
+        gguf: Some("olmoe"),
+        hf: &["olmoe"],
+        qk_together: true,
+        experts: Some(false),
+        ..QWEN3
+    },
+    GRANITE,
+    GRANITE_MOE,
+    Family {
+        gguf: None,
+        ..OLMO2
+    },
+    // GGUF files of olmo 3 call it olmo 2 with windows.
+    Family {
+        hf: &["olmo3"],
+        window_interval: Some(4),
+        local_rope: Some(None),
+        ..OLMO2
+    },
+    Family {
+        gguf: Some("stablelm"),
+        hf: &["stablelm"],
+        gguf_pairing: Pairing::Halves,
+        layer_norm: true,
+        partial_rotary: 0.25,
+        hf_names: &[
+            ("attn_q_norm.#", "self_attn.q_layernorm.norms.#"),
+            ("attn_k_norm.#", "self_attn.k_layernorm.norms.#"),
+        ],
+        ..LLAMA
+    },
+    STARCODER2,
+    Family {
+        gguf: Some("phi2"),
+        hf: &["phi"],
+        block: Block::Parallel,
+        partial_rotary: 0.5,
+        tied: false,
+        hf_names: &[
+            ("attn_output", "self_attn.dense"),
+            ("ffn_up", "mlp.fc1"),
+            ("ffn_down", "mlp.fc2"),
+            ("output_norm", "model.final_layernorm"),
+        ],
+        ..STARCODER2
+    },
+    Family {
+        gguf: Some("nemotron"),
+        hf: &["nemotron"],
+        activation: Activation::ReluSquared,
+        hf_norm_offset: 1.0,
+        partial_rotary: 0.5,
+        tied: false,
+        hf_names: &[],
+        ..STARCODER2
+    },
+    Family {
+        gguf: Some("seed_oss"),
+        hf: &["seed_oss"],
+        gguf_pairing: Pairing::Halves,
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("arcee"),
+        hf: &["arcee"],
+        activation: Activation::ReluSquared,
+        gated: false,
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("gpt2"),
+        hf: &["gpt2"],
+        learned_positions: true,
+        hf_transposed: true,
+        hf_layers: "transformer.h",
+        hf_names: &[
+            ("token_embd", "transformer.wte"),
+            ("position_embd", "transformer.wpe"),
+            ("output_norm", "transformer.ln_f"),
+            ("attn_norm", "ln_1"),
+            ("attn_qkv", "attn.c_attn"),
+            ("attn_output", "attn.c_proj"),
+            ("ffn_norm", "ln_2"),
+            ("ffn_up", "mlp.c_fc"),
+            ("ffn_down", "mlp.c_proj"),
+        ],
+        ..STARCODER2
+    },
+    COMMAND_R,
+    Family {
+        gguf: Some("cohere2"),
+        hf: &["cohere2"],
+        window_interval: Some(4),
+        global_nope: true,
+        ..COMMAND_R
+    },
+    GLM4,
+    Family {
+        gguf: None,
+        hf: &["glm"],
+        block: Block::Before,
+        hf_names: &[],
+        ..GLM4
+    },
+    Family {
+        gguf: Some("ernie4_5"),
+        hf: &["ernie4_5", "helium"],
+        hf_pairing: Pairing::Neighbours,
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("exaone4"),
+        hf: &["exaone4"],
+        gguf_pairing: Pairing::Halves,
+        block: Block::After,
+        qk_norm: true,
+        global_nope: true,
+        window_interval: Some(4),
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("gpt-oss"),
+        hf: &["gpt_oss"],
+        gguf_pairing: Pairing::Halves,
+        activation: Activation::ClampedSwish,
+        qkv_bias: true,
+        window_interval: Some(2),
+        experts: Some(true),
+        sinks: true,
+        rounded_yarn: false,
+        hf_names: &[("ffn_gate_inp", "mlp.router")],
+        ..LLAMA
+    },
+];
+
+/// transformers' tensor names, by GGUF's. `#` is a number; a name with `!` is the whole of it, without `.weight`.
+const HF_NAMES: &[(&str, &str)] = &[
+    ("token_embd", "model.embed_tokens"),
+    ("output_norm", "model.norm"),
+    ("output", "lm_head"),
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_qkv", "self_attn.qkv_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_sinks", "self_attn.sinks!"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_gate_up", "mlp.gate_up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("ffn_gate_inp", "mlp.gate"),
+    ("ffn_gate.#", "mlp.experts.#.gate_proj"),
+    ("ffn_up.#", "mlp.experts.#.up_proj"),
+    ("ffn_down.#", "mlp.experts.#.down_proj"),
+    ("ffn_gate_up_exps", "mlp.experts.gate_up_proj!"),
+    ("ffn_down_exps", "mlp.experts.down_proj!"),
+    ("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
 ];
 
 /// Rotary positions of some layers.
@@ -104,6 +455,39 @@ pub struct Rope {
     pub long_frequencies: Option<Vec<f32>>,
     /// Multiplies cosines and sines.
     pub factor: f32,
+    /// Queries grow with their distance from the beginning (ministral 3).
+    pub growth: Option<Growth>,
+}
+
+impl Rope {
+    fn new(frequencies: Vec<f32>) -> Self {
+        Self {
+            frequencies,
+            long_frequencies: None,
+            factor: 1.0,
+            growth: None,
+        }
+    }
+}
+
+/// Queries at position p are multiplied by `1 + beta ln(1 + floor(p / each))`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Growth {
+    pub beta: f32,
+    pub each: f32,
+}
+
+/// Feed-forwards of which a router chooses some for each token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertArch {
+    pub count: usize,
+    /// How many run for a token.
+    pub used: usize,
+    pub intermediate_size: usize,
+    /// One that always runs, beside them.
+    pub shared_size: Option<usize>,
+    /// The chosen ones' shares are made to add up to one.
+    pub normalised: bool,
 }
 
 /// One layer's own traits.
@@ -113,19 +497,26 @@ pub struct LayerArch {
     pub rope: Option<usize>,
     /// How many positions back it sees, its own among them; `None`: all.
     pub window: Option<usize>,
+    /// Its feed-forward is one of `Arch::experts`.
+    pub experts: bool,
 }
 
 /// Where tensor names come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Names {
     Gguf,
-    Transformers,
+    Transformers {
+        layers: &'static str,
+        own: &'static [(&'static str, &'static str)],
+        /// Saved without the head: names lack their first part.
+        bare: bool,
+    },
 }
 
 /// A model's shape, whatever file it came from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arch {
-    /// The family, by its GGUF name.
+    /// The family, by its GGUF name if it has one.
     pub family: &'static str,
     pub vocab_size: usize,
     pub hidden_size: usize,
@@ -139,16 +530,32 @@ pub struct Arch {
     /// Added to norm weights when they are read.
     pub norm_offset: f32,
     pub activation: Activation,
+    /// The feed-forward has a gate beside its inputs.
+    pub gated: bool,
+    pub block: Block,
+    /// Norms take the mean off, and may have biases.
+    pub layer_norm: bool,
     /// Multiplies embeddings.
     pub embedding_scale: f32,
+    /// Multiplies what attention and feed-forward add.
+    pub residual_scale: f32,
+    /// Multiplies logits, before they are capped.
+    pub logit_scale: f32,
     /// Multiplies attention scores.
     pub attention_scale: f32,
     pub attention_softcap: Option<f32>,
     pub logit_softcap: Option<f32>,
     pub qkv_bias: bool,
     pub qk_norm: bool,
-    pub post_norms: bool,
-    pub fused: bool,
+    /// Norms of queries and keys see all heads of a row as one vector.
+    pub qk_together: bool,
+    /// Tokens' positions are a table.
+    pub learned_positions: bool,
+    /// Matrices are stored as `[inputs, outputs]`.
+    pub transposed: bool,
+    /// Each head has a score that takes weight and gives nothing.
+    pub sinks: bool,
+    pub experts: Option<ExpertArch>,
     pub tied: bool,
     pub pairing: Pairing,
     pub ropes: Vec<Rope>,
@@ -183,7 +590,13 @@ impl Arch {
         match (self.names, layer) {
             (Names::Gguf, None) => name.to_string(),
             (Names::Gguf, Some(i)) => format!("blk.{i}.{name}"),
-            (Names::Transformers, layer) => transformers_name(layer, name, self.post_norms),
+            (Names::Transformers { layers, own, bare }, layer) => {
+                let name = transformers_name(layers, own, layer, name);
+                match name.split_once('.') {
+                    Some((_, rest)) if bare => rest.to_string(),
+                    _ => name,
+                }
+            }
         }
     }
 
@@ -224,9 +637,44 @@ impl Arch {
                 self.head_dim
             )));
         }
-        let finite = [self.norm_eps, self.attention_scale, self.embedding_scale];
+        self.check_experts(weights)?;
+        let finite = [
+            self.norm_eps,
+            self.attention_scale,
+            self.embedding_scale,
+            self.residual_scale,
+            self.logit_scale,
+        ];
         if finite.iter().any(|x| !x.is_finite()) || self.norm_eps < 0.0 {
             return Err(weights.problem("norm epsilon and scales must be finite"));
+        }
+        Ok(())
+    }
+
+    /// Experts' tensors are `[experts, inputs, outputs]`, gates and inputs in pairs: transformers' gpt-oss.
+    pub fn turned_experts(&self) -> bool {
+        self.sinks && self.names != Names::Gguf
+    }
+
+    fn check_experts(&self, weights: &Weights) -> Result<()> {
+        let Some(experts) = &self.experts else {
+            return Ok(());
+        };
+        let (count, used) = (experts.count, experts.used);
+        if self.block != Block::Before {
+            return Err(weights.problem("experts without a norm before them"));
+        }
+        if !(1..=4096).contains(&count) || !(1..=count).contains(&used) {
+            return Err(weights.problem(format!(
+                "{used} of {count} experts for each token, wanted 1 to all of at most 4096"
+            )));
+        }
+        for width in [Some(experts.intermediate_size), experts.shared_size] {
+            if let Some(width) = width.filter(|w| !(1..=MAX_WIDTH).contains(w)) {
+                return Err(weights.problem(format!(
+                    "the size of an expert must be between 1 and {MAX_WIDTH}, got {width}"
+                )));
+            }
         }
         Ok(())
     }
@@ -240,11 +688,14 @@ fn base_frequencies(base: f32, dim: usize) -> Vec<f32> {
 }
 
 fn unknown(what: &'static str, name: &str, supported: impl Iterator<Item = &'static str>) -> Error {
-    let supported: Vec<_> = supported.collect();
+    let supported: Vec<_> = supported.map(str::to_string).collect();
+    let near = nearest(name, supported.iter())
+        .map(|near| format!("; the nearest is {near:?}"))
+        .unwrap_or_default();
     Error::Unsupported {
         what,
         name: name.to_string(),
-        supported: supported.join(", "),
+        supported: supported.join(", ") + &near,
     }
 }
 
@@ -281,71 +732,193 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
         .unwrap_or(head_dim)
         .min(2 * MAX_WIDTH);
     let base = w.get_f32(&key("rope.freq_base"))?.unwrap_or(10000.0);
-    let mut global = Rope {
-        frequencies: base_frequencies(base, dim),
-        long_frequencies: None,
-        factor: 1.0,
-    };
-    gguf_scale(w, name, &scaling, &mut global)?;
-    let window = size("attention.sliding_window")?.filter(|&n| n > 0);
+    let mut global = Rope::new(base_frequencies(base, dim));
+    gguf_scale(w, family, &scaling, base, &mut global)?;
     let mut ropes = vec![global];
-    let interval = match size("attention.sliding_window_pattern")? {
-        Some(n) => Some(n).filter(|&n| n > 0),
-        None => family.window_interval,
-    };
-    if family.window_interval.is_some() {
-        let base = w.get_f32(&key("rope.freq_base_swa"))?.unwrap_or(10000.0);
-        ropes.push(Rope {
-            frequencies: base_frequencies(base, dim),
-            long_frequencies: None,
-            factor: 1.0,
-        });
+    if let Some(of) = family.local_rope {
+        let own = w.get_f32(&key("rope.freq_base_swa"))?.or(of);
+        ropes.push(Rope::new(base_frequencies(own.unwrap_or(base), dim)));
     }
     let eps = key("attention.layer_norm_rms_epsilon");
+    let norm_eps = match w.get_f32(&key("attention.layer_norm_epsilon"))? {
+        Some(eps) => eps,
+        None => w.get_f32(&eps)?.ok_or_else(|| w.missing_key(&eps))?,
+    };
     let vocab_size = match size("vocab_size")? {
         Some(n) => n,
         None => w.require("token_embd.weight")?.rows(),
     };
-    Ok(Arch {
-        family: family.gguf.unwrap_or("llama"),
+    let experts = gguf_experts(w, family, name)?;
+    let dense_layers = size("leading_dense_block_count")?.unwrap_or(0);
+    let windows = gguf_windows(w, family, name)?;
+    let logit_scale = w.get_f32(&key("logit_scale"))?.filter(|&x| x != 0.0);
+    let parallel = w.get_bool(&key("use_parallel_residual"))?.unwrap_or(false);
+    let layer = |i: usize| LayerArch {
+        experts: experts.is_some() && i >= dense_layers,
+        ..windows.layer(family, i)
+    };
+    let mut arch = Arch {
         vocab_size,
         hidden_size,
-        intermediate_size: need("feed_forward_length")?,
+        intermediate_size: match &experts {
+            Some(e) => size("feed_forward_length")?.unwrap_or(e.intermediate_size),
+            None => need("feed_forward_length")?,
+        },
         heads,
         kv_heads: size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         context_size,
-        norm_eps: w.get_f32(&eps)?.ok_or_else(|| w.missing_key(&eps))?,
+        norm_eps,
         norm_offset: 0.0,
-        activation: family.activation,
-        embedding_scale: if family.scaled_embedding {
-            (hidden_size as f32).sqrt()
-        } else {
-            1.0
+        embedding_scale: w.get_f32(&key("embedding_scale"))?.unwrap_or(1.0),
+        residual_scale: w.get_f32(&key("residual_scale"))?.unwrap_or(1.0),
+        logit_scale: match (logit_scale, family.divided_logits) {
+            (Some(by), true) => 1.0 / by,
+            (by, _) => by.unwrap_or(1.0),
         },
-        attention_scale: gguf_attention_scale(family, layers, hidden_size, heads, head_dim),
+        attention_scale: match w.get_f32(&key("attention.scale"))?.filter(|&x| x > 0.0) {
+            Some(scale) => scale,
+            None => gguf_attention_scale(family, layers, hidden_size, heads, head_dim),
+        },
         attention_softcap: w
             .get_f32(&key("attn_logit_softcapping"))?
             .filter(|&x| x > 0.0),
         logit_softcap: w
             .get_f32(&key("final_logit_softcapping"))?
             .filter(|&x| x > 0.0),
-        qkv_bias: family.qkv_bias,
-        qk_norm: family.qk_norm,
-        post_norms: family.post_norms,
-        fused: family.fused,
         tied: w.tensor("output.weight").is_none(),
         pairing: family.gguf_pairing,
         ropes,
-        layers: (0..layers)
-            .map(|i| layer(i, interval, family.nope_interval, window))
-            .collect(),
+        layers: (0..layers).map(layer).collect(),
         original_context: scaling.original_context,
+        experts,
         names: Names::Gguf,
+        ..family.arch()
+    };
+    arch.qk_norm |= w.tensor("blk.0.attn_q_norm.weight").is_some();
+    arch.transposed = false;
+    if parallel {
+        arch.block = Block::Parallel;
+    }
+    if family.scaled_embedding {
+        arch.embedding_scale = (hidden_size as f32).sqrt();
+    }
+    Ok(arch)
+}
+
+fn gguf_experts(w: &Weights, family: &Family, name: &str) -> Result<Option<ExpertArch>> {
+    let size = |k: &str| w.get_usize(&format!("{name}.{k}"));
+    let Some(count) = size("expert_count")?.filter(|&n| n > 0) else {
+        return Ok(None);
+    };
+    let need = |k: &str| size(k)?.ok_or_else(|| w.missing_key(&format!("{name}.{k}")));
+    let normalised = w.get_bool(&format!("{name}.expert_weights_norm"))?;
+    Ok(Some(ExpertArch {
+        count,
+        used: need("expert_used_count")?,
+        intermediate_size: match size("expert_feed_forward_length")? {
+            Some(n) => n,
+            None => need("feed_forward_length")?,
+        },
+        shared_size: size("expert_shared_feed_forward_length")?.filter(|&n| n > 0),
+        normalised: normalised.or(family.experts).unwrap_or(true),
+    }))
+}
+
+/// Which layers of a GGUF model have a window.
+struct Windows {
+    window: Option<usize>,
+    interval: Option<usize>,
+    listed: Option<Vec<bool>>,
+}
+
+fn gguf_windows(w: &Weights, family: &Family, name: &str) -> Result<Windows> {
+    let window = w.get_usize(&format!("{name}.attention.sliding_window"))?;
+    let key = format!("{name}.attention.sliding_window_pattern");
+    let (mut interval, mut listed) = (family.window_interval, None);
+    match w.metadata.get(&key) {
+        Some(Value::Bools(_)) => listed = w.get_bools(&key)?.map(<[bool]>::to_vec),
+        Some(_) => interval = w.get_usize(&key)?.filter(|&n| n > 0),
+        None => {}
+    }
+    let window = window.filter(|&n| n > 0);
+    Ok(Windows {
+        window,
+        interval,
+        listed,
     })
 }
 
-/// GGUF files do not say `query_pre_attn_scalar`: it is the head size, but for gemma3's largest model (62 layers).
+impl Windows {
+    /// The traits of layer `i`: with an interval n, layers n-1, 2n-1, ... see everything.
+    fn layer(&self, family: &Family, i: usize) -> LayerArch {
+        let nope = family
+            .nope_interval
+            .is_some_and(|n| (i + 1).is_multiple_of(n));
+        let windowed = match (&self.listed, self.interval) {
+            (Some(listed), _) => listed.get(i).copied().unwrap_or(false),
+            (None, Some(n)) => !(i + 1).is_multiple_of(n),
+            (None, None) => true,
+        };
+        let window = self.window.filter(|_| windowed);
+        let local = usize::from(window.is_some() && family.local_rope.is_some());
+        let nope = nope || (family.global_nope && self.window.is_some() && !windowed);
+        let nope = nope || family.learned_positions;
+        LayerArch {
+            rope: (!nope).then_some(local),
+            window,
+            experts: false,
+        }
+    }
+}
+
+impl Family {
+    fn name(&self) -> &'static str {
+        let hf = self.hf.first().copied();
+        self.gguf.or(hf).unwrap_or_default()
+    }
+
+    /// What the family alone says of a model; all sizes are 0.
+    fn arch(&self) -> Arch {
+        Arch {
+            family: self.name(),
+            vocab_size: 0,
+            hidden_size: 0,
+            intermediate_size: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            context_size: 0,
+            norm_eps: 0.0,
+            norm_offset: self.hf_norm_offset,
+            activation: self.activation,
+            gated: self.gated,
+            block: self.block,
+            layer_norm: self.layer_norm,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logit_scale: 1.0,
+            attention_scale: 1.0,
+            attention_softcap: None,
+            logit_softcap: None,
+            qkv_bias: self.qkv_bias,
+            qk_norm: self.qk_norm,
+            qk_together: self.qk_together,
+            learned_positions: self.learned_positions,
+            transposed: self.hf_transposed,
+            sinks: self.sinks,
+            experts: None,
+            tied: self.tied,
+            pairing: self.hf_pairing,
+            ropes: Vec::new(),
+            layers: Vec::new(),
+            original_context: None,
+            names: Names::Gguf,
+        }
+    }
+}
+
+/// GGUF files do not say `query_pre_attn_scalar`: it is the head size, but for gemma's largest models.
 fn gguf_attention_scale(
     family: &Family,
     layers: usize,
@@ -353,38 +926,12 @@ fn gguf_attention_scale(
     heads: usize,
     head_dim: usize,
 ) -> f32 {
-    let width = if family.scaled_embedding && layers == 62 && heads > 0 {
+    let width = if family.wide_queries == Some(layers) && heads > 0 {
         hidden / heads
     } else {
         head_dim
     };
     1.0 / (width as f32).sqrt()
-}
-
-/// The traits of layer `i`: with a window interval n, layers n-1, 2n-1, ... see everything.
-fn layer(
-    i: usize,
-    interval: Option<usize>,
-    nope: Option<usize>,
-    window: Option<usize>,
-) -> LayerArch {
-    if nope.is_some_and(|n| (i + 1).is_multiple_of(n)) {
-        return LayerArch { rope: None, window };
-    }
-    match interval {
-        Some(n) if !(i + 1).is_multiple_of(n) => LayerArch {
-            rope: Some(1),
-            window,
-        },
-        Some(_) => LayerArch {
-            rope: Some(0),
-            window: None,
-        },
-        None => LayerArch {
-            rope: Some(0),
-            window,
-        },
-    }
 }
 
 struct GgufScaling {
@@ -404,7 +951,14 @@ fn gguf_scaling(w: &Weights, name: &str) -> Result<GgufScaling> {
     })
 }
 
-fn gguf_scale(w: &Weights, name: &str, scaling: &GgufScaling, rope: &mut Rope) -> Result<()> {
+fn gguf_scale(
+    w: &Weights,
+    family: &Family,
+    scaling: &GgufScaling,
+    base: f32,
+    rope: &mut Rope,
+) -> Result<()> {
+    let name = family.name();
     let factors = |tensor: &str| -> Result<Option<Vec<f32>>> {
         let Some(t) = w.tensor(tensor) else {
             return Ok(None);
@@ -447,13 +1001,27 @@ fn gguf_scale(w: &Weights, name: &str, scaling: &GgufScaling, rope: &mut Rope) -
                 .iter_mut()
                 .for_each(|f| *f /= scaling.factor);
         }
+        "yarn" if scaling.factor > 0.0 => {
+            let beta = |k: &str| w.get_f32(&format!("{name}.rope.scaling.{k}"));
+            let context = w.get_usize(&format!("{name}.context_length"))?.unwrap_or(0);
+            let yarn = Yarn {
+                factor: scaling.factor,
+                original: scaling.original_context.unwrap_or(context) as f32,
+                fast: beta("yarn_beta_fast")?.unwrap_or(32.0),
+                slow: beta("yarn_beta_slow")?.unwrap_or(1.0),
+                truncate: family.rounded_yarn,
+            };
+            yarn.scale(base, &mut rope.frequencies);
+            let own = scaling.attention_factor.unwrap_or(1.0);
+            rope.factor = own * yarn_factor(scaling.factor, 1.0);
+        }
         // Without its factor tensors there is nothing to scale by.
         "longrope" => {}
         other => {
             return Err(unknown(
                 "rope scaling",
                 other,
-                ["none", "linear", "longrope"].into_iter(),
+                ["none", "linear", "longrope", "yarn"].into_iter(),
             ));
         }
     }
@@ -500,6 +1068,22 @@ impl Config<'_> {
     fn need(&self, key: &str) -> Result<usize> {
         self.size(key)?
             .ok_or_else(|| self.weights.problem(format!("config.json has no {key:?}")))
+    }
+    /// The first of these keys that there is.
+    fn either(&self, keys: &[&str]) -> Result<Option<usize>> {
+        for key in keys {
+            if let Some(n) = self.size(key)? {
+                return Ok(Some(n));
+            }
+        }
+        Ok(None)
+    }
+    /// One of these keys must be there; the first is what it should be called.
+    fn need_either(&self, keys: &[&str]) -> Result<usize> {
+        match self.either(keys)? {
+            Some(n) => Ok(n),
+            None => self.need(keys.first().copied().unwrap_or_default()),
+        }
     }
     fn float(&self, key: &str) -> Result<Option<f32>> {
         let Some(v) = self.get(key) else {
@@ -556,63 +1140,143 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
         .iter()
         .find(|f| f.hf.contains(&name))
         .ok_or_else(|| unknown("architecture", name, known()))?;
-    let hidden_size = c.need("hidden_size")?;
-    let heads = c.need("num_attention_heads")?;
+    let hidden_size = c.need_either(&["hidden_size", "n_embd"])?;
+    let heads = c.need_either(&["num_attention_heads", "n_head"])?;
     let head_dim = match c.size("head_dim")? {
         Some(n) => n,
         None if heads > 0 => hidden_size / heads,
         None => 0,
     };
-    let layers = c.need("num_hidden_layers")?.min(MAX_LAYERS + 1);
-    let context_size = c.need("max_position_embeddings")?;
-    let activation = config_activation(&c, family)?;
+    let layers = c.need_either(&["num_hidden_layers", "n_layer"])?;
+    let context_size = c.need_either(&["max_position_embeddings", "n_positions"])?;
     let scalar = c.float("query_pre_attn_scalar")?.unwrap_or(head_dim as f32);
     let (ropes, original_context) =
         config_ropes(&c, family, head_dim.min(MAX_WIDTH), context_size)?;
-    Ok(Arch {
-        family: family.gguf.unwrap_or("llama"),
+    let names = |bare| Names::Transformers {
+        layers: family.hf_layers,
+        own: family.hf_names,
+        bare,
+    };
+    let mut arch = Arch {
         vocab_size: c.need("vocab_size")?,
         hidden_size,
-        intermediate_size: c.need("intermediate_size")?,
+        intermediate_size: match c.either(&["intermediate_size", "n_inner"])? {
+            None if family.hf_transposed => hidden_size.saturating_mul(4),
+            Some(n) => n,
+            None => c.need("intermediate_size")?,
+        },
         heads,
         kv_heads: c.size("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         context_size,
-        norm_eps: c.float("rms_norm_eps")?.unwrap_or(1e-6),
-        norm_offset: family.hf_norm_offset,
-        activation,
-        embedding_scale: if family.scaled_embedding {
-            (hidden_size as f32).sqrt()
-        } else {
-            1.0
+        norm_eps: config_eps(&c, family)?,
+        activation: config_activation(&c, family)?,
+        embedding_scale: match family.scaled_embedding {
+            true => (hidden_size as f32).sqrt(),
+            false => c.float("embedding_multiplier")?.unwrap_or(1.0),
         },
-        attention_scale: 1.0 / scalar.sqrt(),
+        residual_scale: c.float("residual_multiplier")?.unwrap_or(1.0),
+        logit_scale: c.float("logit_scale")?.unwrap_or(1.0)
+            / c.float("logits_scaling")?.unwrap_or(1.0),
+        attention_scale: match c.float("attention_multiplier")? {
+            Some(scale) => scale,
+            None => 1.0 / scalar.sqrt(),
+        },
         attention_softcap: c.float("attn_logit_softcapping")?,
         logit_softcap: c.float("final_logit_softcapping")?,
-        qkv_bias: family.qkv_bias || c.bool("attention_bias")?.unwrap_or(false),
-        qk_norm: family.qk_norm,
-        post_norms: family.post_norms,
-        fused: family.fused,
+        experts: config_experts(&c, family)?,
         tied: c.bool("tie_word_embeddings")?.unwrap_or(family.tied),
-        pairing: Pairing::Halves,
         ropes,
-        layers: (0..layers)
+        layers: (0..layers.min(MAX_LAYERS + 1))
             .map(|i| config_layer(&c, family, i))
             .collect::<Result<_>>()?,
         original_context,
-        names: Names::Transformers,
-    })
+        names: names(false),
+        ..family.arch()
+    };
+    arch.qkv_bias |= c.bool("attention_bias")?.unwrap_or(false);
+    for key in ["use_qk_norm", "qk_layernorm"] {
+        arch.qk_norm |= c.bool(key)?.unwrap_or(false);
+    }
+    if c.bool("use_parallel_residual")?.unwrap_or(false) {
+        arch.block = Block::Parallel;
+    }
+    let embedding = "token_embd.weight";
+    if weights.tensor(&arch.tensor_name(None, embedding)).is_none() {
+        arch.names = names(true);
+        if weights.tensor(&arch.tensor_name(None, embedding)).is_none() {
+            arch.names = names(false);
+        }
+    }
+    Ok(arch)
+}
+
+fn config_eps(c: &Config, family: &Family) -> Result<f32> {
+    for key in [
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "norm_epsilon",
+        "norm_eps",
+    ] {
+        if let Some(eps) = c.float(key)? {
+            return Ok(eps);
+        }
+    }
+    Ok(if family.layer_norm { 1e-5 } else { 1e-6 })
+}
+
+fn config_experts(c: &Config, family: &Family) -> Result<Option<ExpertArch>> {
+    let Some(normalised) = family.experts else {
+        return Ok(None);
+    };
+    let shared = [
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+    ];
+    Ok(Some(ExpertArch {
+        count: c.need_either(&["num_experts", "num_local_experts"])?,
+        used: c.need_either(&["num_experts_per_tok", "experts_per_token"])?,
+        intermediate_size: c.need_either(&["moe_intermediate_size", "intermediate_size"])?,
+        shared_size: c.either(&shared)?.filter(|&n| n > 0),
+        normalised: c.bool("norm_topk_prob")?.unwrap_or(normalised),
+    }))
+}
+
+/// Whether layer `i` has experts: all but those that are listed, or every n-th.
+fn config_sparse(c: &Config, family: &Family, i: usize) -> Result<bool> {
+    let dense = |l: &Json| {
+        l.as_array()
+            .is_some_and(|l| l.iter().any(|n| n.as_u64() == Some(i as u64)))
+    };
+    let step = c.size("decoder_sparse_step")?.unwrap_or(1).max(1);
+    let listed = c.get("mlp_only_layers").is_some_and(dense);
+    Ok(family.experts.is_some() && !listed && (i + 1).is_multiple_of(step))
 }
 
 fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
-    match c.str("hidden_activation").or_else(|| c.str("hidden_act")) {
+    if family.activation == Activation::ClampedSwish {
+        for (key, wanted) in [("swiglu_limit", SWISH_LIMIT), ("swiglu_alpha", SWISH_ALPHA)] {
+            if let Some(got) = c.float(key)?.filter(|x| *x != wanted) {
+                return Err(c
+                    .weights
+                    .problem(format!("{key:?} must be {wanted}, got {got}")));
+            }
+        }
+        return Ok(family.activation);
+    }
+    let keys = ["hidden_activation", "hidden_act", "activation_function"];
+    match keys.iter().find_map(|key| c.str(key)) {
         None => Ok(family.activation),
         Some("silu" | "swish") => Ok(Activation::Silu),
-        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Ok(Activation::GeluTanh),
+        Some("gelu" | "gelu_python") => Ok(Activation::Gelu),
+        Some("relu") => Ok(Activation::Relu),
+        Some("relu2") => Ok(Activation::ReluSquared),
         Some(other) => Err(unknown(
             "activation",
             other,
-            ["silu", "gelu_pytorch_tanh"].into_iter(),
+            ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"].into_iter(),
         )),
     }
 }
@@ -620,7 +1284,7 @@ fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
 /// A layer's window and rope, from `layer_types` (transformers 5) or the older keys.
 fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
     let window = c.size("sliding_window")?.filter(|&n| n > 0);
-    let local_rope = usize::from(family.window_interval.is_some());
+    let local_rope = usize::from(family.local_rope.is_some());
     let nope = c
         .get("no_rope_layers")
         .and_then(|l| l.get(i))
@@ -648,9 +1312,12 @@ fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
         None => older_window(c, family, i)?,
     };
     let rope = if windowed { local_rope } else { 0 };
+    let nope = nope || (family.global_nope && window.is_some() && !windowed);
+    let nope = nope || family.learned_positions;
     Ok(LayerArch {
         rope: (!nope).then_some(rope),
         window: window.filter(|_| windowed),
+        experts: config_sparse(c, family, i)?,
     })
 }
 
@@ -693,33 +1360,35 @@ fn config_ropes(
         (Some(p), _) => p.as_f64().map(|p| p as f32),
         (None, p) => p,
     };
-    let dim = (head_dim as f32 * partial.unwrap_or(1.0).clamp(0.0, 1.0)) as usize;
+    let partial = partial.unwrap_or(family.partial_rotary).clamp(0.0, 1.0);
+    let dim = (head_dim as f32 * partial) as usize;
     let theta = base(full)?.or(c.float("rope_theta")?).unwrap_or(10000.0);
-    let mut rope = Rope {
-        frequencies: base_frequencies(theta, dim),
-        long_frequencies: None,
-        factor: 1.0,
-    };
+    let mut rope = Rope::new(base_frequencies(theta, dim));
     let mut original = None;
     if let Some(scaling) = scaling {
-        original = config_scale(c, &c.of(scaling), context, &mut rope)?;
+        original = config_scale(c, &c.of(scaling), context, theta, &mut rope)?;
     }
     let mut ropes = vec![rope];
-    if family.window_interval.is_some() {
-        let theta = base(local)?
-            .or(c.float("rope_local_base_freq")?)
-            .unwrap_or(10000.0);
-        ropes.push(Rope {
-            frequencies: base_frequencies(theta, dim),
-            long_frequencies: None,
-            factor: 1.0,
-        });
+    if let Some(of) = family.local_rope {
+        let own = base(local)?.or(c.float("rope_local_base_freq")?).or(of);
+        let theta = own.unwrap_or(theta);
+        let mut rope = Rope::new(base_frequencies(theta, dim));
+        if let Some(local) = local {
+            config_scale(c, &c.of(local), context, theta, &mut rope)?;
+        }
+        ropes.push(rope);
     }
     Ok((ropes, original))
 }
 
 /// Apply a rope scaling; returns the original context size where long sequences differ.
-fn config_scale(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Result<Option<usize>> {
+fn config_scale(
+    c: &Config,
+    s: &Config,
+    context: usize,
+    base: f32,
+    rope: &mut Rope,
+) -> Result<Option<usize>> {
     let factor = |key: &str| -> Result<f32> {
         let x = s
             .float(key)?
@@ -737,7 +1406,9 @@ fn config_scale(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Resu
         .or_else(|| s.str("type"))
         .unwrap_or("default")
     {
-        "default" => Ok(None),
+        // Dynamic scaling begins beyond the context that the model was made for, where prompts end.
+        "default" | "dynamic" => Ok(None),
+        "yarn" => config_yarn(s, context, base, rope).map(|()| None),
         "linear" => {
             let by = factor("factor")?;
             rope.frequencies.iter_mut().for_each(|f| *f /= by);
@@ -759,8 +1430,85 @@ fn config_scale(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Resu
         other => Err(unknown(
             "rope scaling",
             other,
-            ["default", "linear", "llama3", "longrope"].into_iter(),
+            ["default", "linear", "dynamic", "llama3", "longrope", "yarn"].into_iter(),
         )),
+    }
+}
+
+fn config_yarn(s: &Config, context: usize, base: f32, rope: &mut Rope) -> Result<()> {
+    let key = "original_max_position_embeddings";
+    let original = s.size(key)?.unwrap_or(context).max(1) as f32;
+    let factor = s.float("factor")?.unwrap_or(context as f32 / original);
+    let positive = |key: &str, or: f32| -> Result<f32> {
+        let x = s.float(key)?.filter(|x| *x != 0.0).unwrap_or(or);
+        match x > 0.0 {
+            true => Ok(x),
+            false => Err(s
+                .weights
+                .problem(format!("rope scaling: {key:?} must be positive, got {x}"))),
+        }
+    };
+    let yarn = Yarn {
+        factor: positive("factor", factor)?,
+        original,
+        fast: positive("beta_fast", 32.0)?,
+        slow: positive("beta_slow", 1.0)?,
+        truncate: s.bool("truncate")?.unwrap_or(true),
+    };
+    yarn.scale(base, &mut rope.frequencies);
+    let scales = (s.float("mscale")?, s.float("mscale_all_dim")?);
+    rope.factor = match (s.float("attention_factor")?, scales) {
+        (Some(own), _) => own,
+        (None, (Some(a), Some(b))) if a != 0.0 && b != 0.0 => {
+            yarn_factor(factor, a) / yarn_factor(factor, b)
+        }
+        _ => yarn_factor(factor, 1.0),
+    };
+    if let Some(beta) = s.float("llama_4_scaling_beta")? {
+        let each = original;
+        rope.growth = Some(Growth { beta, each });
+    }
+    Ok(())
+}
+
+/// YaRN (Peng et al. 2023, arXiv:2309.00071): long waves are stretched, short ones kept, by how often they turn.
+struct Yarn {
+    factor: f32,
+    original: f32,
+    /// Turns within the original context from which on a wave is kept, and to which it is stretched.
+    fast: f32,
+    slow: f32,
+    /// Their places are rounded to whole ones.
+    truncate: bool,
+}
+
+impl Yarn {
+    fn scale(&self, base: f32, frequencies: &mut [f32]) {
+        let dim = 2.0 * frequencies.len() as f64;
+        let place = |turns: f32| {
+            let waves = f64::from(self.original) / (f64::from(turns) * 2.0 * std::f64::consts::PI);
+            dim * waves.ln() / (2.0 * f64::from(base).ln())
+        };
+        let (mut low, mut high) = (place(self.fast), place(self.slow));
+        if self.truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        for (i, f) in frequencies.iter_mut().enumerate() {
+            let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+            *f = *f / self.factor * ramp + *f * (1.0 - ramp);
+        }
+    }
+}
+
+/// What YaRN multiplies cosines and sines by.
+fn yarn_factor(factor: f32, scale: f32) -> f32 {
+    match factor <= 1.0 {
+        true => 1.0,
+        false => (0.1 * f64::from(scale) * f64::from(factor).ln() + 1.0) as f32,
     }
 }
 
@@ -813,32 +1561,29 @@ fn longrope(c: &Config, s: &Config, context: usize, rope: &mut Rope) -> Result<u
     Ok(original)
 }
 
-/// transformers' name of a tensor, from GGUF's.
-fn transformers_name(layer: Option<usize>, name: &str, post_norms: bool) -> String {
+/// transformers' name of a tensor, from GGUF's: of this family, or else of llama's.
+fn transformers_name(
+    layers: &str,
+    own: &[(&str, &str)],
+    layer: Option<usize>,
+    name: &str,
+) -> String {
     let (stem, ending) = name.rsplit_once('.').unwrap_or((name, "weight"));
-    let stem = match stem {
-        "token_embd" => return format!("model.embed_tokens.{ending}"),
-        "output_norm" => return format!("model.norm.{ending}"),
-        "output" => return format!("lm_head.{ending}"),
-        "attn_norm" => "input_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_qkv" => "self_attn.qkv_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "post_attention_norm" => "post_attention_layernorm",
-        "ffn_norm" if post_norms => "pre_feedforward_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "post_ffw_norm" => "post_feedforward_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_gate_up" => "mlp.gate_up_proj",
-        "ffn_down" => "mlp.down_proj",
-        other => other,
+    let (stem, number) = match stem.split_once('.') {
+        Some((stem, number)) => (format!("{stem}.#"), number),
+        None => (stem.to_string(), ""),
     };
-    format!("model.layers.{}.{stem}.{ending}", layer.unwrap_or(0))
+    let known = own.iter().chain(HF_NAMES).find(|(gguf, _)| *gguf == stem);
+    let stem = known.map_or(&*stem, |(_, hf)| hf).replace('#', number);
+    let whole = match (stem.strip_suffix('!'), ending) {
+        (Some(stem), "weight") => stem.to_string(),
+        (Some(stem), ending) => format!("{stem}_{ending}"),
+        (None, ending) => format!("{stem}.{ending}"),
+    };
+    match layer {
+        Some(i) => format!("{layers}.{i}.{whole}"),
+        None => whole,
+    }
 }
 
 #[cfg(test)]

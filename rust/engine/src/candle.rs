@@ -2,11 +2,11 @@
 //! which round as the gemm below them does: unlike the CPU device's, a row's last bits may depend on its company.
 
 use candle_core::{D, DType, Device as Place, Tensor};
-use hfcore_kernels::elementwise::{Activation, Pairing};
+use hfcore_kernels::elementwise::{Activation, Pairing, SWISH_ALPHA, SWISH_LIMIT};
 
 use crate::arch::Rope;
 use crate::batch::{Batch, PAGE, Span};
-use crate::device::{Angles, AttentionLayer, AttentionShape, Device};
+use crate::device::{Angles, AttentionLayer, AttentionShape, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
 use crate::weights;
 
@@ -20,12 +20,21 @@ pub struct Candle {
 /// What all layers of a step share.
 #[derive(Clone, Default)]
 struct Step {
-    /// Cosines and sines of each rope, `[rows, 1, angles]`.
-    rotations: Vec<(Tensor, Tensor)>,
+    rotations: Vec<Rotation>,
     /// Where each row's keys and values go, `[rows, 1]`.
     slots: Option<Tensor>,
     /// The spans' views for every window met so far.
     views: Vec<(Option<usize>, Vec<View>)>,
+}
+
+/// One rope's angles.
+#[derive(Clone)]
+struct Rotation {
+    /// `[rows, 1, angles]`
+    cos: Tensor,
+    sin: Tensor,
+    /// Multiplies queries, `[rows, 1, 1]`.
+    queries: Option<Tensor>,
 }
 
 /// What the rows of one span see.
@@ -142,12 +151,18 @@ impl Device for Candle {
     fn norm(
         &mut self,
         x: &Buffer,
-        weight: &Tensor,
-        eps: f32,
+        by: &Norm<Tensor>,
         _next: Option<&Self::Matrix>,
         out: &mut Buffer,
     ) -> Result<()> {
-        out.set("norm", x.get().and_then(|x| rms_norm(x, weight, eps)))
+        let normed = x.get().and_then(|x| {
+            let y = normalise(x, &by.weight, by.eps, by.centred)?;
+            match &by.bias {
+                Some(bias) => y.broadcast_add(bias),
+                None => Ok(y),
+            }
+        });
+        out.set("norm", normed)
     }
 
     fn linear(&mut self, matrix: &Matrix, x: &Buffer, out: &mut Buffer) -> Result<()> {
@@ -170,15 +185,25 @@ impl Device for Candle {
         let product = |x: &Tensor| {
             let both = matrix.times(x)?;
             let width = both.dim(1)? / 2;
-            let gate = both.narrow(1, 0, width)?;
-            let gate = match activation {
-                Activation::Silu => gate.silu()?,
-                // candle's `gelu` is the tanh form; the exact one is `gelu_erf`.
-                Activation::GeluTanh => gate.gelu()?,
-            };
-            gate * both.narrow(1, width, width)?
+            let gate = activate(activation, &both.narrow(1, 0, width)?)?;
+            let up = both.narrow(1, width, width)?;
+            match activation {
+                Activation::ClampedSwish => gate * (up.clamp(-SWISH_LIMIT, SWISH_LIMIT)? + 1.0)?,
+                _ => gate * up,
+            }
         };
         out.set("gated", x.get().and_then(product))
+    }
+
+    fn activated(
+        &mut self,
+        activation: Activation,
+        matrix: &Matrix,
+        x: &Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let product = x.get().and_then(|x| matrix.times(x));
+        out.set("activated", product.and_then(|y| activate(activation, &y)))
     }
 
     fn attention(
@@ -209,9 +234,25 @@ impl Device for Candle {
         out.set("attention", chosen)
     }
 
-    fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
-        let sum = x.get().and_then(|x| x + y.get()?);
+    fn add(&mut self, x: &mut Buffer, y: &Buffer, scale: f32) -> Result<()> {
+        let sum = x.get().and_then(|x| x + (y.get()? * f64::from(scale))?);
         x.set("add", sum)
+    }
+
+    fn add_rows(&mut self, x: &mut Buffer, y: &Buffer, to: &[(u32, f32)]) -> Result<()> {
+        let sum = x.get().and_then(|x| {
+            let (rows, shares): (Vec<u32>, Vec<f32>) = to.iter().copied().unzip();
+            let rows = Tensor::new(rows, x.device())?;
+            let shares = Tensor::new(shares, x.device())?.unsqueeze(1)?;
+            x.index_add(&rows, &y.get()?.broadcast_mul(&shares)?, 0)
+        });
+        x.set("add_rows", sum)
+    }
+
+    fn read(&self, x: &Buffer, out: &mut Vec<f32>) -> Result<()> {
+        let values = x.get().and_then(|x| x.flatten_all()?.to_vec1::<f32>());
+        *out = values.map_err(failed("read"))?;
+        Ok(())
     }
 
     fn rows(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) -> Result<()> {
@@ -257,18 +298,24 @@ impl Candle {
         };
         let (mut q, mut k) = (part(0, heads)?, part(heads, kv_heads)?);
         let v = part(heads + kv_heads, kv_heads)?;
-        if let Some((q_weight, k_weight, eps)) = &spec.norms {
-            q = rms_norm(&q, q_weight, *eps)?;
-            k = rms_norm(&k, k_weight, *eps)?;
+        if let Some(norms) = &spec.norms {
+            q = norm_heads(&q, &norms.q, norms)?;
+            k = norm_heads(&k, &norms.k, norms)?;
         }
-        if let Some((cos, sin)) = spec.rope.and_then(|i| self.step.rotations.get(i)) {
-            q = rotate(&q, spec.pairing, cos, sin)?;
-            k = rotate(&k, spec.pairing, cos, sin)?;
+        if let Some(turn) = spec.rope.and_then(|i| self.step.rotations.get(i)) {
+            q = rotate(&q, spec.pairing, &turn.cos, &turn.sin)?;
+            k = rotate(&k, spec.pairing, &turn.cos, &turn.sin)?;
+            if let Some(scale) = &turn.queries {
+                q = q.broadcast_mul(scale)?;
+            }
         }
         cache.check(batch)?;
         self.step.store(&k, &v, cache)?;
         let views = self.step.views(shape.window, batch, &self.device)?;
-        let outputs = views.iter().map(|view| view.attend(shape, &q, cache));
+        let sinks = spec.sinks.as_ref();
+        let outputs = views
+            .iter()
+            .map(|view| view.attend(shape, &q, cache, sinks));
         Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 0)
     }
 }
@@ -292,8 +339,13 @@ impl Step {
             let mut angles = Angles::default();
             angles.fill(batch, rope);
             let shape = (rows, 1, angles.per_row);
-            let cos = Tensor::from_vec(angles.cos, shape, device)?;
-            rotations.push((cos, Tensor::from_vec(angles.sin, shape, device)?));
+            let queries = angles.queries.take();
+            let queries = queries.map(|q| Tensor::from_vec(q, (rows, 1, 1), device));
+            rotations.push(Rotation {
+                cos: Tensor::from_vec(angles.cos, shape, device)?,
+                sin: Tensor::from_vec(angles.sin, shape, device)?,
+                queries: queries.transpose()?,
+            });
         }
         let mut slots = Vec::with_capacity(rows);
         for span in &batch.spans {
@@ -398,6 +450,7 @@ impl View {
         shape: &AttentionShape,
         q: &Tensor,
         cache: &KvLayer,
+        sinks: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
         let (rows, n) = (self.rows, self.slots.dim(0)?);
         let (kv_heads, dim) = (shape.kv_heads, shape.head_dim);
@@ -425,7 +478,17 @@ impl View {
                 .broadcast_add(mask)?
                 .reshape((kv_heads, group * rows, n))?;
         }
-        let attended = softmax(&scores)?.matmul(&v)?;
+        if let Some(sinks) = sinks {
+            // A column more, which has no value.
+            let sinks = sinks.reshape((kv_heads, group, 1, 1))?;
+            let sinks = sinks.broadcast_as((kv_heads, group, rows, 1))?;
+            let sinks = sinks.reshape((kv_heads, group * rows, 1))?;
+            scores = Tensor::cat(&[scores, sinks], 2)?;
+        }
+        let attended = softmax(&scores)?
+            .narrow(2, 0, n)?
+            .contiguous()?
+            .matmul(&v)?;
         let attended = attended.reshape((kv_heads, group, rows, dim))?;
         attended
             .permute((2, 0, 1, 3))?
@@ -440,11 +503,42 @@ fn softmax(scores: &Tensor) -> candle_core::Result<Tensor> {
     exps.broadcast_div(&exps.sum_keepdim(D::Minus1)?)
 }
 
-/// `x / rms(x) * weight` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
-fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> candle_core::Result<Tensor> {
+/// `x / rms(x) * weight` over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467), or of `x - mean(x)`.
+fn normalise(x: &Tensor, weight: &Tensor, eps: f32, centred: bool) -> candle_core::Result<Tensor> {
+    let x = match centred {
+        true => &x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        false => x,
+    };
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     let scale = (mean + f64::from(eps))?.sqrt()?.recip()?;
     x.broadcast_mul(&scale)?.broadcast_mul(weight)
+}
+
+/// The heads of `x`, `[rows, heads, dim]`, by weights for all their numbers.
+fn norm_heads(x: &Tensor, weight: &Tensor, by: &HeadNorms<Tensor>) -> candle_core::Result<Tensor> {
+    let (rows, heads, dim) = x.dims3()?;
+    if !by.together {
+        let weight = weight.reshape((heads, dim))?;
+        return normalise(x, &weight, by.eps, by.centred);
+    }
+    let whole = x.reshape((rows, heads * dim))?;
+    normalise(&whole, weight, by.eps, by.centred)?.reshape((rows, heads, dim))
+}
+
+fn activate(activation: Activation, x: &Tensor) -> candle_core::Result<Tensor> {
+    match activation {
+        Activation::Silu => x.silu(),
+        // candle's `gelu` is the tanh form; the exact one is `gelu_erf`.
+        Activation::GeluTanh => x.gelu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::Relu => x.relu(),
+        Activation::ReluSquared => x.relu()?.sqr(),
+        Activation::ClampedSwish => {
+            let x = x.minimum(SWISH_LIMIT)?;
+            let e = (&x * f64::from(-SWISH_ALPHA))?.exp()?;
+            x / (e + 1.0)?
+        }
+    }
 }
 
 /// Rotate the first `2 * angles` numbers of every head of `x`, `[rows, heads, dim]`, by `cos` and `sin`,
@@ -506,6 +600,7 @@ mod tests {
         AttentionLayer {
             shape,
             norms: None,
+            sinks: None,
             rope: None,
             pairing: Pairing::Halves,
         }

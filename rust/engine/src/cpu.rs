@@ -2,7 +2,7 @@
 
 use hfcore_kernels::activations::{ActBlock, Activations, Scales, quantize_rows, round_rows};
 use hfcore_kernels::attention::{AttentionInput, AttentionPlan, KvLayer, KvType, attend};
-use hfcore_kernels::elementwise::{self, Activation, HeadPrep, Rotation, Twin};
+use hfcore_kernels::elementwise::{self, Activation, HeadNorms, HeadPrep, Rotation, Twin};
 use hfcore_kernels::matmul::{Matrix, Store, gated, matmul, matmul_chosen};
 use hfcore_kernels::mmap::Arena;
 use hfcore_kernels::pool::Pool;
@@ -11,7 +11,7 @@ use hfcore_kernels::tile::{BLOCK, Tiles};
 
 use crate::arch::Rope;
 use crate::batch::{Batch, Span};
-use crate::device::{Angles, AttentionLayer, AttentionShape, Device};
+use crate::device::{Angles, AttentionLayer, AttentionShape, Device, Norm};
 use crate::error::Result;
 use crate::weights::Tensor;
 
@@ -222,13 +222,18 @@ impl Device for Cpu {
     fn norm(
         &mut self,
         x: &Buffer,
-        weight: &Vec<f32>,
-        eps: f32,
+        norm: &Norm<Vec<f32>>,
         next: Option<&Matrix>,
         out: &mut Buffer,
     ) -> Result<()> {
         let (out, twin) = out.shape_for(next, x.rows(), x.width);
-        elementwise::rms_norm(self.isa, &self.pool, &x.values, weight, eps, out, twin);
+        let by = elementwise::Norm {
+            weight: &norm.weight,
+            bias: norm.bias.as_deref(),
+            eps: norm.eps,
+            centred: norm.centred,
+        };
+        elementwise::norm(self.isa, &self.pool, &x.values, by, out, twin);
         Ok(())
     }
 
@@ -256,6 +261,17 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn activated(
+        &mut self,
+        activation: Activation,
+        matrix: &Matrix,
+        x: &Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        out.shape(x.rows(), matrix.outputs());
+        self.multiply(matrix, x, Store::Activate(activation), out)
+    }
+
     fn attention(
         &mut self,
         layer: usize,
@@ -267,22 +283,24 @@ impl Device for Cpu {
         out: &mut Buffer,
     ) -> Result<()> {
         let shape = &spec.shape;
+        let angles = spec.rope.map(|i| &self.angles[i]);
         let prep = HeadPrep {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
-            norms: spec
-                .norms
-                .as_ref()
-                .map(|(q, k, eps)| (q.as_slice(), k.as_slice(), *eps)),
-            rotation: spec.rope.map(|i| {
-                let Angles { cos, sin, per_row } = &self.angles[i];
-                Rotation {
-                    pairing: spec.pairing,
-                    cos,
-                    sin,
-                    angles: *per_row,
-                }
+            norms: spec.norms.as_ref().map(|n| HeadNorms {
+                q: &n.q,
+                k: &n.k,
+                eps: n.eps,
+                centred: n.centred,
+                together: n.together,
+            }),
+            query_scale: angles.and_then(|a| a.queries.as_deref()),
+            rotation: angles.map(|a| Rotation {
+                pairing: spec.pairing,
+                cos: &a.cos,
+                sin: &a.sin,
+                angles: a.per_row,
             }),
         };
         let width = qkv.width;
@@ -303,6 +321,7 @@ impl Device for Cpu {
             pages: &batch.pages,
             q: &qkv.values,
             width,
+            sinks: spec.sinks.as_deref(),
         };
         let mut rows = qkv.rows();
         if outputs_only {
@@ -318,6 +337,7 @@ impl Device for Cpu {
                 pages: &batch.pages,
                 q: &self.queries,
                 width: keys,
+                sinks: spec.sinks.as_deref(),
             };
         }
         attend(
@@ -332,9 +352,25 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn add(&mut self, x: &mut Buffer, y: &Buffer) -> Result<()> {
+    fn add(&mut self, x: &mut Buffer, y: &Buffer, scale: f32) -> Result<()> {
         x.scales = None;
-        elementwise::add(self.isa, &self.pool, &mut x.values, &y.values);
+        elementwise::add(self.isa, &self.pool, &mut x.values, &y.values, scale);
+        Ok(())
+    }
+
+    fn add_rows(&mut self, x: &mut Buffer, y: &Buffer, to: &[(u32, f32)]) -> Result<()> {
+        x.scales = None;
+        let width = x.width;
+        for (&(row, share), y) in to.iter().zip(y.values.chunks_exact(width)) {
+            let x = &mut x.values[row as usize * width..][..width];
+            elementwise::add(self.isa, &self.pool, x, y, share);
+        }
+        Ok(())
+    }
+
+    fn read(&self, x: &Buffer, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(&x.values);
         Ok(())
     }
 

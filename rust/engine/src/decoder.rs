@@ -3,9 +3,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use crate::arch::{Arch, LayerArch};
+use hfcore_kernels::quant::TensorType;
+
+use crate::arch::{Arch, Block, ExpertArch, LayerArch};
 use crate::batch::{Batch, Caller, Forward};
-use crate::device::{AttentionLayer, AttentionShape, Device, TILE};
+use crate::device::{AttentionLayer, AttentionShape, Device, HeadNorms, Norm, TILE};
 use crate::error::{Error, Result};
 use crate::weights::{Tensor, Weights};
 
@@ -14,15 +16,37 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) -> bool + Sync);
 
 /// A layer's weights on a device.
 struct Layer<D: Device> {
-    attn_norm: D::Vector,
+    attn_norm: Option<Norm<D::Vector>>,
     qkv: D::Matrix,
     attention: AttentionLayer<D::Vector>,
     attn_output: D::Matrix,
-    post_attn_norm: Option<D::Vector>,
-    ffn_norm: D::Vector,
-    gate_up: D::Matrix,
-    ffn_down: D::Matrix,
-    post_ffn_norm: Option<D::Vector>,
+    post_attn_norm: Option<Norm<D::Vector>>,
+    /// None: it reads what attention reads, or the stream itself.
+    ffn_norm: Option<Norm<D::Vector>>,
+    ffn: FeedForward<D>,
+    post_ffn_norm: Option<Norm<D::Vector>>,
+}
+
+enum FeedForward<D: Device> {
+    Mlp(Mlp<D>),
+    Experts(Experts<D>),
+}
+
+/// Two layers of a perceptron, the first maybe with gates.
+struct Mlp<D: Device> {
+    /// Gate and up as its two parts, or up alone.
+    up: D::Matrix,
+    gated: bool,
+    down: D::Matrix,
+}
+
+/// Perceptrons of which a router chooses some for each row.
+struct Experts<D: Device> {
+    router: D::Matrix,
+    arch: ExpertArch,
+    experts: Vec<Mlp<D>>,
+    /// One that always runs, and what says how much of it.
+    shared: Option<(Mlp<D>, Option<D::Matrix>)>,
 }
 
 /// A model's weights on a device, shared by every decoder that runs it.
@@ -31,8 +55,10 @@ pub struct Resident<D: Device> {
     weights: Arc<Weights>,
     /// Name of the embedding's tensor, read row by row from the file.
     embedding: String,
+    /// The same of a table of positions.
+    positions: Option<String>,
     layers: Vec<Layer<D>>,
-    output_norm: D::Vector,
+    output_norm: Norm<D::Vector>,
     output: D::Matrix,
 }
 
@@ -89,10 +115,67 @@ impl<'a, D: Device> Loader<'a, D> {
         Ok(tensor)
     }
 
-    fn norm(&mut self, layer: Option<usize>, name: &str, width: usize) -> Result<D::Vector> {
-        let mut values = self.tensor(layer, name, 1, width)?.dequantize();
-        values.iter_mut().for_each(|x| *x += self.arch.norm_offset);
-        self.device.vector(values)
+    fn has(&self, layer: Option<usize>, name: &str) -> bool {
+        let name = self.arch.tensor_name(layer, name);
+        self.weights.tensors.contains_key(&name)
+    }
+
+    fn vector(&mut self, layer: Option<usize>, name: &str, width: usize) -> Result<Vec<f32>> {
+        Ok(self.tensor(layer, name, 1, width)?.dequantize())
+    }
+
+    /// The norm `name`, whose weight and bias are multiplied by `scale`.
+    fn scaled_norm(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        scale: f32,
+    ) -> Result<Norm<D::Vector>> {
+        let (arch, width) = (self.arch, self.arch.hidden_size);
+        let mut weight = self.vector(layer, &format!("{name}.weight"), width)?;
+        weight
+            .iter_mut()
+            .for_each(|x| *x = (*x + arch.norm_offset) * scale);
+        let bias = format!("{name}.bias");
+        let bias = match arch.layer_norm && self.has(layer, &bias) {
+            true => Some(self.vector(layer, &bias, width)?),
+            false => None,
+        };
+        let scaled = |bias: Vec<f32>| bias.into_iter().map(|x| x * scale).collect();
+        Ok(Norm {
+            weight: self.device.vector(weight)?,
+            bias: bias.map(|b| self.device.vector(scaled(b))).transpose()?,
+            eps: arch.norm_eps,
+            centred: arch.layer_norm,
+        })
+    }
+
+    fn norm(&mut self, layer: Option<usize>, name: &str) -> Result<Norm<D::Vector>> {
+        self.scaled_norm(layer, name, 1.0)
+    }
+
+    /// The norm of `heads` heads: one weight for all of them, a row for each, or a tensor for each.
+    fn head_norm(&mut self, layer: Option<usize>, name: &str, heads: usize) -> Result<D::Vector> {
+        let (arch, dim) = (self.arch, self.arch.head_dim);
+        let whole = format!("{name}.weight");
+        let mut weight = Vec::with_capacity(heads * dim);
+        if self.has(layer, &format!("{name}.0.weight")) {
+            for head in 0..heads {
+                weight.extend(self.vector(layer, &format!("{name}.{head}.weight"), dim)?);
+            }
+        } else {
+            let found = self.weights.require(&arch.tensor_name(layer, &whole))?;
+            match (found.elements() == dim && !arch.qk_together, found.shape) {
+                (true, _) => {
+                    let one = self.vector(layer, &whole, dim)?;
+                    (0..heads).for_each(|_| weight.extend(&one));
+                }
+                (false, [_, _]) => weight = self.tensor(layer, &whole, heads, dim)?.dequantize(),
+                (false, _) => weight = self.vector(layer, &whole, heads * dim)?,
+            }
+        }
+        weight.iter_mut().for_each(|x| *x += arch.norm_offset);
+        self.device.vector(weight)
     }
 
     /// Matrices that share their inputs, `(name, outputs)`, with their biases if the file has them.
@@ -107,77 +190,299 @@ impl<'a, D: Device> Loader<'a, D> {
         let mut bias = Vec::new();
         let mut has_bias = false;
         for &(name, outputs) in parts {
-            tensors.push(self.tensor(layer, &format!("{name}.weight"), outputs, inputs)?);
+            let weight = format!("{name}.weight");
+            tensors.push(match self.arch.transposed && layer.is_some() {
+                true => self.tensor(layer, &weight, inputs, outputs)?,
+                false => self.tensor(layer, &weight, outputs, inputs)?,
+            });
             let bias_name = format!("{name}.bias");
-            let present = self
-                .weights
-                .tensor(&self.arch.tensor_name(layer, &bias_name))
-                .is_some();
-            if present || needs_bias {
-                bias.extend(self.tensor(layer, &bias_name, 1, outputs)?.dequantize());
+            if needs_bias || self.has(layer, &bias_name) {
+                bias.extend(self.vector(layer, &bias_name, outputs)?);
                 has_bias = true;
             } else {
                 bias.extend(std::iter::repeat_n(0.0, outputs));
             }
         }
-        let matrix = self.device.matrix(&tensors, has_bias.then_some(&bias))?;
+        let bias = has_bias.then_some(&bias[..]);
+        if self.arch.transposed && layer.is_some() {
+            return self.transposed(&tensors, 1, bias);
+        }
+        let matrix = self.device.matrix(&tensors, bias)?;
         // Now that they are resident twice, one of them may go.
         tensors.iter().for_each(|t| t.forget(0..t.data.len()));
         Ok(matrix)
     }
 
+    /// Matrices that are stored as `[inputs, outputs]`; each becomes `parts` of them, of every `parts`-th output.
+    fn transposed(
+        &self,
+        tensors: &[Tensor],
+        parts: usize,
+        bias: Option<&[f32]>,
+    ) -> Result<D::Matrix> {
+        let (mut shapes, mut data) = (Vec::new(), Vec::new());
+        for tensor in tensors {
+            let (inputs, outputs) = (tensor.rows(), tensor.cols());
+            let size = self.element_size(tensor)?;
+            let row = outputs * size;
+            for part in 0..parts {
+                let columns = (part..outputs).step_by(parts);
+                shapes.push([columns.len(), inputs]);
+                let mut turned = Vec::with_capacity(columns.len() * inputs * size);
+                for column in columns {
+                    for i in 0..inputs {
+                        turned.extend_from_slice(&tensor.data[i * row + column * size..][..size]);
+                    }
+                }
+                data.push((tensor.tensor_type, turned));
+            }
+        }
+        let owned = shapes.iter().zip(&data);
+        let owned: Vec<_> = owned
+            .map(|(shape, (tensor_type, data))| Tensor::of(*tensor_type, shape, data))
+            .collect();
+        let matrix = self.device.matrix(&owned, bias)?;
+        tensors.iter().for_each(|t| t.forget(0..t.data.len()));
+        Ok(matrix)
+    }
+
+    /// Bytes of a number of a tensor that is not quantised.
+    fn element_size(&self, tensor: &Tensor) -> Result<usize> {
+        let kind = tensor.tensor_type;
+        match kind.block_len() {
+            1 => Ok(kind.block_bytes()),
+            _ => Err(self.weights.problem(format!(
+                "tensor {:?} of {} cannot be transposed",
+                tensor.name,
+                kind.name()
+            ))),
+        }
+    }
+
     fn layer(&mut self, i: usize) -> Result<Layer<D>> {
         let (arch, at) = (self.arch, Some(i));
-        let (hidden, ff) = (arch.hidden_size, arch.intermediate_size);
+        let hidden = arch.hidden_size;
         let (q, kv) = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim);
-        let qkv: &[(&str, usize)] = match arch.fused {
+        let qkv: &[(&str, usize)] = match self.has(at, "attn_qkv.weight") {
             true => &[("attn_qkv", q + 2 * kv)],
             false => &[("attn_q", q), ("attn_k", kv), ("attn_v", kv)],
         };
         let norms = match arch.qk_norm {
-            true => Some((
-                self.norm(at, "attn_q_norm.weight", arch.head_dim)?,
-                self.norm(at, "attn_k_norm.weight", arch.head_dim)?,
-                arch.norm_eps,
-            )),
+            true => Some(HeadNorms {
+                q: self.head_norm(at, "attn_q_norm", arch.heads)?,
+                k: self.head_norm(at, "attn_k_norm", arch.kv_heads)?,
+                eps: arch.norm_eps,
+                centred: arch.layer_norm,
+                together: arch.qk_together,
+            }),
             false => None,
         };
-        let post = |this: &mut Self, name: &str| match arch.post_norms {
-            true => this.norm(at, name, hidden).map(Some),
+        let sinks = match arch.sinks {
+            true => {
+                let sinks = self.vector(at, "attn_sinks.weight", arch.heads)?;
+                Some(self.device.vector(sinks)?)
+            }
+            false => None,
+        };
+        let (before, after) = match arch.block {
+            Block::Before => (true, false),
+            Block::After => (false, true),
+            Block::Around => (true, true),
+            Block::Parallel => (true, false),
+        };
+        let norm = |this: &mut Self, wanted: bool, name: &str| match wanted {
+            true => this.norm(at, name).map(Some),
             false => Ok(None),
         };
         Ok(Layer {
-            attn_norm: self.norm(at, "attn_norm.weight", hidden)?,
+            attn_norm: norm(self, before, "attn_norm")?,
             qkv: self.matrix(at, qkv, hidden, arch.qkv_bias)?,
             attention: AttentionLayer {
                 shape: attention_shape(arch, &arch.layers[i]),
                 norms,
+                sinks,
                 rope: arch.layers[i].rope,
                 pairing: arch.pairing,
             },
             attn_output: self.matrix(at, &[("attn_output", hidden)], q, false)?,
-            post_attn_norm: post(self, "post_attention_norm.weight")?,
-            ffn_norm: self.norm(at, "ffn_norm.weight", hidden)?,
-            gate_up: self.gate_up(at, hidden, ff)?,
-            ffn_down: self.matrix(at, &[("ffn_down", hidden)], ff, false)?,
-            post_ffn_norm: post(self, "post_ffw_norm.weight")?,
+            post_attn_norm: norm(self, after, "post_attention_norm")?,
+            ffn_norm: match before && arch.block != Block::Parallel {
+                true => Some(self.ffn_norm(at)?),
+                false => None,
+            },
+            ffn: match arch.experts.filter(|_| arch.layers[i].experts) {
+                Some(experts) => FeedForward::Experts(self.experts(at, experts)?),
+                None => FeedForward::Mlp(self.mlp(at, "", arch.intermediate_size)?),
+            },
+            post_ffn_norm: norm(self, after, "post_ffw_norm")?,
         })
     }
 
-    /// Gate and up side by side. Fused ones are one tensor: GGUF calls it `ffn_up`, transformers `gate_up_proj`.
-    fn gate_up(&mut self, at: Option<usize>, hidden: usize, ff: usize) -> Result<D::Matrix> {
-        if !self.arch.fused {
-            return self.matrix(at, &[("ffn_gate", ff), ("ffn_up", ff)], hidden, false);
-        }
-        let both = self.arch.tensor_name(at, "ffn_gate_up.weight");
-        let name = match self.weights.tensor(&both) {
-            Some(_) => "ffn_gate_up.weight",
-            None => "ffn_up.weight",
+    /// GGUF files of gpt-oss call it what it follows.
+    fn ffn_norm(&mut self, at: Option<usize>) -> Result<Norm<D::Vector>> {
+        let own = self.has(at, "ffn_norm.weight") || self.arch.block != Block::Before;
+        self.norm(
+            at,
+            if own {
+                "ffn_norm"
+            } else {
+                "post_attention_norm"
+            },
+        )
+    }
+
+    /// The feed-forward whose tensors' names end so. Fused ones are one tensor: GGUF calls it `ffn_up`, transformers
+    /// `gate_up_proj`.
+    fn mlp(&mut self, at: Option<usize>, ending: &str, width: usize) -> Result<Mlp<D>> {
+        let (hidden, gated) = (self.arch.hidden_size, self.arch.gated);
+        let name = |stem: &str| format!("{stem}{ending}");
+        let (gate, up, both) = (name("ffn_gate"), name("ffn_up"), name("ffn_gate_up"));
+        let weight = |name: &str| format!("{name}.weight");
+        let up = if !gated {
+            self.matrix(at, &[(&up, width)], hidden, false)?
+        } else if self.has(at, &weight(&both)) {
+            self.halves(at, &weight(&both), width)?
+        } else if self.has(at, &weight(&gate)) {
+            self.matrix(at, &[(&gate, width), (&up, width)], hidden, false)?
+        } else {
+            self.halves(at, &weight(&up), width)?
         };
-        let both = self.tensor(at, name, 2 * ff, hidden)?;
+        let down = self.matrix(at, &[(&name("ffn_down"), hidden)], width, false)?;
+        Ok(Mlp { up, gated, down })
+    }
+
+    /// Gate and up of one tensor.
+    fn halves(&mut self, at: Option<usize>, name: &str, width: usize) -> Result<D::Matrix> {
+        let both = self.tensor(at, name, 2 * width, self.arch.hidden_size)?;
         let matrix = self.device.matrix(&both.halves(), None)?;
         both.forget(0..both.data.len());
         Ok(matrix)
+    }
+
+    fn experts(&mut self, at: Option<usize>, arch: ExpertArch) -> Result<Experts<D>> {
+        let (hidden, width) = (self.arch.hidden_size, arch.intermediate_size);
+        let router = self.float_matrix(at, "ffn_gate_inp", arch.count, hidden)?;
+        let numbered = self.has(at, "ffn_gate.0.weight");
+        let mut experts = Vec::with_capacity(arch.count);
+        for e in 0..arch.count {
+            experts.push(match numbered {
+                true => self.mlp(at, &format!(".{e}"), width)?,
+                false => self.expert(at, e, &arch)?,
+            });
+        }
+        let shared = match arch.shared_size {
+            Some(width) => {
+                let mlp = self.mlp(at, "_shexp", width)?;
+                let gate = match self.has(at, "ffn_gate_inp_shexp.weight") {
+                    true => Some(self.float_matrix(at, "ffn_gate_inp_shexp", 1, hidden)?),
+                    false => None,
+                };
+                Some((mlp, gate))
+            }
+            None => None,
+        };
+        Ok(Experts {
+            router,
+            arch,
+            experts,
+            shared,
+        })
+    }
+
+    /// Expert `e` of tensors that hold all of them, `[experts, outputs, inputs]`.
+    fn expert(&mut self, at: Option<usize>, e: usize, arch: &ExpertArch) -> Result<Mlp<D>> {
+        let (hidden, width, gated) = (self.arch.hidden_size, arch.intermediate_size, true);
+        let up = match self.has(at, "ffn_gate_up_exps.weight") {
+            true => self.expert_matrix(at, &["ffn_gate_up_exps"], e, arch, (2 * width, hidden))?,
+            false => {
+                let parts = ["ffn_gate_exps", "ffn_up_exps"];
+                self.expert_matrix(at, &parts, e, arch, (width, hidden))?
+            }
+        };
+        let down = self.expert_matrix(at, &["ffn_down_exps"], e, arch, (hidden, width))?;
+        Ok(Mlp { up, gated, down })
+    }
+
+    /// Expert `e`'s part of some tensors, each of `(outputs, inputs)` for one expert. A tensor with gates and inputs
+    /// becomes two: its halves; or, of a family with sinks (gpt-oss), whose tensors lie transposed, every second row.
+    fn expert_matrix(
+        &mut self,
+        at: Option<usize>,
+        names: &[&str],
+        e: usize,
+        arch: &ExpertArch,
+        (outputs, inputs): (usize, usize),
+    ) -> Result<D::Matrix> {
+        let both = names == ["ffn_gate_up_exps"];
+        let mut parts = Vec::new();
+        let mut bias = Vec::new();
+        let mut turned = false;
+        for name in names {
+            let weight = self.arch.tensor_name(at, &format!("{name}.weight"));
+            let found = self.weights.require(&weight)?;
+            let plain = [arch.count, outputs, inputs];
+            turned = self.arch.turned_experts();
+            let wanted = if turned {
+                [arch.count, inputs, outputs]
+            } else {
+                plain
+            };
+            if found.shape != wanted {
+                let got = found.shape;
+                return Err(self
+                    .weights
+                    .problem(format!("tensor {weight:?} is {got:?}, wanted {wanted:?}")));
+            }
+            self.used.insert(weight);
+            let rows = wanted[1];
+            parts.push(found.slice(e * rows, rows));
+            let name = format!("{name}.bias");
+            if self.has(at, &name) {
+                let all = self.tensor(at, &name, arch.count, outputs)?;
+                bias.extend(all.slice(e, 1).dequantize());
+            }
+        }
+        if both && turned {
+            // Gates and inputs lie side by side in pairs.
+            let of = |first: usize| bias.iter().copied().skip(first).step_by(2);
+            bias = of(0).chain(of(1)).collect();
+        }
+        let bias = (!bias.is_empty()).then_some(&bias[..]);
+        if bias.is_some_and(|b| b.len() != parts.len() * outputs) {
+            return Err(self
+                .weights
+                .problem("some experts' tensors lack their biases"));
+        }
+        if turned {
+            return self.transposed(&parts, if both { 2 } else { 1 }, bias);
+        }
+        let halves = both.then(|| parts[0].halves());
+        let matrix = self
+            .device
+            .matrix(halves.as_ref().map_or(&parts, |h| &h[..]), bias)?;
+        parts.iter().for_each(|t| t.forget(0..t.data.len()));
+        Ok(matrix)
+    }
+
+    /// A small matrix whose products choose: never rounded.
+    fn float_matrix(
+        &mut self,
+        at: Option<usize>,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<D::Matrix> {
+        let weight = self.tensor(at, &format!("{name}.weight"), outputs, inputs)?;
+        let values = weight.dequantize();
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let bias = format!("{name}.bias");
+        let bias = match self.has(at, &bias) {
+            true => Some(self.vector(at, &bias, outputs)?),
+            false => None,
+        };
+        let shape = [outputs, inputs];
+        let matrix = Tensor::of(TensorType::F32, &shape, &bytes);
+        self.device.matrix(&[matrix], bias.as_deref())
     }
 
     /// A tensor that nobody used means that the file is not what its architecture says.
@@ -190,6 +495,9 @@ impl<'a, D: Device> Loader<'a, D> {
             ];
             spare.contains(&name)
                 || name.ends_with("rotary_emb.inv_freq")
+                // gpt2's masks.
+                || name.ends_with(".attn.bias")
+                || name.ends_with(".attn.masked_bias")
                 || name == self.arch.tensor_name(None, "output.weight")
         };
         let mut unused: Vec<_> = self
@@ -224,6 +532,14 @@ impl<D: Device> Resident<D> {
         };
         let (vocab, hidden) = (arch.vocab_size, arch.hidden_size);
         let embedding = loader.tensor(None, "token_embd.weight", vocab, hidden)?;
+        let positions = match arch.learned_positions {
+            true => {
+                let name = "position_embd.weight";
+                loader.tensor(None, name, arch.context_size, hidden)?;
+                Some(arch.tensor_name(None, name))
+            }
+            false => None,
+        };
         let total = weights.total_bytes();
         let steps = arch.layers.len() as u64 + 1;
         let report = |done: u64| match progress(done, total) {
@@ -236,7 +552,7 @@ impl<D: Device> Resident<D> {
             layers.push(loader.layer(i)?);
             report(total * (i as u64 + 1) / steps)?;
         }
-        let output_norm = loader.norm(None, "output_norm.weight", hidden)?;
+        let output_norm = loader.scaled_norm(None, "output_norm", arch.logit_scale)?;
         let output = match arch.tied {
             true => {
                 let output = device.matrix(&[embedding], None)?;
@@ -252,6 +568,7 @@ impl<D: Device> Resident<D> {
             arch,
             weights,
             embedding,
+            positions,
             layers,
             output_norm,
             output,
@@ -269,6 +586,7 @@ struct Workspace<D: Device> {
     y: D::Buffer,
     gated: D::Buffer,
     last: D::Buffer,
+    routed: Routed<D>,
     wanted: Wanted,
     logits: Vec<f32>,
 }
@@ -294,6 +612,13 @@ impl<D: Device> Decoder<D> {
             y: D::Buffer::default(),
             gated: D::Buffer::default(),
             last: D::Buffer::default(),
+            routed: Routed {
+                scores: D::Buffer::default(),
+                rows: D::Buffer::default(),
+                values: Vec::new(),
+                chosen: Vec::new(),
+                numbers: Vec::new(),
+            },
             wanted: Wanted::default(),
             logits: Vec::new(),
         };
@@ -338,14 +663,15 @@ impl<D: Device> Forward for Decoder<D> {
             if caller.gone() {
                 return Ok(&[]);
             }
-            device.norm(
-                &w.x,
-                &layer.attn_norm,
-                arch.norm_eps,
-                Some(&layer.qkv),
-                &mut w.normed,
-            )?;
-            device.linear(&layer.qkv, &w.normed, &mut w.qkv)?;
+            let qkv = Some(&layer.qkv);
+            let read = match &layer.attn_norm {
+                Some(norm) => {
+                    device.norm(&w.x, norm, qkv, &mut w.normed)?;
+                    &w.normed
+                }
+                None => &w.x,
+            };
+            device.linear(&layer.qkv, read, &mut w.qkv)?;
             let last = i + 1 == model.layers.len();
             device.attention(
                 i,
@@ -363,37 +689,27 @@ impl<D: Device> Forward for Decoder<D> {
                 }
                 device.rows(&w.x, &batch.outputs, &mut w.last)?;
                 std::mem::swap(&mut w.x, &mut w.last);
+                if arch.block == Block::Parallel {
+                    device.rows(&w.normed, &batch.outputs, &mut w.last)?;
+                    std::mem::swap(&mut w.normed, &mut w.last);
+                }
             }
-            let residual = Residual {
-                x: &mut w.x,
-                y: &mut w.y,
-                normed: &mut w.normed,
-            };
-            let norm = layer.post_attn_norm.as_ref().map(|n| (n, arch.norm_eps));
-            add_product(device, &layer.attn_output, &w.attended, norm, residual)?;
-            device.norm(
-                &w.x,
-                &layer.ffn_norm,
-                arch.norm_eps,
-                Some(&layer.gate_up),
-                &mut w.normed,
+            let norm = layer.post_attn_norm.as_ref();
+            add_product(
+                device,
+                &layer.attn_output,
+                arch,
+                norm,
+                AddTo {
+                    by: &w.attended,
+                    x: &mut w.x,
+                    y: &mut w.y,
+                    normed: &mut w.normed,
+                },
             )?;
-            device.gated(arch.activation, &layer.gate_up, &w.normed, &mut w.gated)?;
-            let residual = Residual {
-                x: &mut w.x,
-                y: &mut w.y,
-                normed: &mut w.normed,
-            };
-            let norm = layer.post_ffn_norm.as_ref().map(|n| (n, arch.norm_eps));
-            add_product(device, &layer.ffn_down, &w.gated, norm, residual)?;
+            feed_forward(device, arch, layer, w)?;
         }
-        device.norm(
-            &w.x,
-            &model.output_norm,
-            arch.norm_eps,
-            Some(&model.output),
-            &mut w.normed,
-        )?;
+        device.norm(&w.x, &model.output_norm, Some(&model.output), &mut w.normed)?;
         let wanted = w.wanted.few(batch.outputs.len(), arch.vocab_size, caller);
         let softcap = arch.logit_softcap;
         device.logits(&model.output, &w.normed, wanted, softcap, &mut w.logits)?;
@@ -437,35 +753,172 @@ impl Wanted {
     }
 }
 
-/// What a residual addition touches: the stream, and room for the product and its norm.
-struct Residual<'a, B> {
+/// What a residual addition touches: what is multiplied, the stream, and room for the product and its norm.
+struct AddTo<'a, B> {
+    by: &'a B,
     x: &'a mut B,
     y: &'a mut B,
     normed: &'a mut B,
 }
 
-/// `x += by matrix^T`; or that normed, for families that norm what they add.
+/// `x += by matrix^T`; or that normed, or scaled, for families that do so to what they add.
 fn add_product<D: Device>(
     device: &mut D,
     matrix: &D::Matrix,
-    by: &D::Buffer,
-    norm: Option<(&D::Vector, f32)>,
-    r: Residual<D::Buffer>,
+    arch: &Arch,
+    norm: Option<&Norm<D::Vector>>,
+    r: AddTo<D::Buffer>,
 ) -> Result<()> {
-    let Some((weight, eps)) = norm else {
-        return device.linear_add(matrix, by, r.x);
+    if norm.is_none() && arch.residual_scale == 1.0 {
+        return device.linear_add(matrix, r.by, r.x);
+    }
+    device.linear(matrix, r.by, r.y)?;
+    let Some(norm) = norm else {
+        return device.add(r.x, r.y, arch.residual_scale);
     };
-    device.linear(matrix, by, r.y)?;
-    device.norm(r.y, weight, eps, None, r.normed)?;
-    device.add(r.x, r.normed)
+    device.norm(r.y, norm, None, r.normed)?;
+    device.add(r.x, r.normed, arch.residual_scale)
+}
+
+/// A layer's second half: of the stream, normed; or of what attention read.
+fn feed_forward<D: Device>(
+    device: &mut D,
+    arch: &Arch,
+    layer: &Layer<D>,
+    w: &mut Workspace<D>,
+) -> Result<()> {
+    let mlp = match &layer.ffn {
+        FeedForward::Mlp(mlp) => mlp,
+        FeedForward::Experts(experts) => {
+            // Where there is none, attention's still stands there: the blocks are parallel.
+            if let Some(norm) = &layer.ffn_norm {
+                device.norm(&w.x, norm, None, &mut w.normed)?;
+            }
+            return run_experts(device, arch, experts, w);
+        }
+    };
+    let read = match &layer.ffn_norm {
+        Some(norm) => {
+            device.norm(&w.x, norm, Some(&mlp.up), &mut w.normed)?;
+            &w.normed
+        }
+        None if arch.block == Block::Parallel => &w.normed,
+        None => &w.x,
+    };
+    first_half(device, arch, mlp, read, &mut w.gated)?;
+    add_product(
+        device,
+        &mlp.down,
+        arch,
+        layer.post_ffn_norm.as_ref(),
+        AddTo {
+            by: &w.gated,
+            x: &mut w.x,
+            y: &mut w.y,
+            normed: &mut w.normed,
+        },
+    )
+}
+
+/// What a feed-forward's second matrix reads.
+fn first_half<D: Device>(
+    device: &mut D,
+    arch: &Arch,
+    mlp: &Mlp<D>,
+    x: &D::Buffer,
+    out: &mut D::Buffer,
+) -> Result<()> {
+    match mlp.gated {
+        true => device.gated(arch.activation, &mlp.up, x, out),
+        false => device.activated(arch.activation, &mlp.up, x, out),
+    }
+}
+
+/// Who goes to which expert, kept for the next step.
+struct Routed<D: Device> {
+    scores: D::Buffer,
+    /// The rows of one expert.
+    rows: D::Buffer,
+    values: Vec<f32>,
+    /// For each expert its rows, with their shares.
+    chosen: Vec<Vec<(u32, f32)>>,
+    numbers: Vec<u32>,
+}
+
+/// Add to the stream what the experts make of `w.normed`: each reads its rows together, in the order of the experts, so
+/// that a row's sum has one order whoever its neighbours are.
+fn run_experts<D: Device>(
+    device: &mut D,
+    arch: &Arch,
+    experts: &Experts<D>,
+    w: &mut Workspace<D>,
+) -> Result<()> {
+    let r = &mut w.routed;
+    device.linear(&experts.router, &w.normed, &mut r.scores)?;
+    device.read(&r.scores, &mut r.values)?;
+    route(&experts.arch, &r.values, arch.residual_scale, &mut r.chosen);
+    for (mlp, chosen) in experts.experts.iter().zip(&r.chosen) {
+        if chosen.is_empty() {
+            continue;
+        }
+        r.numbers.clear();
+        r.numbers.extend(chosen.iter().map(|(row, _)| row));
+        device.rows(&w.normed, &r.numbers, &mut r.rows)?;
+        first_half(device, arch, mlp, &r.rows, &mut w.gated)?;
+        device.linear(&mlp.down, &w.gated, &mut w.y)?;
+        device.add_rows(&mut w.x, &w.y, chosen)?;
+    }
+    let Some((mlp, gate)) = &experts.shared else {
+        return Ok(());
+    };
+    first_half(device, arch, mlp, &w.normed, &mut w.gated)?;
+    device.linear(&mlp.down, &w.gated, &mut w.y)?;
+    let Some(gate) = gate else {
+        return device.add(&mut w.x, &w.y, arch.residual_scale);
+    };
+    device.linear(gate, &w.normed, &mut r.scores)?;
+    device.read(&r.scores, &mut r.values)?;
+    let share = |x: &f32| arch.residual_scale / (1.0 + (-x).exp());
+    let shares: Vec<_> = (0..).zip(r.values.iter().map(share)).collect();
+    device.add_rows(&mut w.x, &w.y, &shares)
+}
+
+/// Which rows each expert gets, and with what share times `scale`: of the softmax over all experts, the largest (the first
+/// of equal ones), made to add up to one where the family does so.
+fn route(arch: &ExpertArch, scores: &[f32], scale: f32, chosen: &mut Vec<Vec<(u32, f32)>>) {
+    chosen.resize_with(arch.count, Vec::new);
+    chosen.iter_mut().for_each(Vec::clear);
+    let mut order: Vec<usize> = Vec::with_capacity(arch.count);
+    for (row, scores) in (0..).zip(scores.chunks_exact(arch.count)) {
+        order.clear();
+        order.extend(0..arch.count);
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        let best = scores[order[0]];
+        let weight = |e: &usize| (scores[*e] - best).exp();
+        order[arch.used..].sort_unstable();
+        let among = match arch.normalised {
+            true => &order[..arch.used],
+            false => &order[..],
+        };
+        let sum: f32 = among.iter().map(weight).sum();
+        for e in &order[..arch.used] {
+            chosen[*e].push((row, scale * weight(e) / sum));
+        }
+    }
 }
 
 /// The tokens' rows of the embedding, dequantised from the file.
 fn embed<D: Device>(model: &Resident<D>, batch: &Batch, out: &mut Vec<f32>) -> Result<()> {
     let width = model.arch.hidden_size;
     let table = model.weights.require(&model.embedding)?;
+    let positions = match &model.positions {
+        Some(name) => Some(model.weights.require(name)?),
+        None => None,
+    };
+    let mut position = vec![0.0; if positions.is_some() { width } else { 0 }];
     out.resize(batch.tokens.len() * width, 0.0);
-    for (&token, row) in batch.tokens.iter().zip(out.chunks_exact_mut(width)) {
+    let rows = batch.tokens.iter().zip(&batch.positions);
+    for ((&token, &at), row) in rows.zip(out.chunks_exact_mut(width)) {
         let token = token as usize;
         if token >= model.arch.vocab_size {
             let size = model.arch.vocab_size;
@@ -476,6 +929,18 @@ fn embed<D: Device>(model: &Resident<D>, batch: &Batch, out: &mut Vec<f32>) -> R
         table.dequantize_row(token, row);
         row.iter_mut()
             .for_each(|x| *x *= model.arch.embedding_scale);
+        if let Some(positions) = &positions {
+            let at = at as usize;
+            if at >= positions.rows() {
+                let limit = positions.rows();
+                return Err(Error::ContextOverflow {
+                    prompt: at + 1,
+                    limit,
+                });
+            }
+            positions.dequantize_row(at, &mut position);
+            row.iter_mut().zip(&position).for_each(|(x, p)| *x += p);
+        }
     }
     Ok(())
 }

@@ -14,11 +14,32 @@ use crate::weights::Tensor;
 /// One layer's attention: its shape, the norms of its heads, its positions.
 pub struct AttentionLayer<V> {
     pub shape: AttentionShape,
-    /// Weights for query and key heads, and the epsilon.
-    pub norms: Option<(V, V, f32)>,
+    pub norms: Option<HeadNorms<V>>,
+    /// A score for each head that takes its share of the weights and gives nothing.
+    pub sinks: Option<V>,
     /// Which of the ropes given to [`Device::begin`]; `None`: no positions.
     pub rope: Option<usize>,
     pub pairing: Pairing,
+}
+
+/// Norms of queries and keys.
+pub struct HeadNorms<V> {
+    /// Weights of all heads' numbers, one head after the other.
+    pub q: V,
+    pub k: V,
+    pub eps: f32,
+    /// The mean is taken off first.
+    pub centred: bool,
+    /// All heads of a row are one vector.
+    pub together: bool,
+}
+
+/// A norm of rows: RMSNorm, or LayerNorm where it is centred.
+pub struct Norm<V> {
+    pub weight: V,
+    pub bias: Option<V>,
+    pub eps: f32,
+    pub centred: bool,
 }
 
 /// The operations. Buffers hold `[rows, width]` f32 activations and are reused from step to step: an operation gives its
@@ -48,12 +69,12 @@ pub trait Device: Send + Sized {
     /// A step begins: compute what its positions need for each rope.
     fn begin(&mut self, batch: &Batch, ropes: &[Rope]) -> Result<()>;
     fn upload(&mut self, values: &[f32], width: usize, out: &mut Self::Buffer) -> Result<()>;
-    /// `out = x / rms(x) * weight`; `next` is the matrix that will read it, if one will.
+    /// `out = x / rms(x) * weight + bias`, of `x - mean(x)` where it is centred; `next` is the matrix that will read it, if
+    /// one will.
     fn norm(
         &mut self,
         x: &Self::Buffer,
-        weight: &Self::Vector,
-        eps: f32,
+        norm: &Norm<Self::Vector>,
         next: Option<&Self::Matrix>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
@@ -79,6 +100,14 @@ pub trait Device: Send + Sized {
         x: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// `out = activation(x matrix^T + bias)`
+    fn activated(
+        &mut self,
+        activation: Activation,
+        matrix: &Self::Matrix,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend. `out` has all rows, or
     /// those of `batch.outputs` where that is all that is wanted of the last layer.
     #[expect(
@@ -95,8 +124,13 @@ pub trait Device: Send + Sized {
         outputs_only: bool,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `x += y`
-    fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
+    /// `x += y * scale`
+    fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer, scale: f32) -> Result<()>;
+    /// `x[row] += y[i] * share` for the i-th `(row, share)` of `to`; rows ascend.
+    fn add_rows(&mut self, x: &mut Self::Buffer, y: &Self::Buffer, to: &[(u32, f32)])
+    -> Result<()>;
+    /// What is in `x`.
+    fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<()>;
     /// `out` = the chosen rows of `x`
     fn rows(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<()>;
     /// `out = x head^T + bias`, and of that `softcap * tanh(_ / softcap)` where there is one. `wanted` names the tiles of
@@ -117,6 +151,8 @@ pub struct Angles {
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
     pub per_row: usize,
+    /// Multiplies the queries of a row, where the rope says so.
+    pub queries: Option<Vec<f32>>,
 }
 
 impl Angles {
@@ -125,6 +161,10 @@ impl Angles {
         self.cos.clear();
         self.sin.clear();
         self.per_row = rope.frequencies.len();
+        self.queries = rope.growth.map(|growth| {
+            let at = |p: &u32| 1.0 + growth.beta * (1.0 + (*p as f32 / growth.each).floor()).ln();
+            batch.positions.iter().map(at).collect()
+        });
         for span in &batch.spans {
             let long = rope.long_frequencies.as_ref().filter(|_| span.long);
             let frequencies = long.unwrap_or(&rope.frequencies);

@@ -41,7 +41,7 @@ pub struct Tensor<'a> {
     pub tensor_type: TensorType,
     pub shape: &'a [usize],
     pub data: &'a [u8],
-    /// Its rows, over all outer dimensions together, unless it is a half.
+    /// Its rows, over all outer dimensions together, unless it is a part.
     rows: usize,
     /// The file that `data` lies in, and where.
     place: Option<(&'a Mapped, usize)>,
@@ -256,6 +256,34 @@ impl Value {
 }
 
 impl<'a> Tensor<'a> {
+    /// A matrix in memory, for what is not stored as it is used.
+    pub fn of(tensor_type: TensorType, shape: &'a [usize], data: &'a [u8]) -> Self {
+        Self {
+            name: "",
+            tensor_type,
+            shape,
+            data,
+            rows: rows_of(shape),
+            place: None,
+        }
+    }
+
+    /// `count` of its rows, from `first` on.
+    ///
+    /// # Panics
+    /// Where there are fewer: a defect of the caller.
+    pub fn slice(&self, first: usize, count: usize) -> Self {
+        let bytes = self.data.len().checked_div(self.rows).unwrap_or(0);
+        Self {
+            data: &self.data[first * bytes..(first + count) * bytes],
+            rows: count,
+            place: self
+                .place
+                .map(|(file, start)| (file, start + first * bytes)),
+            ..*self
+        }
+    }
+
     /// All its numbers.
     pub fn elements(&self) -> usize {
         self.rows * self.cols()
@@ -273,15 +301,8 @@ impl<'a> Tensor<'a> {
 
     /// The first half of its rows and the second, of an even number of rows.
     pub fn halves(&self) -> [Self; 2] {
-        let (rows, bytes) = (self.rows / 2, self.data.len() / 2);
-        let (first, second) = self.data.split_at(bytes);
-        let half = |data, at| Self {
-            data,
-            rows,
-            place: self.place.map(|(file, start)| (file, start + at)),
-            ..*self
-        };
-        [half(first, 0), half(second, bytes)]
+        let rows = self.rows / 2;
+        [self.slice(0, rows), self.slice(rows, rows)]
     }
 
     /// The blocks of row `i`.
@@ -388,7 +409,7 @@ pub fn quantize_rows(
 }
 
 /// The known name with the fewest edits from `name`, if they are less than half of it.
-fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
     // Bounded, since a hostile file may have a million long names.
     let close = known
         .filter(|k| k.len().abs_diff(name.len()) * 2 < name.len())
@@ -550,6 +571,7 @@ mod tests {
         assert_eq!(row, [8.0, 9.0]);
         assert_eq!(t.dequantize()[11], 11.0);
         assert_eq!(t.row(5), &data[40..]);
+        assert_eq!(t.slice(1, 3).row(2), t.row(3));
         let [_, second] = t.halves();
         assert_eq!((second.rows(), second.elements()), (3, 6));
         assert_eq!(second.row(1), t.row(4));

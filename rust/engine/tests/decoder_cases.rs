@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hfcore_engine::arch::Arch;
+use hfcore_engine::arch::{Arch, Block};
 use hfcore_engine::batch::{Batch, Caller, Forward, PAGE};
 use hfcore_engine::candle::Candle;
 use hfcore_engine::cpu::Cpu;
@@ -15,7 +15,17 @@ use hfcore_engine::files;
 use hfcore_engine::weights::Weights;
 use serde_json::{Value as Json, json};
 
-const FAMILIES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"];
+const FAMILIES: [&str; 9] = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+];
 
 fn cases() -> Option<PathBuf> {
     match std::env::var_os("HFCORE_CASES") {
@@ -182,47 +192,145 @@ fn config(own: Json) -> Json {
     config
 }
 
+type Named = (String, Vec<usize>);
+
 /// The tensors that a tied model of this shape has: name and shape.
-fn tensors(arch: &Arch) -> Vec<(String, Vec<usize>)> {
-    let (hidden, ff, dim) = (arch.hidden_size, arch.intermediate_size, arch.head_dim);
+fn tensors(arch: &Arch) -> Vec<Named> {
+    let hidden = arch.hidden_size;
+    let whole = |name: &str, shape| (arch.tensor_name(None, name), shape);
+    let mut all = vec![whole("token_embd.weight", vec![arch.vocab_size, hidden])];
+    if arch.learned_positions {
+        all.push(whole(
+            "position_embd.weight",
+            vec![arch.context_size, hidden],
+        ));
+    }
+    let mut norm = vec![("output_norm.weight".to_string(), vec![hidden])];
+    add_biases(arch, &mut norm);
+    all.extend(norm.into_iter().map(|(name, shape)| whole(&name, shape)));
+    for (i, layer) in arch.layers.iter().enumerate() {
+        let mut own = attention_tensors(arch);
+        own.extend(feed_forward_tensors(arch, layer.experts));
+        add_biases(arch, &mut own);
+        all.extend(
+            own.into_iter()
+                .map(|(name, shape)| (arch.tensor_name(Some(i), &name), shape)),
+        );
+    }
+    all
+}
+
+/// Families with LayerNorm have biases throughout, but for command-r's.
+fn add_biases(arch: &Arch, all: &mut Vec<Named>) {
+    let everywhere = arch.layer_norm && arch.block != Block::Parallel;
+    let biased = |name: &str| {
+        let experts = name.ends_with("_exps.weight") || name.starts_with("ffn_gate_inp");
+        everywhere || (arch.sinks && experts) || (arch.qkv_bias && is_qkv(name))
+    };
+    let biases: Vec<_> = all
+        .iter()
+        .filter(|(name, _)| biased(name))
+        .map(|(name, shape)| {
+            let name = name.replace("weight", "bias");
+            match (&shape[..], arch.transposed, arch.sinks) {
+                ([n], _, _) => (name, vec![*n]),
+                ([_, n], true, _) => (name, vec![*n]),
+                ([n, _], false, _) => (name, vec![*n]),
+                (other, _, _) => (name, vec![other[0], other[2]]),
+            }
+        })
+        .collect();
+    all.extend(biases);
+}
+
+fn is_qkv(name: &str) -> bool {
+    ["attn_q.weight", "attn_k.weight", "attn_v.weight"].contains(&name)
+}
+
+fn attention_tensors(arch: &Arch) -> Vec<Named> {
+    let (hidden, dim) = (arch.hidden_size, arch.head_dim);
     let (q, kv) = (arch.heads * dim, arch.kv_heads * dim);
-    let mut layer = vec![
-        ("attn_norm", vec![hidden]),
-        ("attn_output", vec![hidden, q]),
-        ("ffn_norm", vec![hidden]),
-        ("ffn_down", vec![hidden, ff]),
-    ];
-    match arch.fused {
-        true => layer.extend([
-            ("attn_qkv", vec![q + 2 * kv, hidden]),
-            ("ffn_gate_up", vec![2 * ff, hidden]),
-        ]),
-        false => layer.extend([
+    let (before, after) = match arch.block {
+        Block::Before | Block::Parallel => (true, false),
+        Block::After => (false, true),
+        Block::Around => (true, true),
+    };
+    let turned = |out: usize, inputs: usize| match arch.transposed {
+        true => vec![inputs, out],
+        false => vec![out, inputs],
+    };
+    let mut all = vec![("attn_output", turned(hidden, q))];
+    match arch.transposed || arch.family == "phi3" {
+        true => all.push(("attn_qkv", turned(q + 2 * kv, hidden))),
+        false => all.extend([
             ("attn_q", vec![q, hidden]),
             ("attn_k", vec![kv, hidden]),
             ("attn_v", vec![kv, hidden]),
-            ("ffn_gate", vec![ff, hidden]),
-            ("ffn_up", vec![ff, hidden]),
         ]),
     }
     if arch.qk_norm {
-        layer.extend([("attn_q_norm", vec![dim]), ("attn_k_norm", vec![dim])]);
+        let of = |n: usize| if arch.qk_together { n } else { dim };
+        all.extend([("attn_q_norm", vec![of(q)]), ("attn_k_norm", vec![of(kv)])]);
     }
-    if arch.post_norms {
-        let post = |name| (name, vec![hidden]);
-        layer.extend([post("post_attention_norm"), post("post_ffw_norm")]);
+    if before {
+        all.push(("attn_norm", vec![hidden]));
     }
-    let name = |layer, name: &str| arch.tensor_name(layer, &format!("{name}.weight"));
-    let mut all = vec![
-        (name(None, "token_embd"), vec![arch.vocab_size, hidden]),
-        (name(None, "output_norm"), vec![hidden]),
-    ];
-    for i in 0..arch.layers.len() {
-        all.extend(
-            layer
-                .iter()
-                .map(|(stem, shape)| (name(Some(i), stem), shape.clone())),
-        );
+    if before && arch.block != Block::Parallel {
+        all.push(("ffn_norm", vec![hidden]));
+    }
+    if after {
+        all.extend([
+            ("post_attention_norm", vec![hidden]),
+            ("post_ffw_norm", vec![hidden]),
+        ]);
+    }
+    if arch.sinks {
+        all.push(("attn_sinks", vec![arch.heads]));
+    }
+    let full = |(name, shape): (&str, Vec<usize>)| (format!("{name}.weight"), shape);
+    all.into_iter().map(full).collect()
+}
+
+fn feed_forward_tensors(arch: &Arch, experts: bool) -> Vec<Named> {
+    let (hidden, ff) = (arch.hidden_size, arch.intermediate_size);
+    let mut all = Vec::new();
+    let mut add = |name: String, shape: Vec<usize>| all.push((format!("{name}.weight"), shape));
+    let Some(experts) = arch.experts.filter(|_| experts) else {
+        match (arch.gated, arch.family) {
+            (_, "gpt2") => add("ffn_up".into(), vec![hidden, ff]),
+            (false, _) => add("ffn_up".into(), vec![ff, hidden]),
+            (true, "phi3" | "glm4") => add("ffn_gate_up".into(), vec![2 * ff, hidden]),
+            (true, _) => {
+                add("ffn_gate".into(), vec![ff, hidden]);
+                add("ffn_up".into(), vec![ff, hidden]);
+            }
+        }
+        match arch.transposed {
+            true => add("ffn_down".into(), vec![ff, hidden]),
+            false => add("ffn_down".into(), vec![hidden, ff]),
+        }
+        return all;
+    };
+    let (count, ff) = (experts.count, experts.intermediate_size);
+    add("ffn_gate_inp".into(), vec![count, hidden]);
+    if arch.sinks {
+        add("ffn_gate_up_exps".into(), vec![count, hidden, 2 * ff]);
+        add("ffn_down_exps".into(), vec![count, ff, hidden]);
+    } else if arch.family == "granitemoe" {
+        add("ffn_gate_up_exps".into(), vec![count, 2 * ff, hidden]);
+        add("ffn_down_exps".into(), vec![count, hidden, ff]);
+    } else {
+        for e in 0..count {
+            add(format!("ffn_gate.{e}"), vec![ff, hidden]);
+            add(format!("ffn_up.{e}"), vec![ff, hidden]);
+            add(format!("ffn_down.{e}"), vec![hidden, ff]);
+        }
+    }
+    if let Some(ff) = experts.shared_size {
+        add("ffn_gate_inp_shexp".into(), vec![1, hidden]);
+        add("ffn_gate_shexp".into(), vec![ff, hidden]);
+        add("ffn_up_shexp".into(), vec![ff, hidden]);
+        add("ffn_down_shexp".into(), vec![hidden, ff]);
     }
     all
 }
@@ -295,6 +403,23 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
         json!({ "model_type": "phi3", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
                 "rope_scaling": { "type": "longrope", "short_factor": factors(1.0), "long_factor": factors(2.0) } }),
         json!({ "model_type": "smollm3", "no_rope_layer_interval": 2 }),
+        json!({ "model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 20,
+                "attn_logit_softcapping": 3.0, "final_logit_softcapping": 30.0 }),
+        json!({ "model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2 }),
+        json!({ "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3,
+                "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1] }),
+        json!({ "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2,
+                "embedding_multiplier": 6.0, "attention_multiplier": 0.125, "residual_multiplier": 0.5,
+                "logits_scaling": 0.5 }),
+        json!({ "model_type": "olmo2" }),
+        json!({ "model_type": "stablelm", "layer_norm_eps": 1e-5 }),
+        json!({ "model_type": "starcoder2", "hidden_act": "gelu", "sliding_window": 20 }),
+        json!({ "model_type": "gpt2" }),
+        json!({ "model_type": "cohere2", "sliding_window": 20, "sliding_window_pattern": 2, "logit_scale": 2.0 }),
+        json!({ "model_type": "glm4" }),
+        json!({ "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20 }),
+        json!({ "model_type": "ministral3", "rope_parameters": { "rope_type": "yarn", "rope_theta": 10000.0,
+                "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3 } }),
     ];
     for own in models {
         let name = own["model_type"].as_str().unwrap().to_string();

@@ -145,6 +145,8 @@ pub struct AttentionInput<'a> {
     /// Rows of `width` floats, queries first.
     pub q: &'a [f32],
     pub width: usize,
+    /// A score for each head that takes its share of the weights and gives nothing (gpt-oss).
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// `out[row] = softmax(q k^T * scale) v` for every row and head of the step; rows of `heads * head_dim`.
@@ -164,6 +166,10 @@ pub fn attend(
     let out_width = shape.heads * shape.head_dim;
     assert_eq!(out.len(), rows * out_width);
     assert!(input.q.len() >= rows * input.width && input.width >= out_width);
+    assert!(
+        input.sinks.is_none_or(|s| s.len() == shape.heads),
+        "a sink for each head"
+    );
     assert_eq!(
         (cache.kv_heads, cache.head_dim),
         (shape.kv_heads, shape.head_dim)
@@ -327,12 +333,21 @@ unsafe fn finish<S: Simd>(
 ) {
     let (row, head, _) = task.query(unit, i);
     let dim = task.shape.head_dim;
+    let mut sum = running.sum;
+    if let Some(sinks) = task.input.sinks {
+        // Weights are powers of two, relative to the largest score.
+        let sink = sinks[head] * LOG2_E;
+        let above = (sink - running.max).max(0.0);
+        let own = exp2((sink - running.max).min(0.0));
+        // Where the sink stands above, the values shrink by as much: the sum grows instead.
+        sum += own / exp2(-above);
+    }
     // SAFETY: `out` has `dim` floats for every row and head; `total` has whole vectors.
     unsafe {
         let out = out.add((row * task.shape.heads + head) * dim);
         let out = std::slice::from_raw_parts_mut(out, dim);
         for at in (0..dim).step_by(LANES) {
-            let x = S::div(S::load_f32(total.add(at)), S::splat(running.sum));
+            let x = S::div(S::load_f32(total.add(at)), S::splat(sum));
             store_part::<S>(out, at, x);
         }
     }
@@ -746,8 +761,10 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
                         .map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
                 };
                 let scores: Vec<f64> = (first..=position).map(score).collect();
-                let max = scores.iter().cloned().fold(f64::MIN, f64::max);
-                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let sink = input.sinks.map(|s| f64::from(s[head]));
+                let max = scores.iter().cloned().chain(sink).fold(f64::MIN, f64::max);
+                let all = scores.iter().cloned().chain(sink);
+                let sum: f64 = all.map(|s| (s - max).exp()).sum();
                 for (p, s) in (first..=position).zip(&scores) {
                     for d in 0..dim {
                         out[(row * shape.heads + head) * dim + d] +=
@@ -777,6 +794,7 @@ mod tests {
         pages: Vec<u32>,
         qkv: Vec<f32>,
         width: usize,
+        sinks: Option<Vec<f32>>,
     }
 
     /// Two sequences, one with a past, whose pages lie scattered; keys and values of all positions stored.
@@ -853,6 +871,7 @@ mod tests {
             pages,
             qkv,
             width,
+            sinks: None,
         }
     }
 
@@ -862,6 +881,7 @@ mod tests {
             pages: &c.pages,
             q: &c.qkv,
             width: c.width,
+            sinks: c.sinks.as_deref(),
         };
         let mut out = vec![0.0; 56 * c.shape.heads * c.shape.head_dim];
         attend(
@@ -888,12 +908,15 @@ mod tests {
             (10, 1, 272, None, None),
         ] {
             for kind in KINDS {
-                let c = case(kind, heads, kv, dim, window, softcap);
+                let mut c = case(kind, heads, kv, dim, window, softcap);
+                // One that stands below all scores, and some far above.
+                c.sinks = (heads == 4).then(|| vec![-9.0, 0.5, 4.0, 30.0]);
                 let input = AttentionInput {
                     spans: &c.spans,
                     pages: &c.pages,
                     q: &c.qkv,
                     width: c.width,
+                    sinks: c.sinks.as_deref(),
                 };
                 let want = attend_naive(&c.shape, &c.cache, &input);
                 let scalar = run(&c, Isa::SCALAR, 2);
@@ -943,6 +966,7 @@ mod tests {
                     pages: &c.pages,
                     q,
                     width: c.width,
+                    sinks: c.sinks.as_deref(),
                 };
                 let mut alone = vec![0.0; width];
                 let plan = &mut AttentionPlan::default();
@@ -999,6 +1023,7 @@ mod tests {
             pages,
             qkv,
             width,
+            sinks: None,
         }
     }
 
@@ -1006,7 +1031,8 @@ mod tests {
     fn chunks_give_the_definition_and_the_same_bits_shared_or_not() {
         let windows = [None, Some(300), Some(9)];
         for (kind, window) in KINDS.iter().flat_map(|kind| windows.map(|w| (*kind, w))) {
-            let c = long_case(kind, window);
+            let mut c = long_case(kind, window);
+            c.sinks = window.map(|_| vec![-5.0, -1.0, 0.0, 1.0, 2.0, 9.0]);
             let last = 690..700;
             let width = c.shape.heads * c.shape.head_dim;
             let rows = |spans: &[Span], isa, threads| {
@@ -1015,6 +1041,7 @@ mod tests {
                     pages: &c.pages,
                     q: &c.qkv[last.start * c.width..],
                     width: c.width,
+                    sinks: c.sinks.as_deref(),
                 };
                 let mut out = vec![0.0; 10 * width];
                 let plan = &mut AttentionPlan::default();

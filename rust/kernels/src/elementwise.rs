@@ -42,38 +42,59 @@ unsafe fn sum_of_squares<S: Simd>(x: &[f32]) -> f32 {
     }
 }
 
-/// `x * scale * weight`, to `out`.
+/// The sum, lanes first as above.
 #[inline(always)]
-unsafe fn scale_by<S: Simd>(x: *const f32, len: usize, scale: f32, weight: &[f32], out: *mut f32) {
-    // SAFETY: `x` and `out` have `len` floats, says the caller; they may be the same.
+unsafe fn total<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: `load_part` stays inside `x`.
     unsafe {
-        for at in (0..len).step_by(LANES) {
-            let x = load_part::<S>(std::slice::from_raw_parts(x, len), at);
-            let y = S::mul(S::mul(x, S::splat(scale)), load_part::<S>(weight, at));
-            store_part::<S>(std::slice::from_raw_parts_mut(out, len), at, y);
+        let mut lanes = S::splat(0.0);
+        for at in (0..x.len()).step_by(LANES) {
+            lanes = S::add(load_part::<S>(x, at), lanes);
+        }
+        S::sum(lanes)
+    }
+}
+
+/// `x *= scale * weight`; `weight` is as long as `x`.
+#[inline(always)]
+unsafe fn scale_by<S: Simd>(scale: f32, weight: &[f32], x: &mut [f32]) {
+    // SAFETY: `load_part` and `store_part` stay inside their slices.
+    unsafe {
+        for at in (0..x.len()).step_by(LANES) {
+            let y = S::mul(load_part::<S>(x, at), S::splat(scale));
+            store_part::<S>(x, at, S::mul(y, load_part::<S>(weight, at)));
         }
     }
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, arXiv:1910.07467); and `out` quantised
-/// to its twin if there is one.
+/// What a norm does to a row.
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    pub weight: &'a [f32],
+    /// As long as the weight.
+    pub bias: Option<&'a [f32]>,
+    pub eps: f32,
+    /// Its mean is taken off first: LayerNorm (Ba et al. 2016, arXiv:1607.06450), else RMSNorm (Zhang and Sennrich
+    /// 2019, arXiv:1910.07467).
+    pub centred: bool,
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight + bias`, row by row; of `x - mean(x)` where the norm is centred; and `out`
+/// quantised to its twin if there is one.
 ///
 /// # Panics
 /// When the lengths do not agree.
-pub fn rms_norm(
-    isa: Isa,
-    pool: &Pool,
-    x: &[f32],
-    weight: &[f32],
-    eps: f32,
-    out: &mut [f32],
-    twin: Option<Twin>,
-) {
+pub fn norm(isa: Isa, pool: &Pool, x: &[f32], by: Norm, out: &mut [f32], twin: Option<Twin>) {
     assert_eq!(x.len(), out.len());
-    let width = weight.len();
+    let width = by.weight.len();
+    assert!(
+        by.bias.is_none_or(|b| b.len() == width),
+        "a bias for each weight"
+    );
     let norm = |i: usize, out: &mut [f32]| {
+        out.copy_from_slice(&x[i * width..(i + 1) * width]);
         // SAFETY: slices; `isa` was detected.
-        unsafe { rms_norm_row(isa, &x[i * width..(i + 1) * width], weight, eps, out) }
+        unsafe { norm_row(isa, by, out) }
     };
     let Some(Twin { scales, blocks }) = twin else {
         return over_rows(pool, out, width, norm);
@@ -92,20 +113,31 @@ pub fn rms_norm(
 }
 
 dispatch! {
-    unsafe fn rms_norm_row<>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = rms_norm_body
+    unsafe fn norm_row<>(by: Norm, row: &mut [f32]) = norm_body
 }
 
+/// One row, in place.
 #[inline(always)]
-unsafe fn rms_norm_body<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // SAFETY: `x`, `weight` and `out` have the same length.
+unsafe fn norm_body<S: Simd>(by: Norm, row: &mut [f32]) {
+    // SAFETY: `load_part` and `store_part` stay inside their slices, which are equally long.
     unsafe {
-        let scale = 1.0 / (sum_of_squares::<S>(x) / x.len() as f32 + eps).sqrt();
-        scale_by::<S>(x.as_ptr(), x.len(), scale, weight, out.as_mut_ptr());
+        if by.centred {
+            let mean = S::splat(-total::<S>(row) / row.len() as f32);
+            for at in (0..row.len()).step_by(LANES) {
+                let x = S::add(load_part::<S>(row, at), mean);
+                store_part::<S>(row, at, x);
+            }
+        }
+        let scale = 1.0 / (sum_of_squares::<S>(row) / row.len() as f32 + by.eps).sqrt();
+        scale_by::<S>(scale, by.weight, row);
+        if let Some(bias) = by.bias {
+            add_body::<S>(row, bias, 1.0);
+        }
     }
 }
 
-/// `x += y`.
-pub fn add(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32]) {
+/// `x += y * scale`, rounded once.
+pub fn add(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32], scale: f32) {
     assert_eq!(x.len(), y.len());
     let width = if x.len() < SERIAL {
         x.len().max(1)
@@ -116,51 +148,116 @@ pub fn add(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32]) {
     let (body, tail) = x.split_at_mut(whole);
     over_rows(pool, body, width, |i, x| {
         // SAFETY: slices; `isa` was detected.
-        unsafe { add_row(isa, x, &y[i * width..(i + 1) * width]) }
+        unsafe { add_row(isa, x, &y[i * width..(i + 1) * width], scale) }
     });
     // SAFETY: as above.
-    unsafe { add_row(isa, tail, &y[whole..]) }
+    unsafe { add_row(isa, tail, &y[whole..], scale) }
 }
 
 dispatch! {
-    unsafe fn add_row<>(x: &mut [f32], y: &[f32]) = add_body
+    unsafe fn add_row<>(x: &mut [f32], y: &[f32], scale: f32) = add_body
 }
 
 #[inline(always)]
-unsafe fn add_body<S: Simd>(x: &mut [f32], y: &[f32]) {
+unsafe fn add_body<S: Simd>(x: &mut [f32], y: &[f32], scale: f32) {
     // SAFETY: `load_part` and `store_part` stay inside their slices, which are equally long.
     unsafe {
         for at in (0..x.len()).step_by(LANES) {
-            let sum = S::add(load_part::<S>(x, at), load_part::<S>(y, at));
+            let sum = S::fma(
+                load_part::<S>(y, at),
+                S::splat(scale),
+                load_part::<S>(x, at),
+            );
             store_part::<S>(x, at, sum);
         }
     }
 }
 
-/// The activations of gated feed-forward layers.
+/// The activations of feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x * sigmoid(x)
     Silu,
     /// The tanh form of gelu.
     GeluTanh,
+    /// gelu itself (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    Gelu,
+    Relu,
+    /// The square of relu (So et al. 2021, arXiv:2109.08668).
+    ReluSquared,
+    /// gpt-oss: x * sigmoid(1.702 x) of x up to 7; what it gates is kept within 7 of 0, and one added.
+    ClampedSwish,
 }
+
+/// Where [`Activation::ClampedSwish`] cuts, and what its sigmoid sees.
+pub const SWISH_LIMIT: f32 = 7.0;
+pub const SWISH_ALPHA: f32 = 1.702;
 
 /// `activation(g) * u`.
 #[inline(always)]
 pub(crate) unsafe fn gate<S: Simd>(activation: Activation, g: S::F, u: S::F) -> S::F {
     unsafe {
-        let exponent = match activation {
-            Activation::Silu => S::mul(g, S::splat(-1.0)),
+        if activation == Activation::ClampedSwish {
+            let u = S::add(
+                at_most::<S>(S::max(u, S::splat(-SWISH_LIMIT)), SWISH_LIMIT),
+                S::splat(1.0),
+            );
+            return S::mul(activate::<S>(activation, g), u);
+        }
+        S::mul(activate::<S>(activation, g), u)
+    }
+}
+
+#[inline(always)]
+unsafe fn at_most<S: Simd>(x: S::F, most: f32) -> S::F {
+    unsafe {
+        let less = S::max(S::mul(x, S::splat(-1.0)), S::splat(-most));
+        S::mul(less, S::splat(-1.0))
+    }
+}
+
+#[inline(always)]
+pub(crate) unsafe fn activate<S: Simd>(activation: Activation, x: S::F) -> S::F {
+    unsafe {
+        let (x, exponent) = match activation {
+            Activation::Silu => (x, S::mul(x, S::splat(-1.0))),
             Activation::GeluTanh => {
                 // 0.5 (1 + tanh(t)) is sigmoid(2 t).
-                let cubic = S::mul(S::mul(S::splat(0.044_715), g), g);
-                let t = S::mul(S::splat(0.797_884_6), S::fma(cubic, g, g));
-                S::mul(S::splat(-2.0), t)
+                let cubic = S::mul(S::mul(S::splat(0.044_715), x), x);
+                let t = S::mul(S::splat(0.797_884_6), S::fma(cubic, x, x));
+                (x, S::mul(S::splat(-2.0), t))
+            }
+            Activation::ClampedSwish => {
+                let x = at_most::<S>(x, SWISH_LIMIT);
+                (x, S::mul(S::splat(-SWISH_ALPHA), x))
+            }
+            Activation::Gelu => return gelu::<S>(x),
+            Activation::Relu => return S::max(x, S::splat(0.0)),
+            Activation::ReluSquared => {
+                let x = S::max(x, S::splat(0.0));
+                return S::mul(x, x);
             }
         };
-        let sigmoid = S::add(S::splat(1.0), S::exp(exponent));
-        S::mul(S::div(g, sigmoid), u)
+        S::div(x, S::add(S::splat(1.0), S::exp(exponent)))
+    }
+}
+
+/// `x (1 + erf(x / sqrt 2)) / 2` by Abramowitz and Stegun 7.1.26: erf to 1.5e-7. With `q = 1 - erf(|x| / sqrt 2)`, that is
+/// `max(x, 0) - |x| q / 2`, which needs no sign.
+#[inline(always)]
+unsafe fn gelu<S: Simd>(x: S::F) -> S::F {
+    const P: f32 = 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2;
+    const TERMS: [f32; 4] = [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
+    unsafe {
+        let size = S::abs(x);
+        let t = S::div(S::splat(1.0), S::fma(size, S::splat(P), S::splat(1.0)));
+        let mut q = S::splat(1.061_405_4);
+        for term in TERMS {
+            q = S::fma(q, t, S::splat(term));
+        }
+        let e = S::exp(S::mul(S::mul(x, x), S::splat(-0.5)));
+        let half = S::mul(S::mul(size, S::splat(-0.5)), S::mul(S::mul(q, t), e));
+        S::add(S::max(S::splat(0.0), x), half)
     }
 }
 
@@ -268,10 +365,24 @@ pub struct HeadPrep<'a> {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Norm weights per head dimension for queries and keys, with their epsilon.
-    pub norms: Option<(&'a [f32], &'a [f32], f32)>,
+    pub norms: Option<HeadNorms<'a>>,
+    /// Multiplies the queries of a row, `[rows]`.
+    pub query_scale: Option<&'a [f32]>,
     /// Angles per row, `[rows][angles]`; `None`: no positions (NoPE layers).
     pub rotation: Option<Rotation<'a>>,
+}
+
+/// Norms of queries and keys.
+#[derive(Clone, Copy)]
+pub struct HeadNorms<'a> {
+    /// Weights of all heads' numbers, one head after the other.
+    pub q: &'a [f32],
+    pub k: &'a [f32],
+    pub eps: f32,
+    /// See [`Norm::centred`].
+    pub centred: bool,
+    /// All heads of a row are one vector (olmo 2); else each is its own.
+    pub together: bool,
 }
 
 /// Cosines and sines of every row's position.
@@ -298,20 +409,34 @@ dispatch! {
 
 #[inline(always)]
 unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
-    let heads = row[..(prep.heads + prep.kv_heads) * prep.head_dim].chunks_exact_mut(prep.head_dim);
-    for (h, head) in heads.enumerate() {
-        if let Some((q, k, eps)) = prep.norms {
-            let weight = if h < prep.heads { q } else { k };
-            // SAFETY: a head is as long as its weight; it is scaled in place.
-            unsafe {
-                let scale = 1.0 / (sum_of_squares::<S>(head) / head.len() as f32 + eps).sqrt();
-                scale_by::<S>(head.as_ptr(), head.len(), scale, weight, head.as_mut_ptr());
+    let dim = prep.head_dim;
+    let (q, rest) = row.split_at_mut(prep.heads * dim);
+    let k = &mut rest[..prep.kv_heads * dim];
+    if let Some(norms) = prep.norms {
+        for (part, weight) in [(&mut *q, norms.q), (&mut *k, norms.k)] {
+            let width = if norms.together { part.len() } else { dim };
+            for (x, weight) in part.chunks_exact_mut(width).zip(weight.chunks_exact(width)) {
+                let (eps, centred) = (norms.eps, norms.centred);
+                let by = Norm {
+                    weight,
+                    bias: None,
+                    eps,
+                    centred,
+                };
+                // SAFETY: slices of the same length.
+                unsafe { norm_body::<S>(by, x) }
             }
         }
-        if let Some(r) = prep.rotation {
-            let at = i * r.angles..(i + 1) * r.angles;
-            rotate(head, r.pairing, &r.cos[at.clone()], &r.sin[at]);
+    }
+    if let Some(r) = prep.rotation {
+        let at = i * r.angles..(i + 1) * r.angles;
+        let (cos, sin) = (&r.cos[at.clone()], &r.sin[at]);
+        for head in q.chunks_exact_mut(dim).chain(k.chunks_exact_mut(dim)) {
+            rotate(head, r.pairing, cos, sin);
         }
+    }
+    if let Some(scale) = prep.query_scale {
+        q.iter_mut().for_each(|x| *x *= scale[i]);
     }
 }
 
@@ -319,11 +444,21 @@ unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::activations::quantize_rows;
+    use crate::scalar::Scalar;
 
     fn numbers(n: usize) -> Vec<f32> {
         (0..n)
             .map(|i| ((i * 7919 % 1000) as f32 - 500.0) / 97.0)
             .collect()
+    }
+
+    fn rms(weight: &[f32]) -> Norm<'_> {
+        Norm {
+            weight,
+            bias: None,
+            eps: 1e-5,
+            centred: false,
+        }
     }
 
     /// Run `f` on every instruction set; all must give the bits of the first, scalar one, which is returned.
@@ -373,7 +508,7 @@ mod tests {
         let (x, w) = (numbers(300 * 40), numbers(40));
         let got = same_on_all(|isa| {
             let mut out = vec![0.0; x.len()];
-            rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, None);
+            norm(isa, &pool, &x, rms(&w), &mut out, None);
             out
         });
         for (x, got) in x.chunks(40).zip(got.chunks(40)) {
@@ -383,6 +518,117 @@ mod tests {
                 assert!((f64::from(got[i]) - want).abs() < 1e-4);
             }
         }
+    }
+
+    #[test]
+    fn a_centred_norm_takes_the_mean_off_and_adds_the_bias() {
+        let pool = Pool::new(2);
+        let (x, weight, bias) = (numbers(3 * 40), numbers(40), numbers(40));
+        let by = Norm {
+            weight: &weight,
+            bias: Some(&bias),
+            eps: 1e-3,
+            centred: true,
+        };
+        let got = same_on_all(|isa| {
+            let mut out = vec![0.0; x.len()];
+            norm(isa, &pool, &x, by, &mut out, None);
+            out
+        });
+        for (x, got) in x.chunks(40).zip(got.chunks(40)) {
+            let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / 40.0;
+            let squares = x.iter().map(|x| (f64::from(*x) - mean).powi(2));
+            let scale = (squares.sum::<f64>() / 40.0 + 1e-3).sqrt();
+            for i in 0..40 {
+                let want =
+                    (f64::from(x[i]) - mean) / scale * f64::from(weight[i]) + f64::from(bias[i]);
+                assert!((f64::from(got[i]) - want).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn norms_of_heads_are_each_heads_own_or_all_together() {
+        let pool = Pool::new(1);
+        let row: Vec<f32> = vec![3.0, 4.0, 1.0, 1.0, 6.0, 8.0, 9.0, 9.0];
+        let normed = |together, centred| {
+            let norms = Some(HeadNorms {
+                q: &[1.0, 1.0, 2.0, 2.0],
+                k: &[1.0, 0.5],
+                eps: 0.0,
+                centred,
+                together,
+            });
+            let prep = HeadPrep {
+                heads: 2,
+                kv_heads: 1,
+                head_dim: 2,
+                norms,
+                query_scale: Some(&[10.0]),
+                rotation: None,
+            };
+            let mut row = row.clone();
+            prepare_heads(Isa::detect(), &pool, &prep, &mut row, 8);
+            row
+        };
+        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        let (a, b) = (12.5f32.sqrt(), 50f32.sqrt());
+        let want = [30.0 / a, 40.0 / a, 20.0, 20.0, 6.0 / b, 4.0 / b, 9.0, 9.0];
+        assert!(close(&normed(false, false), &want));
+        let all = 6.75f32.sqrt();
+        let want = [
+            30.0 / all,
+            40.0 / all,
+            20.0 / all,
+            20.0 / all,
+            6.0 / b,
+            4.0 / b,
+            9.0,
+            9.0,
+        ];
+        assert!(close(&normed(true, false), &want));
+        let centred = normed(false, true);
+        assert!(close(&centred[..2], &[-10.0, 10.0]) && close(&centred[4..6], &[-1.0, 0.5]));
+    }
+
+    #[test]
+    fn activations_are_their_definitions() {
+        // erf(x / sqrt 2) by its series, for |x| up to 4.
+        let erf = |x: f64| {
+            let x = x / 2f64.sqrt();
+            let (mut term, mut sum) = (x, x);
+            for n in 1..200 {
+                term *= -x * x / f64::from(n);
+                sum += term / f64::from(2 * n + 1);
+            }
+            sum * 2.0 / std::f64::consts::PI.sqrt()
+        };
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        for i in -400..=400 {
+            let x = f64::from(i) / 100.0;
+            let swish = |x: f64| x.min(7.0) * sigmoid(1.702 * x.min(7.0));
+            for (activation, want) in [
+                (Activation::Silu, x * sigmoid(x)),
+                (Activation::Gelu, x * (1.0 + erf(x)) / 2.0),
+                (Activation::Relu, x.max(0.0)),
+                (Activation::ReluSquared, x.max(0.0).powi(2)),
+                (Activation::ClampedSwish, swish(x)),
+            ] {
+                // SAFETY: plain arrays run everywhere.
+                let got = unsafe { activate::<Scalar>(activation, Scalar::splat(x as f32)) }[0];
+                let error = (f64::from(got) - want).abs();
+                assert!(
+                    error < 1e-6 * (1.0 + want.abs()),
+                    "{activation:?} of {x}: {got}"
+                );
+            }
+        }
+        // SAFETY: as above.
+        let gated = unsafe {
+            let (g, u) = (Scalar::splat(9.0), Scalar::splat(-8.0));
+            gate::<Scalar>(Activation::ClampedSwish, g, u)
+        };
+        assert!((gated[0] - 7.0 * -6.0).abs() < 1e-3);
     }
 
     #[test]
@@ -404,7 +650,7 @@ mod tests {
                     scales,
                     blocks: blocks_all,
                 });
-                rms_norm(isa, &pool, &x, &w, 1e-5, &mut out, twin);
+                norm(isa, &pool, &x, rms(&w), &mut out, twin);
                 quantize_rows(isa, &pool, &out, 512, scales, &mut want);
                 assert_eq!(blocks, want);
             }
@@ -418,10 +664,10 @@ mod tests {
             let y = numbers(n);
             let got = same_on_all(|isa| {
                 let mut x = vec![1.0; n];
-                add(isa, &pool, &mut x, &y);
+                add(isa, &pool, &mut x, &y, 2.0);
                 x
             });
-            assert!(got.iter().zip(&y).all(|(x, y)| *x == 1.0 + y));
+            assert!(got.iter().zip(&y).all(|(x, y)| *x == y.mul_add(2.0, 1.0)));
         }
     }
 
@@ -441,6 +687,7 @@ mod tests {
                 kv_heads: 1,
                 head_dim: 4,
                 norms: None,
+                query_scale: None,
                 rotation,
             };
             let mut row: Vec<f32> = (1..=12).map(|x| x as f32).collect();

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::activations::{ActBlock, Activations, Scales};
 #[cfg(target_arch = "x86_64")]
 use crate::avx512::Avx512;
-use crate::elementwise::{Activation, gate, softcap};
+use crate::elementwise::{Activation, activate, gate, softcap};
 use crate::pool::{Pool, SendPtr};
 use crate::quant::TensorType;
 #[cfg(target_arch = "x86_64")]
@@ -101,6 +101,8 @@ pub enum Store {
     Add,
     /// `out = activation(out) * product`
     Gate(Activation),
+    /// `out = activation(product)`
+    Activate(Activation),
     /// `out = cap * tanh(product / cap)`
     Softcap(f32),
 }
@@ -611,6 +613,7 @@ pub(crate) unsafe fn store_out<S: Simd>(task: &Task, tile: usize, out: *mut f32,
             Store::Set => total,
             Store::Add => S::add(S::load_f32(to), total),
             Store::Gate(activation) => gate::<S>(activation, S::load_f32(to), total),
+            Store::Activate(activation) => activate::<S>(activation, total),
             Store::Softcap(cap) => softcap::<S>(cap, total),
         };
         S::store(to, total);
@@ -1065,7 +1068,13 @@ mod tests {
                     isa.name()
                 );
             }
-            for activation in [Activation::Silu, Activation::GeluTanh] {
+            let relu = Activation::Relu;
+            for isa in Isa::available() {
+                let mut out = vec![0.0; rows * outputs];
+                matmul(isa, &pool, &alone[1], x, Store::Activate(relu), &mut out);
+                assert!(out.iter().zip(&up).all(|(got, up)| *got == up.max(0.0)));
+            }
+            for activation in [Activation::Silu, Activation::GeluTanh, relu] {
                 let mut first = None;
                 for isa in Isa::available() {
                     let mut out = vec![0.0; rows * outputs];
@@ -1078,6 +1087,7 @@ mod tests {
                                 let t = 0.7978845608028654 * (g + 0.044715 * g.powi(3));
                                 0.5 * (1.0 + t.tanh())
                             }
+                            _ => f64::from(u8::from(g > 0.0)),
                         };
                         let error = (f64::from(*got) - g * gate * u).abs();
                         assert!(

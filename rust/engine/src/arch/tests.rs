@@ -229,3 +229,142 @@ fn names_are_those_of_the_file() {
             .ends_with("post_attention_layernorm.weight")
     );
 }
+
+#[test]
+fn names_of_experts_have_their_number_and_a_family_its_own_words() {
+    let moe = json!({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2});
+    let mixtral = read(moe).unwrap();
+    assert_eq!(
+        mixtral.tensor_name(Some(1), "ffn_up.3.weight"),
+        "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    );
+    assert_eq!(
+        mixtral.tensor_name(Some(0), "ffn_down_exps.weight"),
+        "model.layers.0.block_sparse_moe.experts.down_proj"
+    );
+    let oss = json!({"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2,
+        "swiglu_limit": 7.0});
+    let oss = read(oss).unwrap();
+    assert_eq!(
+        oss.tensor_name(Some(2), "ffn_gate_up_exps.bias"),
+        "model.layers.2.mlp.experts.gate_up_proj_bias"
+    );
+    assert_eq!(
+        oss.tensor_name(Some(2), "attn_sinks.weight"),
+        "model.layers.2.self_attn.sinks"
+    );
+    let gpt2 = read(json!({"model_type": "gpt2"})).unwrap();
+    assert_eq!(
+        gpt2.tensor_name(Some(0), "attn_qkv.bias"),
+        "transformer.h.0.attn.c_attn.bias"
+    );
+    assert_eq!(
+        gpt2.tensor_name(None, "output_norm.bias"),
+        "transformer.ln_f.bias"
+    );
+}
+
+#[test]
+fn experts_are_where_the_config_says_and_possible() {
+    let moe = |extra: Json| {
+        let mut all = json!({"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48});
+        extra
+            .as_object()
+            .unwrap()
+            .iter()
+            .for_each(|(k, v)| all[k] = v.clone());
+        read(all)
+    };
+    let layers = |extra| -> Vec<bool> {
+        let arch: Arch = moe(extra).unwrap();
+        arch.layers.iter().map(|l| l.experts).collect()
+    };
+    assert_eq!(layers(json!({})), [true; 4]);
+    assert_eq!(
+        layers(json!({"mlp_only_layers": [1]})),
+        [true, false, true, true]
+    );
+    assert_eq!(
+        layers(json!({"decoder_sparse_step": 2})),
+        [false, true, false, true]
+    );
+    for (extra, words) in [
+        (json!({"num_experts_per_tok": 9}), "9 of 8 experts"),
+        (json!({"num_experts": 1u64 << 40}), "at most 4096"),
+        (json!({"moe_intermediate_size": 0}), "size of an expert"),
+    ] {
+        let error = moe(extra).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn an_unknown_architecture_gets_the_nearest_known_one() {
+    let error = read(json!({"model_type": "qwen3_mo"}))
+        .unwrap_err()
+        .to_string();
+    assert!(error.ends_with("the nearest is \"qwen3_moe\""), "{error}");
+}
+
+#[test]
+fn layers_that_see_everything_have_no_positions_where_others_have_a_window() {
+    let ropes = |extra| -> Vec<Option<usize>> {
+        read(extra).unwrap().layers.iter().map(|l| l.rope).collect()
+    };
+    let hybrid = json!({"model_type": "cohere2", "sliding_window": 32});
+    assert_eq!(ropes(hybrid), [Some(0), Some(0), Some(0), None]);
+    assert_eq!(ropes(json!({"model_type": "exaone4"})), [Some(0); 4]);
+    assert_eq!(ropes(json!({"model_type": "gpt2"})), [None; 4]);
+}
+
+#[test]
+fn yarn_keeps_short_waves_and_stretches_long_ones() {
+    let scaling =
+        json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096});
+    let yarn = &read(json!({"head_dim": 64, "rope_scaling": scaling}))
+        .unwrap()
+        .ropes[0];
+    let plain = &read(json!({"head_dim": 64})).unwrap().ropes[0];
+    assert_eq!(yarn.frequencies[0], plain.frequencies[0]);
+    assert_eq!(yarn.frequencies[31], plain.frequencies[31] / 4.0);
+    assert!((yarn.factor - (0.1 * 4f32.ln() + 1.0)).abs() < 1e-6);
+    let middle = yarn.frequencies[12] / plain.frequencies[12];
+    assert!((0.25..1.0).contains(&middle) && middle != 0.25, "{middle}");
+}
+
+#[test]
+fn gguf_names_are_as_the_converter_writes_them() {
+    let granite = gguf(&[
+        ("general.architecture", Value::String("granite".into())),
+        ("granite.embedding_length", Value::Int(64)),
+        ("granite.attention.head_count", Value::Int(4)),
+        ("granite.block_count", Value::Int(2)),
+        ("granite.context_length", Value::Int(256)),
+        ("granite.feed_forward_length", Value::Int(128)),
+        ("granite.vocab_size", Value::Int(512)),
+        (
+            "granite.attention.layer_norm_rms_epsilon",
+            Value::Float(1e-5),
+        ),
+        ("granite.attention.scale", Value::Float(0.25)),
+        ("granite.embedding_scale", Value::Float(12.0)),
+        ("granite.residual_scale", Value::Float(0.5)),
+        ("granite.logit_scale", Value::Float(8.0)),
+    ])
+    .unwrap();
+    let scales = (granite.attention_scale, granite.embedding_scale);
+    assert_eq!(scales, (0.25, 12.0));
+    assert_eq!((granite.residual_scale, granite.logit_scale), (0.5, 0.125));
+    let mixtral = gguf(&[
+        ("llama.expert_count", Value::Int(8)),
+        ("llama.expert_used_count", Value::Int(2)),
+    ])
+    .unwrap();
+    let experts = mixtral.experts.unwrap();
+    assert_eq!(
+        (experts.count, experts.used, experts.intermediate_size),
+        (8, 2, 128)
+    );
+    assert!(experts.normalised && mixtral.layers[0].experts);
+}
