@@ -194,7 +194,7 @@ fn scores_decide_the_merges() {
     let merges = merges_by_score(&source, source.scores().unwrap().unwrap());
     let merges: Vec<_> = merges
         .iter()
-        .map(|(a, b)| (a.as_str(), b.as_str()))
+        .map(|(a, b)| (&**a, &**b))
         .collect();
     assert_eq!(merges, [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "ab")]);
     assert_eq!(tokenizer.encode("ab a", false).unwrap(), [11, 10]);
