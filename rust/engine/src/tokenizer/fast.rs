@@ -34,7 +34,7 @@ pub(super) struct Fast {
     normalized: Option<Finder>,
     splitter: Splitter,
     cuts: Option<Cuts>,
-    idle: Mutex<Vec<Box<Scratch>>>,
+    idle: Mutex<Vec<Scratch>>,
 }
 
 /// What a call to encode is given beside the text.
@@ -430,7 +430,7 @@ impl Cache {
         if ids.len() > ENTRY_IDS {
             return;
         }
-        if self.inserted > self.sets.len() / 2 && self.sets.len() < MAX_ENTRIES / 2 {
+        if self.inserted > self.sets.len() && self.sets.len() < MAX_ENTRIES / 2 {
             self.grow();
         }
         self.inserted += 1;

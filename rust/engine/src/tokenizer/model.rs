@@ -482,7 +482,16 @@ impl Shared {
             Model::Bpe { model, .. } => {
                 let mut bytes = Vec::new();
                 let word = match model.byte_level {
-                    true if !alphabet_bytes(text, &mut bytes) => return None,
+                    true if !alphabet_bytes(text, &mut bytes) => {
+                        // Other characters get here from odd normalisers only, and have no token.
+                        if model.unknown.is_some() {
+                            return None;
+                        }
+                        let known = |c: &char| alphabet_byte(*c as u32).is_some();
+                        let known: String = text.chars().filter(known).collect();
+                        alphabet_bytes(&known, &mut bytes);
+                        bytes.as_slice()
+                    }
                     true => bytes.as_slice(),
                     false => text.as_bytes(),
                 };
