@@ -192,10 +192,7 @@ fn scores_decide_the_merges() {
     let source = llama();
     let source = Source::read(&source).unwrap();
     let merges = merges_by_score(&source, source.scores().unwrap().unwrap());
-    let merges: Vec<_> = merges
-        .iter()
-        .map(|(a, b)| (&**a, &**b))
-        .collect();
+    let merges: Vec<_> = merges.iter().map(|(a, b)| (&**a, &**b)).collect();
     assert_eq!(merges, [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "ab")]);
     assert_eq!(tokenizer.encode("ab a", false).unwrap(), [11, 10]);
     assert_eq!(tokenizer.decode(&[11, 10], false).unwrap(), "ab a");
