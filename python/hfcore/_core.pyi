@@ -231,6 +231,50 @@ class Tokenizer:
         `special_tokens_mask`; and `offset_mapping`, a list of (start, end) in code points.
         """
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        parse_special_in_content: bool | None = None,
+        **variables: Any,
+    ) -> Any:
+        """A conversation as token ids, through the chat template; names as transformers has them.
+
+        Args:
+            conversation: Messages.
+            tools: JSON schemas, or functions with type hints and docstrings.
+            documents: For templates that know retrieval.
+            chat_template: The name of one of the tokenizer's templates, or Jinja source; None: its
+                main one, or the one for tools where there are tools.
+            add_generation_prompt: End with the beginning of an assistant's answer.
+            continue_final_message: End inside the last message.
+            tokenize: False: the text.
+            return_dict: `{"input_ids": ..., "attention_mask": ...}`, each uint32 of shape [tokens];
+                False: the ids alone.
+            return_assistant_tokens_mask: Also "assistant_masks": 1 for tokens inside the template's
+                `{% generation %}` blocks.
+            parse_special_in_content: Whether a message that spells a special token makes one, as in
+                transformers. None: no, but for tokenizers that cannot tell; False: an error there.
+            **variables: Further variables of the template.
+
+        Raises:
+            NoChatTemplateError: There is none.
+            TemplateError: The template refused the messages, or failed.
+
+        >>> from hfcore import Tokenizer
+        >>> tokenizer = Tokenizer.from_path("model.gguf")
+        >>> tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)[:12]
+        '<|im_start|>'
+        """
+
     def encode_segments(self, segments: Sequence[tuple[str, bool]]) -> NDArray[np.uint32]:
         """The ids of a text that is given in segments, each with whether it is trusted.
 

@@ -1,6 +1,7 @@
 //! `hfcore._core`: the door between Python and the engine. It converts, releases the GIL, calls
 //! and maps errors; what it decides, it decides nowhere else.
 
+mod chat;
 mod convert;
 mod delta;
 mod engine;

@@ -167,7 +167,7 @@ pub struct Flags {
 }
 
 /// What a render is given, straight as template values.
-fn conversation(
+pub fn conversation(
     messages: &Bound<'_, PyAny>,
     tools: Option<&Bound<'_, PyAny>>,
     documents: Option<&Bound<'_, PyAny>>,

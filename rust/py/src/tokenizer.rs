@@ -6,16 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hfcore_engine::error::Result;
 use hfcore_engine::gguf;
-use hfcore_engine::template;
 use hfcore_engine::tokenizer::{self, Detokenizer, Encoding, Wishes};
 use hfcore_engine::vocab;
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
+use crate::chat::{self, Compiled};
 use crate::convert::{to_ids, to_path};
 use crate::error::{invalid, run, run_here};
-use crate::template::ChatTemplate;
+use crate::template::{self, ChatTemplate, Flags};
 
 /// Shorter texts are encoded without giving the GIL away.
 const SHORT_TEXT: usize = 2048;
@@ -24,11 +24,15 @@ const SHORT_TEXT: usize = 2048;
 #[pyclass(frozen, module = "hfcore._core")]
 pub struct Tokenizer {
     inner: Arc<tokenizer::Tokenizer>,
+    compiled: Compiled,
 }
 
 impl Tokenizer {
     pub fn new(inner: Arc<tokenizer::Tokenizer>) -> Self {
-        Self { inner }
+        Self {
+            inner,
+            compiled: Compiled::default(),
+        }
     }
 }
 
@@ -239,17 +243,79 @@ impl Tokenizer {
         self.inner.vocab_size()
     }
 
+    /// A conversation as token ids, through the chat template.
+    #[pyo3(signature = (
+        conversation, *, tools = None, documents = None, chat_template = None,
+        add_generation_prompt = false, continue_final_message = false, tokenize = true,
+        return_dict = true, return_assistant_tokens_mask = false, parse_special_in_content = None,
+        **variables
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "transformers', by name")]
+    fn apply_chat_template<'py>(
+        &self,
+        py: Python<'py>,
+        conversation: &Bound<'py, PyAny>,
+        tools: Option<&Bound<'py, PyAny>>,
+        documents: Option<&Bound<'py, PyAny>>,
+        chat_template: Option<&str>,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tokenize: bool,
+        return_dict: bool,
+        return_assistant_tokens_mask: bool,
+        parse_special_in_content: Option<bool>,
+        variables: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let masked = return_assistant_tokens_mask;
+        if masked && !(tokenize && return_dict) {
+            let problem = "return_assistant_tokens_mask needs tokenize=True and return_dict=True";
+            return Err(invalid(py, problem));
+        }
+        let flags = Flags {
+            add_generation_prompt,
+            continue_final_message,
+            keep_none_keys: false,
+        };
+        let tokenizer = &self.inner;
+        let template = self
+            .compiled
+            .template(tokenizer, chat_template, tools.is_some());
+        let template = run_here(py, || template)?;
+        let given = template::conversation(conversation, tools, documents, flags, None, variables)?;
+        if !tokenize {
+            let rendered = run(py, || template.render_conversation(given, false))?;
+            return Ok(PyString::new(py, &rendered.text).into_any());
+        }
+        let applied = run(py, || {
+            chat::apply(
+                &template,
+                tokenizer,
+                given,
+                parse_special_in_content,
+                masked,
+            )
+        })?;
+        if !return_dict {
+            return Ok(array(py, applied.ids).into_any());
+        }
+        let dict = PyDict::new(py);
+        let ones = vec![1; applied.ids.len()];
+        dict.set_item("input_ids", array(py, applied.ids))?;
+        dict.set_item("attention_mask", array(py, ones))?;
+        if let Some(mask) = applied.assistant_mask {
+            dict.set_item("assistant_masks", array(py, mask))?;
+        }
+        Ok(dict.into_any())
+    }
+
     /// The main chat template that came with the tokenizer, None if none did.
     #[getter]
     fn chat_template(&self, py: Python<'_>) -> PyResult<Option<ChatTemplate>> {
-        let Some(source) = self.inner.chat_templates().get("default") else {
-            return Ok(None);
-        };
-        let special_tokens = self.inner.special_tokens();
-        run(py, || {
-            template::ChatTemplate::new("chat_template", source, special_tokens)
-        })
-        .map(|inner| Some(ChatTemplate::new(Arc::new(inner))))
+        match run(py, || self.compiled.template(&self.inner, None, false)) {
+            Ok(inner) => Ok(Some(ChatTemplate::new(inner))),
+            Err(_) if !self.inner.chat_templates().contains_key("default") => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// `{"bos_token": "<s>", ...}`, as far as the files name them.
