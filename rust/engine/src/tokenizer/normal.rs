@@ -116,7 +116,7 @@ impl Normal {
 fn is_steady(json: &Json) -> bool {
     match json {
         Json::Object(map) => {
-            let replaces = map.get("type").and_then(Json::as_str) == Some("Replace");
+            let replaces = map.contains_key("pattern");
             let from = map
                 .get("pattern")
                 .and_then(|pattern| pattern.get("String")?.as_str());
