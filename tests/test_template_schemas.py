@@ -73,7 +73,7 @@ def test_a_schema_follows_hints_and_docstring() -> None:
     assert function["return"] == {
         "type": "array",
         "items": {"type": "string"},
-        "description": "A list, of\nwords",
+        "description": "A list, of\n    words",
     }
     assert function["parameters"]["required"] == ["city", "days", "unit", "pair"]
     assert function["parameters"]["properties"] == {

@@ -662,7 +662,7 @@ impl Json {
             Value::Float(f) => out.made(&json_float(*f), &budget.unsure()),
             Value::Str(s) => {
                 budget.bytes(s.text.len())?;
-                self.string(s, out);
+                self.string(s, out, budget)?;
             }
             Value::List(s) | Value::Tuple(s) => {
                 self.bracketed(
@@ -683,7 +683,7 @@ impl Json {
                     out,
                     budget,
                     |json, (key, value), out, budget| {
-                        json.string(&json_key(key, budget)?, out);
+                        json.string(&json_key(key, budget)?, out, budget)?;
                         out.own(&json.key_separator);
                         json.write(value, level + 1, out, budget)
                     },
@@ -746,7 +746,7 @@ impl Json {
         Ok(())
     }
 
-    fn string(&self, s: &Str, out: &mut Text) {
+    fn string(&self, s: &Str, out: &mut Text, budget: &mut Budget) -> Res<()> {
         out.own("\"");
         let text = &*s.text;
         let mut copied = 0;
@@ -762,30 +762,37 @@ impl Json {
                 out.part(s, at..copied);
                 continue;
             }
-            let mut escaped = String::with_capacity(12);
-            escape_json(c, &mut escaped);
-            out.made(&escaped, &s.part(at..copied).origin);
+            // Text that is escaped again and again grows without bound: each escape is paid for.
+            budget.bytes(12)?;
+            let simple = match c {
+                '"' => "\\\"",
+                '\\' => "\\\\",
+                '\n' => "\\n",
+                '\r' => "\\r",
+                '\t' => "\\t",
+                '\u{8}' => "\\b",
+                '\u{c}' => "\\f",
+                _ => "",
+            };
+            let origin = match &s.origin {
+                None => None,
+                Some(_) => s.part(at..copied).origin,
+            };
+            match simple {
+                "" => out.made(&escaped_units(c), &origin),
+                simple => out.made(simple, &origin),
+            }
         }
         out.part(s, copied..text.len());
         out.own("\"");
+        Ok(())
     }
 }
 
-fn escape_json(c: char, out: &mut String) {
-    match c {
-        '"' => out.push_str("\\\""),
-        '\\' => out.push_str("\\\\"),
-        '\n' => out.push_str("\\n"),
-        '\r' => out.push_str("\\r"),
-        '\t' => out.push_str("\\t"),
-        '\u{8}' => out.push_str("\\b"),
-        '\u{c}' => out.push_str("\\f"),
-        c => {
-            for unit in c.encode_utf16(&mut [0; 2]) {
-                out.push_str(&format!("\\u{unit:04x}"));
-            }
-        }
-    }
+/// A character as JSON escapes it by number.
+fn escaped_units(c: char) -> String {
+    let units = c.encode_utf16(&mut [0; 2]).to_vec();
+    units.iter().map(|unit| format!("\\u{unit:04x}")).collect()
 }
 
 fn json_float(f: f64) -> String {

@@ -613,6 +613,9 @@ pub(super) fn replace(
     let limit = match count {
         None => usize::MAX,
         Some(n) => match n.as_int() {
+            Some(n) if i64::try_from(n).is_err() => {
+                return fault("Python int too large to convert to C ssize_t");
+            }
             Some(n) => usize::try_from(n).unwrap_or(usize::MAX),
             None => return fault("count must be an integer"),
         },

@@ -62,7 +62,7 @@ fn parse_float(text: &str) -> Option<f64> {
 fn to_int(value: &Value, base: Option<&Value>) -> Option<Value> {
     match value {
         Value::Big(_) => Some(value.clone()),
-        Value::Float(f) if f.is_finite() => Some(Value::Int(f.trunc() as i128)),
+        Value::Float(f) if f.is_finite() => Value::integer(&format!("{:.0}", f.trunc())).ok(),
         Value::Str(s) => {
             let base = base.and_then(Value::as_int).unwrap_or(10);
             let t = methods::stripped(&s.text, "strip", None).to_ascii_lowercase();

@@ -284,7 +284,7 @@ fn batch(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Va
                 .by_ref()
                 .take(each + usize::from(i < larger))
                 .collect();
-            group.extend(fill.iter().filter(|_| i >= larger && larger > 0).cloned());
+            group.extend(fill.iter().filter(|_| i >= larger).cloned());
             groups.push(group);
         }
     }
