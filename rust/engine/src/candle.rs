@@ -651,7 +651,7 @@ mod tests {
         };
         let (mut candle, batch) = step(&[2]);
         let mut out = Buffer::default();
-        let unwritten = candle.add(&mut out, &Buffer::default());
+        let unwritten = candle.add(&mut out, &Buffer::default(), 1.0);
         says(unwritten, "candle, add: a buffer was read before");
         let mut qkv = Buffer::default();
         candle.upload(&[0.0; 18], 6, &mut qkv).unwrap();
