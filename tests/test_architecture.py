@@ -32,6 +32,10 @@ RUST_HOMES = {
     "minijinja": {"template"},
     "minijinja_contrib": {"template"},
     "tokenizers": {"tokenizer", "vocab"},
+    "regex_syntax": {"tokenizer"},
+    "unicode_normalization_alignments": {"tokenizer"},
+    "unicode_names2": {"template"},
+    "num_bigint": {"template"},
     "candle_core": {"candle"},
     "llguidance": {"constraint"},
 }
