@@ -392,8 +392,10 @@ impl<'a, D: Device> Loader<'a, D> {
     /// Expert `e` of tensors that hold all of them, `[experts, outputs, inputs]`.
     fn expert(&mut self, at: Option<usize>, e: usize, arch: &ExpertArch) -> Result<Mlp<D>> {
         let (hidden, width, gated) = (self.arch.hidden_size, arch.intermediate_size, true);
-        let up = match self.has(at, "ffn_gate_up_exps.weight") {
-            true => self.expert_matrix(at, &["ffn_gate_up_exps"], e, arch, (2 * width, hidden))?,
+        let both = "ffn_gate_up_exps";
+        let fused = self.has(at, &format!("{both}.weight"));
+        let up = match fused || self.packed_name(at, both, "_blocks").1 {
+            true => self.expert_matrix(at, &[both], e, arch, (2 * width, hidden))?,
             false => {
                 let parts = ["ffn_gate_exps", "ffn_up_exps"];
                 self.expert_matrix(at, &parts, e, arch, (width, hidden))?
@@ -414,6 +416,12 @@ impl<'a, D: Device> Loader<'a, D> {
         (outputs, inputs): (usize, usize),
     ) -> Result<D::Matrix> {
         let both = names == ["ffn_gate_up_exps"];
+        if let [name] = names
+            && self.arch.turned_experts()
+            && self.packed_name(at, name, "_blocks").1
+        {
+            return self.packed_expert(at, name, e, arch, (outputs, inputs));
+        }
         let mut parts = Vec::new();
         let mut bias = Vec::new();
         let mut turned = false;
@@ -464,6 +472,67 @@ impl<'a, D: Device> Loader<'a, D> {
         Ok(matrix)
     }
 
+    /// The name of a packed tensor's part, and whether there is one.
+    fn packed_name(&self, at: Option<usize>, name: &str, part: &str) -> (String, bool) {
+        let name = self.arch.tensor_name(at, &format!("{name}.weight")) + part;
+        let there = self.weights.packed.contains_key(&name);
+        (name, there)
+    }
+
+    /// Expert `e`'s part of a tensor in MXFP4: `_blocks` of `[experts, outputs, inputs / 32, 16]` bytes with two numbers each,
+    /// one after the other, and `_scales` (OCP Microscaling Formats 1.0). Of gates and inputs, every second row.
+    fn packed_expert(
+        &mut self,
+        at: Option<usize>,
+        name: &str,
+        e: usize,
+        arch: &ExpertArch,
+        (outputs, inputs): (usize, usize),
+    ) -> Result<D::Matrix> {
+        let each = inputs / 32;
+        let mut parts = Vec::new();
+        for (part, own) in [("_blocks", &[16][..]), ("_scales", &[])] {
+            let (full, _) = self.packed_name(at, name, part);
+            let wanted = [&[arch.count, outputs, each], own].concat();
+            match self.weights.packed(&full) {
+                Some((shape, data)) if shape == wanted && inputs == each * 32 => {
+                    let bytes = data.len() / arch.count;
+                    parts.push(&data[e * bytes..(e + 1) * bytes]);
+                }
+                found => {
+                    let got = found.map(|(shape, _)| shape);
+                    return Err(self
+                        .weights
+                        .problem(format!("tensor {full:?} is {got:?}, wanted {wanted:?}")));
+                }
+            }
+            self.used.insert(full);
+        }
+        let bias_name = format!("{name}.bias");
+        let bias = self.tensor(at, &bias_name, arch.count, outputs)?;
+        let bias = bias.slice(e, 1).dequantize();
+        let step = if name == "ffn_gate_up_exps" { 2 } else { 1 };
+        let rows = |first: usize| (first..outputs).step_by(step);
+        let order: Vec<usize> = (0..step).flat_map(rows).collect();
+        let bias: Vec<f32> = order.iter().map(|row| bias[*row]).collect();
+        let mut blocks = Vec::with_capacity(outputs * each * 17);
+        for row in &order {
+            for at in row * each..(row + 1) * each {
+                blocks.push(parts[1][at]);
+                // GGUF's order: the numbers of the first half beside those of the second.
+                let pairs = &parts[0][at * 16..(at + 1) * 16];
+                let number = |i: usize| pairs[i / 2] >> (i % 2 * 4) & 15;
+                blocks.extend((0..16).map(|i| number(i) | number(i + 16) << 4));
+            }
+        }
+        let shape = [outputs, inputs];
+        let matrix = Tensor::of(TensorType::MXFP4, &shape, &blocks);
+        let halves = matrix.halves();
+        let whole = [matrix];
+        let parts = if step == 2 { &halves[..] } else { &whole };
+        self.device.matrix(parts, Some(&bias))
+    }
+
     /// A small matrix whose products choose: never rounded.
     fn float_matrix(
         &mut self,
@@ -504,6 +573,7 @@ impl<'a, D: Device> Loader<'a, D> {
             .weights
             .tensors
             .keys()
+            .chain(self.weights.packed.keys())
             .filter(|n| !self.used.contains(*n) && !known(n))
             .collect();
         unused.sort();

@@ -41,6 +41,7 @@ pub fn open(path: &Path) -> Result<Weights> {
         metadata: HashMap::new(),
         config: None,
         generation_config: None,
+        packed: HashMap::new(),
     };
     for (index, part) in paths.iter().enumerate() {
         add_part(&mut weights, part, index, paths.len())?;

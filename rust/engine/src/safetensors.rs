@@ -17,7 +17,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
-use crate::weights::{TensorInfo, Weights};
+use crate::weights::{PackedInfo, TensorInfo, Weights};
 
 /// The safetensors library's own cap on a header.
 const MAX_HEADER: usize = 100_000_000;
@@ -27,6 +27,9 @@ const MAX_INDEX: u64 = 64 << 20;
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Whose tensors are pairs of plain bytes, `_blocks` and `_scales`: see `decoder.rs`.
+const MXFP4: &str = "mxfp4";
 
 /// Buffers that old checkpoints carry as integers and that no model reads.
 const IGNORED: [&str; 3] = ["position_ids", "token_type_ids", "num_batches_tracked"];
@@ -49,6 +52,7 @@ pub fn open(dir: &Path) -> Result<Weights> {
         path: dir.display().to_string(),
         files: Vec::new(),
         tensors: HashMap::new(),
+        packed: HashMap::new(),
         metadata: HashMap::new(),
         config: Some(config),
         generation_config: object(&dir.join("generation_config.json"), MAX_CONFIG)?,
@@ -68,7 +72,8 @@ pub fn open(dir: &Path) -> Result<Weights> {
         add_file(&mut weights, &dir.join(name))?;
     }
     for (tensor, name) in &weight_map {
-        let file = weights.tensors.get(tensor).map(|t| t.file);
+        let packed = weights.packed.get(tensor).map(|t| t.file);
+        let file = weights.tensors.get(tensor).map(|t| t.file).or(packed);
         let wanted = names.iter().position(|n| n == &name);
         if file != wanted && !is_ignored(tensor) {
             return Err(file_error(
@@ -130,7 +135,10 @@ fn refuse_quantised(config: &Json) -> Result<()> {
         .get("quant_method")
         .and_then(Json::as_str)
         .unwrap_or("without a quant_method");
-    let supported = "safetensors in F32, F16 or BF16; GGUF files".into();
+    if name == MXFP4 {
+        return Ok(());
+    }
+    let supported = "safetensors in F32, F16 or BF16, mxfp4; GGUF files".into();
     Err(Error::Unsupported {
         what: "quantisation",
         name: name.into(),
@@ -171,18 +179,33 @@ fn is_plain_name(name: &str) -> bool {
 fn add_file(weights: &mut Weights, path: &Path) -> Result<()> {
     let mapped = Mapped::open(path).map_err(|e| file_error(path, e.to_string()))?;
     let file = weights.files.len();
-    for (name, mut info) in parse(&mapped, path)? {
-        if weights.tensors.contains_key(&name) {
+    let config = weights.config.as_ref();
+    let method = config.and_then(|c| c.pointer("/quantization_config/quant_method"));
+    let packed = method.and_then(Json::as_str) == Some(MXFP4);
+    for (name, stored) in parse(&mapped, path, packed)? {
+        if weights.tensors.contains_key(&name) || weights.packed.contains_key(&name) {
             return Err(file_error(
                 path,
                 format!("has the tensor {name:?} a second time"),
             ));
         }
-        info.file = file;
-        weights.tensors.insert(name, info);
+        match stored {
+            Stored::Tensor(info) => {
+                weights.tensors.insert(name, TensorInfo { file, ..info });
+            }
+            Stored::Packed(info) => {
+                weights.packed.insert(name, PackedInfo { file, ..info });
+            }
+        }
     }
     weights.files.push(mapped);
     Ok(())
+}
+
+/// An entry of a file; its `file` is 0.
+enum Stored {
+    Tensor(TensorInfo),
+    Packed(PackedInfo),
 }
 
 /// The header's entries in the order of the file, duplicates kept.
@@ -230,8 +253,8 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-/// The tensors of one file with their absolute byte ranges; their `file` is 0.
-fn parse(bytes: &[u8], path: &Path) -> Result<Vec<(String, TensorInfo)>> {
+/// The tensors of one file with their absolute byte ranges; where some are `packed`, plain bytes too.
+fn parse(bytes: &[u8], path: &Path, packed: bool) -> Result<Vec<(String, Stored)>> {
     let error = |problem: String| file_error(path, problem);
     let (header, start) = header_bytes(bytes).map_err(error)?;
     let header: Header =
@@ -255,8 +278,12 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Vec<(String, TensorInfo)>> {
             )));
         }
         if !is_ignored(&name) {
-            let info = tensor_info(&name, entry, start + from..start + to, path)?;
-            tensors.push((name, info));
+            let range = start + from..start + to;
+            let stored = match packed && entry.dtype == "U8" {
+                true => Stored::Packed(packed_info(&name, entry, range, path)?),
+                false => Stored::Tensor(tensor_info(&name, entry, range, path)?),
+            };
+            tensors.push((name, stored));
         }
     }
     if end != bytes.len() - start {
@@ -323,6 +350,21 @@ fn tensor_info(name: &str, entry: Entry, bytes: Range<usize>, path: &Path) -> Re
     }
     Ok(TensorInfo {
         tensor_type,
+        shape: entry.shape,
+        file: 0,
+        bytes,
+    })
+}
+
+fn packed_info(name: &str, entry: Entry, bytes: Range<usize>, path: &Path) -> Result<PackedInfo> {
+    let mut dims = entry.shape.iter();
+    let count = dims.try_fold(1_usize, |n, dim| n.checked_mul(*dim));
+    if count != Some(bytes.len()) {
+        let (shape, n) = (entry.shape, bytes.len());
+        let problem = format!("tensor {name:?} of shape {shape:?} in U8 has {n} bytes");
+        return Err(file_error(path, problem));
+    }
+    Ok(PackedInfo {
         shape: entry.shape,
         file: 0,
         bytes,

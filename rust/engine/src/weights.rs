@@ -34,6 +34,14 @@ pub struct TensorInfo {
     pub bytes: Range<usize>,
 }
 
+/// Where plain bytes lie, and their shape.
+#[derive(Debug, Clone)]
+pub struct PackedInfo {
+    pub shape: Vec<usize>,
+    pub file: usize,
+    pub bytes: Range<usize>,
+}
+
 /// A borrowed tensor: type, shape (outermost first) and its blocks.
 #[derive(Debug, Clone, Copy)]
 pub struct Tensor<'a> {
@@ -59,6 +67,8 @@ pub struct Weights {
     pub path: String,
     pub files: Vec<Mapped>,
     pub tensors: HashMap<String, TensorInfo>,
+    /// What is stored as plain bytes: parts of a quantised checkpoint's tensors.
+    pub packed: HashMap<String, PackedInfo>,
     /// GGUF key-values; for a safetensors directory, empty.
     pub metadata: HashMap<String, Value>,
     /// `config.json` and `generation_config.json` of a safetensors directory.
@@ -81,6 +91,13 @@ impl Weights {
         })
     }
 
+    /// The shape and bytes of this name, if there are any.
+    pub fn packed(&self, name: &str) -> Option<(&[usize], &[u8])> {
+        let info = self.packed.get(name)?;
+        let file = self.files.get(info.file)?;
+        Some((&info.shape, file.get(info.bytes.clone())?))
+    }
+
     /// The tensor of this name; without it, an [`Error::ModelFile`] that names the nearest one there is.
     pub fn require(&self, name: &str) -> Result<Tensor<'_>> {
         self.tensor(name)
@@ -96,7 +113,9 @@ impl Weights {
 
     /// Bytes of all tensors.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors.values().map(|t| t.bytes.len() as u64).sum()
+        let packed = self.packed.values().map(|t| t.bytes.len() as u64);
+        let tensors = self.tensors.values().map(|t| t.bytes.len() as u64);
+        tensors.chain(packed).sum()
     }
 
     /// An [`Error::ModelFile`] about these files.
@@ -458,6 +477,7 @@ mod tests {
             path: "m.gguf".into(),
             files: vec![],
             tensors: tensors.into(),
+            packed: HashMap::new(),
             metadata: metadata
                 .iter()
                 .map(|(k, v)| (k.to_string(), v.clone()))

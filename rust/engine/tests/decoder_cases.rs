@@ -341,6 +341,7 @@ fn write_model(dir: &Path, config: &Json) {
         path: "config".into(),
         files: vec![],
         tensors: HashMap::new(),
+        packed: HashMap::new(),
         metadata: HashMap::new(),
         config: Some(config.clone()),
         generation_config: None,
@@ -530,4 +531,77 @@ fn allowed_tokens_have_the_same_logits_whether_the_others_are_computed_or_not() 
     // Half a step leaves nothing behind.
     assert!(cpu.forward(&batch, &mut Leaving(2)).unwrap().is_empty());
     assert_eq!(cpu.forward(&batch, &mut ()).unwrap(), whole);
+}
+
+/// A safetensors file of these entries: name, dtype, shape, bytes.
+fn safetensors(entries: &[(String, &str, Vec<usize>, Vec<u8>)]) -> Vec<u8> {
+    let (mut header, mut data) = (json!({}), Vec::new());
+    for (name, dtype, shape, bytes) in entries {
+        let from = data.len();
+        data.extend(bytes);
+        header[name] =
+            json!({ "dtype": dtype, "shape": shape, "data_offsets": [from, data.len()] });
+    }
+    let header = header.to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    [&length[..], header.as_bytes(), &data].concat()
+}
+
+#[test]
+fn experts_in_mxfp4_are_the_same_numbers_as_in_floats() {
+    let mut own =
+        json!({ "model_type": "gpt_oss", "num_local_experts": 3, "num_experts_per_tok": 2 });
+    let floats = std::env::temp_dir().join(format!("hfcore-mxfp4-{}-a", std::process::id()));
+    let packed = std::env::temp_dir().join(format!("hfcore-mxfp4-{}-b", std::process::id()));
+    write_model(&floats, &config(own.clone()));
+    own["quantization_config"] = json!({ "quant_method": "mxfp4" });
+    write_model(&packed, &config(own));
+    const CODES: [f32; 16] = [
+        0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+    ];
+    let weights = files::open(&floats).unwrap();
+    let (mut plain, mut small) = (Vec::new(), Vec::new());
+    let mut names: Vec<_> = weights.tensors.keys().cloned().collect();
+    names.sort();
+    for name in names {
+        let tensor = weights.tensor(&name).unwrap();
+        let shape = tensor.shape.to_vec();
+        if !(name.ends_with("gate_up_proj") || name.ends_with("down_proj")) {
+            let entry = (name, "F32", shape, tensor.data.to_vec());
+            plain.push(entry.clone());
+            small.push(entry);
+            continue;
+        }
+        let [experts, inputs, outputs] = shape[..] else {
+            panic!("{name}: {shape:?}");
+        };
+        let code = |i: usize| i * 7 % 13 + i / 64 % 4;
+        let scale = |block: usize| 123 + (block % 3) as u8;
+        let mut values = vec![0f32; experts * inputs * outputs];
+        for i in 0..values.len() {
+            // As it is packed: expert, output, input.
+            let (e, o, at) = (i / (inputs * outputs), i / inputs % outputs, i % inputs);
+            let number = CODES[code(i)] * f32::exp2(f32::from(scale(i / 32)) - 127.0);
+            values[(e * inputs + at) * outputs + o] = number;
+        }
+        let blocks = (0..values.len() / 2).map(|i| (code(2 * i) | code(2 * i + 1) << 4) as u8);
+        let blocks: Vec<u8> = blocks.collect();
+        let scales: Vec<u8> = (0..values.len() / 32).map(scale).collect();
+        let in_blocks = vec![experts, outputs, inputs / 32];
+        let of_blocks = [&in_blocks[..], &[16]].concat();
+        small.push((format!("{name}_blocks"), "U8", of_blocks, blocks));
+        small.push((format!("{name}_scales"), "U8", in_blocks, scales));
+        let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        plain.push((name, "F32", shape, bytes));
+    }
+    drop(weights);
+    std::fs::write(floats.join("model.safetensors"), safetensors(&plain)).unwrap();
+    std::fs::write(packed.join("model.safetensors"), safetensors(&small)).unwrap();
+    let run = |dir: &Path| ragged(&mut decoder(Candle::cpu, dir));
+    let (want, got) = (run(&floats), run(&packed));
+    let blocks = std::fs::read(packed.join("model.safetensors")).unwrap();
+    std::fs::remove_dir_all(&floats).unwrap();
+    std::fs::remove_dir_all(&packed).unwrap();
+    assert!(want.iter().any(|x| x.abs() > 1.0) && blocks.len() < 400_000);
+    assert_eq!(got, want);
 }

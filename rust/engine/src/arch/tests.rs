@@ -12,6 +12,7 @@ fn weights(config: Option<Json>, metadata: HashMap<String, Value>) -> Weights {
         path: "model".to_string(),
         files: Vec::new(),
         tensors: HashMap::new(),
+        packed: HashMap::new(),
         metadata,
         config,
         generation_config: None,
