@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -113,6 +114,10 @@ def render(source: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[i
     """The text, and the spans of its generation blocks in code points."""
     made = environment()
     notes: Spans = made.spans  # type: ignore[attr-defined]
-    for block in made.from_string(source).generate(**variables):
+    with warnings.catch_warnings():
+        # Of escapes that Python does not know, which Jinja lets pass.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        template = made.from_string(source)
+    for block in template.generate(**variables):
         notes.blocks.append(block)
     return "".join(notes.blocks), notes.spans

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 __all__ = [
     "OPTION_NAMES",
     "ChatTemplate",
+    "DecodeStream",
     "Delta",
     "Engine",
     "Notifier",
@@ -181,6 +182,7 @@ class Tokenizer:
         """The ids of a text or of a pair of texts, shape [tokens].
 
         Args:
+            text: What to encode.
             pair: A second text, as the tokenizer's template joins them.
             add_special_tokens: Put what begins (and ends) a text around it.
             truncation: True or `"longest_first"`, `"only_first"`, `"only_second"`: cut to

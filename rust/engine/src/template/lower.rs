@@ -112,7 +112,10 @@ impl Lowering<'_> {
         }
         let result = inner(self);
         self.nesting -= 1;
-        result
+        result.map_err(|mut fault| {
+            fault.line = fault.line.or(Some(line));
+            fault
+        })
     }
 
     fn id(&mut self, name: &str) -> u32 {
