@@ -75,9 +75,10 @@ class ChatHuggingFace(BaseChatModel):
     over the model's own defaults.
 
     Others: `timeout`, seconds for a whole request; `priority`, -100 to 100: who has the higher one
-    runs first; `template_variables`, passed to the chat template; `streaming`, whether invoke goes
-    through the stream; `stream_usage=False` leaves usage out of streams. `max_retries` and
-    `api_key` are accepted for the sake of programs that pass them to every model: there is no
+    runs first; `template_variables`, passed to the chat template; `parse_special_in_content`,
+    whether a message that spells a control token makes one (not by itself); `streaming`, whether
+    invoke goes through the stream; `stream_usage=False` leaves usage out of streams. `max_retries`
+    and `api_key` are accepted for the sake of programs that pass them to every model: there is no
     server to try again or to log in to.
 
     The conversation may have any shape that the model's template allows. Where it refuses one,
@@ -110,6 +111,7 @@ class ChatHuggingFace(BaseChatModel):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     template_variables: dict[str, Any] | None = None
+    parse_special_in_content: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
