@@ -315,7 +315,8 @@ impl Tokenizer {
     }
 
     /// The ids of a text of segments, each with whether its special and other added tokens are such
-    /// (`true`: a template's text) or plain characters (`false`: what a user wrote). But for these the
+    /// (`true`: a template's text) or plain characters (`false`: what a user wrote). A token counts that begins
+    /// and ends in a template's text. But for these the
     /// text is encoded as if it were whole, so that the ids are those of [`encode`](Self::encode) when no
     /// segment that is `false` holds the text of an added token. Added tokens of white space alone count as
     /// text everywhere. Nothing is put around it.
@@ -334,10 +335,12 @@ impl Tokenizer {
             }
             start = end;
         }
-        let within = |start: usize, end: usize| {
-            let at = trusted.partition_point(|range| range.1 < end);
-            trusted.get(at).is_some_and(|range| range.0 <= start)
+        let inside = |at: usize| {
+            let next = trusted.partition_point(|range| range.1 <= at);
+            trusted.get(next).is_some_and(|range| range.0 <= at)
         };
+        // A template may write a token around a role: `'<|' + role + '|>'`.
+        let within = |start: usize, end: usize| start < end && inside(start) && inside(end - 1);
         let mut ids = Vec::with_capacity(16 + text.len() / 4);
         let fast = self.fast.as_ref();
         let request = self.request(Some(&within), usize::MAX);

@@ -176,7 +176,7 @@ impl Encoder<'_> {
             !control
                 || trusted.is_none_or(|trusted| match same {
                     true => trusted(part.start + start, part.start + end),
-                    false => trusted(part.start, part.end),
+                    false => (part.start..part.end).all(|at| trusted(at, at + 1)),
                 })
         };
         finder.split(&normalized, &allowed, &mut |part| match part {

@@ -613,3 +613,29 @@ fn segments_give_the_ids_of_the_whole_text_unless_a_plain_one_holds_a_token() {
         }
     }
 }
+
+#[test]
+fn a_token_counts_where_the_template_began_and_ended_it() {
+    let files: Vec<Json> = [byte_level_files(), sentencepiece_files()].concat();
+    let mut around = 0;
+    for file in files {
+        let tokenizer = Tokenizer::from_bytes("test", file.to_string().as_bytes()).unwrap();
+        let Some(id) = tokenizer.token_to_id("<a>") else {
+            continue;
+        };
+        let count = |parts: &[(&str, bool)]| {
+            let ids = tokenizer.encode_segments(parts).unwrap_or_default();
+            ids.iter().filter(|found| **found == id).count()
+        };
+        // Some make it of plain text too.
+        if count(&[("<a>", true)]) == 0 || count(&[("<a>", false)]) > 0 {
+            continue;
+        }
+        // None where the token is looked for in text that was normalised, whose places are not known.
+        around += count(&[("<", true), ("a", false), (">", true)]);
+        assert_eq!(count(&[("<", false), ("a>", true)]), 0, "{}", shown(&file));
+        assert_eq!(count(&[("<a", true), (">", false)]), 0, "{}", shown(&file));
+        assert_eq!(count(&[("<", true), ("a>", false), ("b>", true)]), 0);
+    }
+    assert!(around > 0);
+}
