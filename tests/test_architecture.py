@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "hfcore"
 # A file may use only what stands before it. `__init__` and `__main__` gather, so they come last.
 PYTHON_LADDER = (
     "errors", "schemas", "metrics", "fetch", "options", "_core", "hub", "loops", "engine",
-    "quantization",
+    "quantization", "sentences",
     "backends", "testing", "messages", "tools", "structured", "llms", "chat_models", "embeddings",
     "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
@@ -42,7 +42,7 @@ RUST_HOMES = {
 PYTHON_HOMES = {
     "langchain_core": {"messages", "tools", "structured", "chat_models", "llms", "embeddings"},
     "huggingface_hub": {"hub", "backends"},
-    "numpy": {"_core", "engine", "testing", "bench", "embeddings"},
+    "numpy": {"_core", "engine", "sentences", "testing", "bench"},
     "matplotlib": {"bench"},
     "torch": {"bench"},
     "trio": {"loops"},

@@ -2,7 +2,8 @@
 
     Engine, ChatTemplate, Tokenizer, Completion, Delta   for Python programs
     quantize                                             model files in other types
-    ChatHuggingFace, HuggingFacePipeline                 for LangChain (langchain-core is needed)
+    SentenceEncoder                                      texts to vectors
+    ChatHuggingFace, HuggingFacePipeline, HuggingFaceEmbeddings   for LangChain (with langchain-core)
     hfcore.errors, hfcore.options, hfcore.testing        exceptions, option names, test helpers
 
 Everything is imported at first use: `import hfcore` loads neither numpy nor LangChain.
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
         UnknownOptionError,
         UnsupportedModelError,
     )
+    from .embeddings import HuggingFaceEmbeddings
     from .llms import HuggingFacePipeline
     from .quantization import Quantized, quantize
+    from .sentences import SentenceEncoder
 
 _HOMES = {
     "_core": ("ChatTemplate", "Tokenizer", "__version__"),
@@ -58,6 +61,8 @@ _HOMES = {
     "chat_models": ("ChatHuggingFace",),
     "llms": ("HuggingFacePipeline",),
     "quantization": ("Quantized", "quantize"),
+    "sentences": ("SentenceEncoder",),
+    "embeddings": ("HuggingFaceEmbeddings",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -71,6 +76,7 @@ __all__ = [
     "EngineClosedError",
     "EngineOverloadedError",
     "HfcoreError",
+    "HuggingFaceEmbeddings",
     "HuggingFacePipeline",
     "InternalError",
     "InvalidRequestError",
@@ -80,6 +86,7 @@ __all__ = [
     "NoChatTemplateError",
     "Quantized",
     "RequestTimeoutError",
+    "SentenceEncoder",
     "TemplateError",
     "TokenLogprob",
     "Tokenizer",

@@ -466,6 +466,47 @@ class Stream:
         """Cancel the request, unless it has ended. A second call does nothing."""
 
 @final
+class Encoder:
+    """An encoder of the BERT family in memory. Calls from several threads take turns.
+
+    `hfcore.sentences.SentenceEncoder` wraps this with model names and sentence-transformers' files.
+    """
+
+    def __new__(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_tokens: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Self:
+        """Read the checkpoint in a directory. `progress` is called with bytes done and in all.
+
+        Raises:
+            ModelFileError: Something is missing, or not what it says.
+            UnsupportedModelError: Its family or its positions are not known.
+            InvalidRequestError: `max_tokens` leaves no room for text.
+        """
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> NDArray[np.float32]:
+        """A vector for each text: float32, [texts, width]. `progress` is called with texts."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, which cuts texts to `max_tokens`."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What was loaded: architecture, width, max_tokens."""
+
 class Engine:
     """A model in memory and the thread that runs its requests together.
 

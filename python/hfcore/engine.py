@@ -438,11 +438,23 @@ def _located(
 
 
 class LoadBar:
-    """A line on a terminal that says how far loading is; quick loads and pipes never see it."""
+    """A line on a terminal that says how far work is; quick work and pipes never see it.
 
-    def __init__(self, out: TextIO | None = None, patience: float = 0.5) -> None:
+    `each`: what is counted is shown in so many, as `unit`.
+    """
+
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        patience: float = 0.5,
+        *,
+        doing: str = "loading",
+        unit: str = "MB",
+        each: float = 1e6,
+    ) -> None:
         self._out = out or sys.stderr
         self._start = time.monotonic() + patience
+        self._doing, self._unit, self._each = doing, unit, each
         self._drawn = False
 
     def shown(self) -> Callable[[int, int], object] | None:
@@ -462,7 +474,8 @@ class LoadBar:
         self._drawn = True
         filled = 30 * done // max(whole, 1)
         bar = "#" * filled + "." * (30 - filled)
-        self._out.write(f"\rloading [{bar}] {done / 1e6:.0f} of {whole / 1e6:.0f} MB")
+        counted = f"{done / self._each:.0f} of {whole / self._each:.0f} {self._unit}"
+        self._out.write(f"\r{self._doing} [{bar}] {counted}")
         self._out.flush()
 
 

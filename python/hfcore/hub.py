@@ -29,7 +29,8 @@ _NOT_WEIGHTS = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|lora|adapter)", re.I)
 _MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                 "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                 "tokenizer.model", "chat_template.jinja", "chat_template.json",
-                "response_template.json")  # fmt: skip
+                "response_template.json", "modules.json", "1_Pooling/config.json",
+                "sentence_bert_config.json", "config_sentence_transformers.json")  # fmt: skip
 _TEMPLATES = "additional_chat_templates/"
 
 

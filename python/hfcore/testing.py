@@ -6,6 +6,7 @@ characters; the same seed gives the same bytes. It runs through the real engine.
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -52,6 +53,97 @@ def tiny_model(
     path = Path(directory) / f"{name}.gguf"
     path.write_bytes(_gguf(_metadata(name, context_size, chat_template), _weights(seed)))
     return path
+
+
+def tiny_encoder(directory: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """Write a sentence encoder into a directory, and return that.
+
+    A BERT of noise, 2 layers, 32 wide, for texts of up to 64 tokens (bytes), mean pooling.
+
+    >>> import tempfile
+    >>> sorted(path.name for path in tiny_encoder(tempfile.mkdtemp()).iterdir())[:2]
+    ['1_Pooling', 'config.json']
+    """
+    import numpy as np
+
+    folder, random = Path(directory), np.random.default_rng(seed)
+    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *_byte_characters()]
+    tokens = {name: i for i, name in enumerate(names)}
+    around = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
+    files: dict[str, Any] = {
+        "config.json": {
+            "architectures": ["BertModel"], "model_type": "bert", "vocab_size": len(tokens),
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 64, "type_vocab_size": 2,
+            "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0,
+        },
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                 "normalized": False, "special": True}
+                for i, name in enumerate(names[:4])
+            ],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            "post_processor": {
+                "type": "TemplateProcessing", "pair": [],
+                "single": [around[0], {"Sequence": {"id": "A", "type_id": 0}}, around[1]],
+                "special_tokens": {
+                    name: {"id": name, "ids": [tokens[name]], "tokens": [name]}
+                    for name in ("[CLS]", "[SEP]")
+                },
+            },
+            "model": {"type": "BPE", "vocab": tokens, "merges": []},
+        },
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling",
+             "type": "sentence_transformers.models.Pooling"},
+        ],
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+    }  # fmt: skip
+    shapes = {
+        "embeddings.word_embeddings.weight": (len(tokens), 32),
+        "embeddings.position_embeddings.weight": (64, 32),
+        "embeddings.token_type_embeddings.weight": (2, 32),
+        "embeddings.LayerNorm.weight": (32,), "embeddings.LayerNorm.bias": (32,),
+    }  # fmt: skip
+    for i in range(2):
+        parts = {
+            "attention.self.query": (32, 32), "attention.self.key": (32, 32),
+            "attention.self.value": (32, 32), "attention.output.dense": (32, 32),
+            "attention.output.LayerNorm": (32,), "intermediate.dense": (64, 32),
+            "output.dense": (32, 64), "output.LayerNorm": (32,),
+        }  # fmt: skip
+        for part, shape in parts.items():
+            shapes[f"encoder.layer.{i}.{part}.weight"] = shape
+            shapes[f"encoder.layer.{i}.{part}.bias"] = shape[:1]
+    tensors = {
+        name: random.standard_normal(shape, np.float32) * 0.2 + (name.endswith("Norm.weight"))
+        for name, shape in shapes.items()
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(safetensors(tensors))
+    return folder
+
+
+def safetensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """A safetensors file of float32 arrays (huggingface/safetensors README).
+
+    >>> import numpy as np
+    >>> safetensors({"a": np.zeros(1, np.float32)})[8:]
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}\\x00\\x00\\x00\\x00'
+    """
+    header, body = {}, b""
+    for name, tensor in tensors.items():
+        data = tensor.astype("<f4").tobytes()
+        places = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
+        body += data
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
 
 
 class Canned:

@@ -79,7 +79,7 @@ fn matmuls(c: &mut Criterion) {
                 let scales = matrices[0].scales().unwrap_or(Scales::Block);
                 quantize_rows(isa, &pool, &x, inputs, scales, &mut blocks);
                 let mut pairs = vec![[0; 2]; rows * inputs.div_ceil(2)];
-                round_rows(isa, &pool, &x, inputs, &mut pairs);
+                round_rows(isa, &pool, &x, inputs, false, &mut pairs);
                 let mut out = vec![0.0; rows * outputs];
                 let mut next = (0..matrices.len()).cycle();
                 b.iter(|| {
@@ -116,6 +116,7 @@ fn attention_of(c: &mut Criterion, kind: KvType, heads: usize, kv_heads: usize, 
         scale: 0.1,
         softcap: None,
         window: None,
+        both_ways: false,
     };
     let width = (heads + 2 * kv_heads) * head_dim;
     let name = format!("attention {heads} of {kv_heads} x {head_dim} {kind:?}");

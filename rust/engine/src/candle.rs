@@ -23,8 +23,8 @@ struct Step {
     rotations: Vec<Rotation>,
     /// Where each row's keys and values go, `[rows, 1]`.
     slots: Option<Tensor>,
-    /// The spans' views for every window met so far.
-    views: Vec<(Option<usize>, Vec<View>)>,
+    /// The spans' views for every window met so far, and whether both ways.
+    views: Vec<((Option<usize>, bool), Vec<View>)>,
 }
 
 /// One rope's angles.
@@ -311,7 +311,7 @@ impl Candle {
         }
         cache.check(batch)?;
         self.step.store(&k, &v, cache)?;
-        let views = self.step.views(shape.window, batch, &self.device)?;
+        let views = self.step.views(shape, batch, &self.device)?;
         let sinks = spec.sinks.as_ref();
         let outputs = views
             .iter()
@@ -370,21 +370,22 @@ impl Step {
         cache.values.scatter_set(&slots, &v.contiguous()?, 0)
     }
 
-    /// The views for this window, made when a layer first asks.
+    /// The views for what this shape sees, made when a layer first asks.
     fn views(
         &mut self,
-        window: Option<usize>,
+        shape: &AttentionShape,
         batch: &Batch,
         device: &Place,
     ) -> candle_core::Result<&[View]> {
-        let known = self.views.iter().position(|(of, _)| *of == window);
+        let sees = (shape.window, shape.both_ways);
+        let known = self.views.iter().position(|(of, _)| *of == sees);
         let i = match known {
             Some(i) => i,
             None => {
                 let spans = batch.spans.iter();
-                let views = spans.map(|span| View::new(batch, span, window, device));
+                let views = spans.map(|span| View::new(batch, span, shape, device));
                 self.views
-                    .push((window, views.collect::<candle_core::Result<_>>()?));
+                    .push((sees, views.collect::<candle_core::Result<_>>()?));
                 self.views.len() - 1
             }
         };
@@ -415,14 +416,13 @@ impl View {
     fn new(
         batch: &Batch,
         span: &Span,
-        window: Option<usize>,
+        shape: &AttentionShape,
         device: &Place,
     ) -> candle_core::Result<Self> {
         let end = span.start + span.rows;
-        let first_seen = |row: usize| window.map_or(0, |w| (row + 1).saturating_sub(w));
-        let from = first_seen(span.start);
+        let from = shape.sees(span, 0).start;
         let mask = || {
-            let seen = |row: usize, at: usize| (first_seen(row)..=row).contains(&at);
+            let seen = |row: usize, at: usize| shape.sees(span, row).contains(&at);
             let bias = |row, at| {
                 if seen(row, at) {
                     0.0
@@ -430,8 +430,7 @@ impl View {
                     f32::NEG_INFINITY
                 }
             };
-            let rows = span.start..end;
-            let values: Vec<f32> = rows
+            let values: Vec<f32> = (0..span.rows)
                 .flat_map(|row| (from..end).map(move |at| bias(row, at)))
                 .collect();
             Tensor::from_vec(values, (span.rows, end - from), device)
@@ -596,6 +595,7 @@ mod tests {
             scale: 1.0,
             softcap: None,
             window: None,
+            both_ways: false,
         };
         AttentionLayer {
             shape,

@@ -26,6 +26,7 @@ pub struct Cpu {
     queries: Vec<f32>,
     output_spans: Vec<Span>,
     kv_type: KvType,
+    split: bool,
     /// Where weights are packed into.
     arena: Arena,
 }
@@ -81,6 +82,7 @@ impl Cpu {
             queries: Vec::new(),
             output_spans: Vec::new(),
             kv_type: KvType::default(),
+            split: false,
             arena: Arena::default(),
         }
     }
@@ -88,6 +90,11 @@ impl Cpu {
     /// The same, with keys and values kept as `kv_type`.
     pub fn with_kv_type(self, kv_type: KvType) -> Self {
         Self { kv_type, ..self }
+    }
+
+    /// The same; `split`: products with BF16 weights lose nothing of the activations, [`Matrix::splitting`].
+    pub fn with_split(self, split: bool) -> Self {
+        Self { split, ..self }
     }
 
     /// Its instruction set and threads, for reports.
@@ -129,8 +136,9 @@ fn activations<'a>(
         }
     }
     if matrix.needs_pairs() {
-        pairs.resize(x.rows() * x.width.div_ceil(2), [0; 2]);
-        round_rows(isa, pool, &x.values, x.width, pairs);
+        let parts = if matrix.splits() { 2 } else { 1 };
+        pairs.resize(x.rows() * x.width.div_ceil(2) * parts, [0; 2]);
+        round_rows(isa, pool, &x.values, x.width, matrix.splits(), pairs);
     }
     let of = |scales: Scales, blocks: &'a [ActBlock]| match x.scales == Some(scales) {
         true => &x.blocks,
@@ -175,7 +183,7 @@ impl Device for Cpu {
             })
         };
         let tiles = parts.iter().map(pack).collect();
-        Ok(Matrix::new(tiles, bias))
+        Ok(Matrix::new(tiles, bias).splitting(self.split))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {

@@ -78,6 +78,7 @@ fn attention_shape(arch: &Arch, layer: &LayerArch) -> AttentionShape {
         scale: arch.attention_scale,
         softcap: arch.attention_softcap,
         window: layer.window,
+        both_ways: false,
     }
 }
 

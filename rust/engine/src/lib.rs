@@ -23,6 +23,7 @@ pub mod device;
 pub mod cpu;
 pub mod candle;
 pub mod decoder;
+pub mod encoder;
 pub mod sampling;
 pub mod constraint;
 pub mod response;

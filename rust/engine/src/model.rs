@@ -27,6 +27,7 @@ use crate::weights::{Value as MetadataValue, Weights};
 use crate::{files, vocab};
 
 mod answer;
+pub mod embed;
 mod load;
 
 use answer::Answer;

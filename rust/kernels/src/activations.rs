@@ -81,12 +81,20 @@ pub fn quantize_rows(
     }
 }
 
-/// Round rows of `width` activations to bf16; `out` is `[rows][width / 2]`, an odd width filled up with 0.
+/// Round rows of `width` activations to bf16; `out` is `[rows][width / 2]`, an odd width filled up with 0. `split`: each pair is
+/// followed by what was rounded off, in bf16.
 ///
 /// # Panics
 /// When the lengths do not agree.
-pub fn round_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [[u16; 2]]) {
-    let pairs = width.div_ceil(2);
+pub fn round_rows(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    width: usize,
+    split: bool,
+    out: &mut [[u16; 2]],
+) {
+    let pairs = width.div_ceil(2) * if split { 2 } else { 1 };
     assert_eq!(
         x.len() * pairs,
         out.len() * width,
@@ -94,7 +102,7 @@ pub fn round_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [[u1
     );
     let round = |row: usize, out: &mut [[u16; 2]]| {
         // SAFETY: slices; `isa` was detected.
-        unsafe { round_row(isa, &x[row * width..(row + 1) * width], out) }
+        unsafe { round_row(isa, &x[row * width..(row + 1) * width], split, out) }
     };
     if out.len() < 8192 {
         out.chunks_exact_mut(pairs.max(1))
@@ -106,13 +114,19 @@ pub fn round_rows(isa: Isa, pool: &Pool, x: &[f32], width: usize, out: &mut [[u1
 }
 
 dispatch! {
-    unsafe fn round_row<>(x: &[f32], out: &mut [[u16; 2]]) = round_body
+    unsafe fn round_row<>(x: &[f32], split: bool, out: &mut [[u16; 2]]) = round_body
 }
 
 #[inline(always)]
-unsafe fn round_body<S: Simd>(x: &[f32], out: &mut [[u16; 2]]) {
+unsafe fn round_body<S: Simd>(x: &[f32], split: bool, out: &mut [[u16; 2]]) {
     // SAFETY: sixteen numbers are eight pairs, of `out` or of a copy.
     unsafe {
+        if split {
+            for (i, out) in out.chunks_mut(LANES).enumerate() {
+                split_body::<S>(load_part::<S>(x, i * LANES), out);
+            }
+            return;
+        }
         for (i, out) in out.chunks_mut(LANES / 2).enumerate() {
             let x = load_part::<S>(x, i * LANES);
             if out.len() == LANES / 2 {
@@ -122,6 +136,26 @@ unsafe fn round_body<S: Simd>(x: &[f32], out: &mut [[u16; 2]]) {
             let mut part = [[0; 2]; LANES / 2];
             S::store_bf16(part.as_mut_ptr().cast(), x);
             out.copy_from_slice(&part[..out.len()]);
+        }
+    }
+}
+
+/// Sixteen numbers as pairs, each followed by what its rounding left: what is not finite leaves nothing.
+#[inline(always)]
+unsafe fn split_body<S: Simd>(x: S::F, out: &mut [[u16; 2]]) {
+    // SAFETY: sixteen numbers, in arrays of as many.
+    unsafe {
+        let (mut numbers, mut rounded, mut rest) = ([0f32; LANES], [0u16; LANES], [0u16; LANES]);
+        S::store(numbers.as_mut_ptr(), x);
+        S::store_bf16(rounded.as_mut_ptr(), x);
+        for (number, rounded) in numbers.iter_mut().zip(&rounded) {
+            let left = *number - f32::from_bits(u32::from(*rounded) << 16);
+            *number = if left.is_finite() { left } else { 0.0 };
+        }
+        S::store_bf16(rest.as_mut_ptr(), S::load_f32(numbers.as_ptr()));
+        for (i, out) in out.chunks_exact_mut(2).enumerate() {
+            out[0] = [rounded[2 * i], rounded[2 * i + 1]];
+            out[1] = [rest[2 * i], rest[2 * i + 1]];
         }
     }
 }
@@ -212,8 +246,8 @@ pub struct Activations<'a> {
     pub rows: usize,
     /// `[rows][inputs]`, for weights in F32 and F16.
     pub floats: &'a [f32],
-    /// `[rows][inputs / 2]`, rounded to bf16, for weights in BF16; an odd last input is beside a 0. Empty where no part
-    /// needs them.
+    /// `[rows][inputs / 2]`, rounded to bf16, for weights in BF16; an odd last input is beside a 0. Of a matrix that
+    /// splits them, `[rows][inputs / 2][2]`: what was rounded off as well. Empty where no part needs them.
     pub pairs: &'a [[u16; 2]],
     /// `[rows][inputs / 32]`, for weights quantised in blocks and in super-blocks; empty where no part needs them.
     pub blocks: &'a [ActBlock],
@@ -267,17 +301,37 @@ mod tests {
                 .collect();
             for isa in Isa::available() {
                 let mut out = vec![[7; 2]; want.len()];
-                round_rows(isa, &Pool::new(1), &x[..width], width, &mut out);
+                round_rows(isa, &Pool::new(1), &x[..width], width, false, &mut out);
                 assert_eq!(out, want, "{width} on {}", isa.name());
             }
         }
         let pair = |x: f32| {
             let mut out = [[0; 2]];
-            round_rows(Isa::detect(), &Pool::new(1), &[x], 1, &mut out);
+            round_rows(Isa::detect(), &Pool::new(1), &[x], 1, false, &mut out);
             f32::from_bits(u32::from(out[0][0]) << 16)
         };
         assert_eq!(pair(1.0 + 1.0 / 256.0), 1.0);
         assert_eq!(pair(1.0 + 3.0 / 256.0), 1.0 + 2.0 / 128.0);
         assert!(pair(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn what_rounding_to_bf16_leaves_is_kept_beside_it() {
+        let x = [1.2345678f32, -3.0e-3, 7.7e8, f32::INFINITY, -0.0];
+        for isa in Isa::available() {
+            let mut out = vec![[7; 2]; 6];
+            round_rows(isa, &Pool::new(1), &x, x.len(), true, &mut out);
+            let number = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+            for (i, x) in x.iter().enumerate() {
+                let [whole, rest] = [0, 1].map(|part| number(out[i / 2 * 2 + part][i % 2]));
+                let near = (whole + rest - x).abs() <= x.abs() / 65536.0;
+                assert!(
+                    near || whole == *x,
+                    "{x} on {}: {whole} + {rest}",
+                    isa.name()
+                );
+            }
+            assert_eq!([out[4][1], out[5][1]], [0, 0], "an odd width is filled up");
+        }
     }
 }

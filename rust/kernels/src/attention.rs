@@ -44,6 +44,8 @@ pub struct AttentionShape {
     pub softcap: Option<f32>,
     /// A query sees the last `window` positions, its own among them.
     pub window: Option<usize>,
+    /// A query sees all positions of its span's sequence, also those after its own: encoders, which run whole.
+    pub both_ways: bool,
 }
 
 impl AttentionShape {
@@ -51,6 +53,17 @@ impl AttentionShape {
     fn visible(&self, position: usize) -> std::ops::Range<usize> {
         let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
         first..position + 1
+    }
+
+    /// The positions that the `row`-th row of a span sees.
+    pub fn sees(&self, span: &Span, row: usize) -> std::ops::Range<usize> {
+        self.visible(self.stands(span, row))
+    }
+
+    /// The last position that the `row`-th row of a span sees.
+    fn stands(&self, span: &Span, row: usize) -> usize {
+        let row = if self.both_ways { span.rows - 1 } else { row };
+        span.start + row
     }
 
     /// Queries of one kv head in a row.
@@ -108,7 +121,7 @@ impl AttentionPlan {
             for kv_head in 0..shape.kv_heads {
                 for first in (0..queries).step_by(size) {
                     let count = size.min(queries - first);
-                    let row = |query: usize| span.start + query / shape.group();
+                    let row = |query: usize| shape.stands(span, query / shape.group());
                     let seen = (
                         shape.visible(row(first)).start / CHUNK,
                         row(first + count - 1) / CHUNK + 1,
@@ -223,7 +236,7 @@ impl Task<'_> {
         let (span, group) = (&self.input.spans[unit.span], self.shape.group());
         let row = (unit.first + i) / group;
         let head = unit.kv_head * group + (unit.first + i) % group;
-        (span.first_row + row, head, span.start + row)
+        (span.first_row + row, head, self.shape.stands(span, row))
     }
 
     /// Floats of one query's sums over one chunk: values, then the sum of the weights and their maximum.
@@ -745,8 +758,7 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
     for span in input.spans {
         let page = |p: usize| input.pages[span.first_page + p / PAGE] as usize;
         for i in 0..span.rows {
-            let (row, position) = (span.first_row + i, span.start + i);
-            let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
+            let (row, sees) = (span.first_row + i, shape.sees(span, i));
             for head in 0..shape.heads {
                 let q = &input.q[row * input.width + head * dim..][..dim];
                 let key = |p: usize, d: usize| cache.key(page(p), head / group, p % PAGE, d);
@@ -760,12 +772,12 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
                         .softcap
                         .map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
                 };
-                let scores: Vec<f64> = (first..=position).map(score).collect();
+                let scores: Vec<f64> = sees.clone().map(score).collect();
                 let sink = input.sinks.map(|s| f64::from(s[head]));
                 let max = scores.iter().cloned().chain(sink).fold(f64::MIN, f64::max);
                 let all = scores.iter().cloned().chain(sink);
                 let sum: f64 = all.map(|s| (s - max).exp()).sum();
-                for (p, s) in (first..=position).zip(&scores) {
+                for (p, s) in sees.clone().zip(&scores) {
                     for d in 0..dim {
                         out[(row * shape.heads + head) * dim + d] +=
                             (s - max).exp() / sum * f64::from(value(p, d));
@@ -813,6 +825,7 @@ mod tests {
             scale: 1.0 / (dim as f32).sqrt(),
             softcap,
             window,
+            both_ways: false,
         };
         let mut cache = KvLayer::new(kind, 16, kv_heads, dim);
         let width = (heads + 2 * kv_heads) * dim;
@@ -1017,6 +1030,7 @@ mod tests {
                 scale: 0.3,
                 softcap: None,
                 window,
+                both_ways: false,
             },
             cache,
             spans: vec![span],
@@ -1024,6 +1038,55 @@ mod tests {
             qkv,
             width,
             sinks: None,
+        }
+    }
+
+    #[test]
+    fn queries_of_an_encoder_see_all_of_their_span() {
+        for (kind, rows) in KINDS
+            .iter()
+            .flat_map(|kind| [1, 5, 37, 300].map(|n| (*kind, n)))
+        {
+            let mut c = long_case(kind, None);
+            c.shape.both_ways = true;
+            // Two whole sequences, in the pages of the one.
+            c.spans = [(0, 0, rows), (rows, 19, 17)]
+                .map(|(first_row, first_page, rows)| Span {
+                    first_row,
+                    rows,
+                    first_page,
+                    pages: rows.div_ceil(PAGE),
+                    start: 0,
+                    long: false,
+                })
+                .to_vec();
+            let input = AttentionInput {
+                spans: &c.spans,
+                pages: &c.pages,
+                q: &c.qkv,
+                width: c.width,
+                sinks: None,
+            };
+            let definition = attend_naive(&c.shape, &c.cache, &input);
+            let mut scalar: Option<Vec<f32>> = None;
+            for isa in [Isa::SCALAR].into_iter().chain(Isa::available()) {
+                let mut out = vec![0.0; definition.len()];
+                let plan = &mut AttentionPlan::default();
+                attend(
+                    isa,
+                    &Pool::new(2),
+                    plan,
+                    &c.shape,
+                    &c.cache,
+                    &input,
+                    &mut out,
+                );
+                for (got, want) in out.iter().zip(&definition) {
+                    assert!((f64::from(*got) - want).abs() < 2e-5, "{got} for {want}");
+                }
+                let scalar = scalar.get_or_insert_with(|| out.clone());
+                assert_eq!(&out, scalar, "{}", isa.name());
+            }
         }
     }
 

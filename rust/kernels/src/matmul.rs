@@ -24,6 +24,8 @@ pub struct Matrix {
     bias: Option<Vec<f32>>,
     inputs: usize,
     outputs: usize,
+    /// BF16 parts take activations in two halves, [`Matrix::splitting`].
+    split: bool,
 }
 
 impl Matrix {
@@ -53,7 +55,14 @@ impl Matrix {
             bias,
             inputs,
             outputs,
+            split: false,
         }
+    }
+
+    /// The same, whose parts in BF16 multiply activations as the sum of two bf16, to 2^-17: twice the multiplications,
+    /// for products that something discrete is decided by.
+    pub fn splitting(self, split: bool) -> Self {
+        Self { split, ..self }
     }
 
     pub fn inputs(&self) -> usize {
@@ -74,6 +83,10 @@ impl Matrix {
     /// Whether a part needs activations rounded to bf16.
     pub fn needs_pairs(&self) -> bool {
         self.has(&[TensorType::BF16])
+    }
+    /// Whether each pair of bf16 activations is followed by what its rounding left.
+    pub fn splits(&self) -> bool {
+        self.split
     }
     fn has(&self, types: &[TensorType]) -> bool {
         let mut parts = self.parts.iter();
@@ -187,6 +200,7 @@ unsafe fn run_range(
                 first: i,
                 count: last - first,
                 inputs: matrix.inputs,
+                split: matrix.split,
                 x,
                 bias: matrix
                     .bias
@@ -238,6 +252,7 @@ pub fn gated(
                 first,
                 count,
                 inputs: matrix.inputs,
+                split: matrix.split,
                 x,
                 bias: matrix
                     .bias
@@ -281,7 +296,7 @@ fn check(matrix: &Matrix, x: &Activations, width: usize, out: &[f32]) {
         assert_eq!(x.floats.len(), x.rows * matrix.inputs, "float activations");
     }
     if matrix.needs_pairs() {
-        let pairs = matrix.inputs.div_ceil(2);
+        let pairs = matrix.inputs.div_ceil(2) * if matrix.split { 2 } else { 1 };
         assert_eq!(x.pairs.len(), x.rows * pairs, "bf16 activations");
     }
 }
@@ -292,6 +307,7 @@ pub(crate) struct Task<'a> {
     pub first: usize,
     pub count: usize,
     pub inputs: usize,
+    split: bool,
     pub x: Activations<'a>,
     bias: Option<&'a [f32]>,
     store: Store,
@@ -316,7 +332,8 @@ unsafe fn run_tiles(isa: Isa, tensor_type: TensorType, task: &Task) {
         match tensor_type {
             T::F32 => float_tiles::<F32>(isa, task),
             T::F16 => float_tiles::<F16>(isa, task),
-            T::BF16 => bf16_tiles(isa, task),
+            T::BF16 if task.split => bf16_tiles::<2>(isa, task),
+            T::BF16 => bf16_tiles::<1>(isa, task),
             T::Q4_0 => quantised::<tile::Q4_0>(isa, task),
             T::Q4_1 => quantised::<tile::Q4_1>(isa, task),
             T::Q5_0 => quantised::<tile::Q5_0>(isa, task),
@@ -354,21 +371,21 @@ dispatch! {
     unsafe fn float_tiles<W: FloatType>(task: &Task) = float_body
 }
 
-unsafe fn bf16_tiles(isa: Isa, task: &Task) {
+unsafe fn bf16_tiles<const PARTS: usize>(isa: Isa, task: &Task) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(
             enable = "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
         )]
-        unsafe fn native(task: &Task) {
-            unsafe { float_body::<Avx512, Bf16<true>>(task) }
+        unsafe fn native<const PARTS: usize>(task: &Task) {
+            unsafe { float_body::<Avx512, Bf16<true, PARTS>>(task) }
         }
         if isa.0 == Set::Avx512Bf16 {
             // SAFETY: the features were detected.
-            return unsafe { native(task) };
+            return unsafe { native::<PARTS>(task) };
         }
     }
-    unsafe { float_tiles::<Bf16<false>>(isa, task) }
+    unsafe { float_tiles::<Bf16<false, PARTS>>(isa, task) }
 }
 
 /// `for i in 0..M`, written out: a loop that the compiler keeps puts its sums on the stack. `M` is at most 8, or what is
@@ -633,10 +650,12 @@ unsafe fn finish<S: Simd, const M: usize>(task: &Task, tile: usize, row: usize, 
     }
 }
 
-/// How a float type is multiplied, 4 bytes of a row of activations at a time: a float, or a pair of bf16.
+/// How a float type is multiplied, 4 bytes of a row of activations at a time: a float, or a pair of bf16; or two pairs, whose
+/// sum counts.
 trait FloatType {
-    /// Inputs that one step takes, and bytes of their 16 weights.
+    /// Inputs that one step takes, how many 4 bytes they have, and bytes of their 16 weights.
     const INPUTS: usize;
+    const PARTS: usize = 1;
     const BYTES: usize;
     type Weights<S: Simd>: Copy;
     /// The first row.
@@ -671,9 +690,10 @@ float_type!(F32, 4, load_f32);
 float_type!(F16, 2, load_f16);
 
 /// `NATIVE`: by the CPU's own instruction.
-struct Bf16<const NATIVE: bool>;
-impl<const NATIVE: bool> FloatType for Bf16<NATIVE> {
+struct Bf16<const NATIVE: bool, const PARTS: usize>;
+impl<const NATIVE: bool, const PARTS: usize> FloatType for Bf16<NATIVE, PARTS> {
     const INPUTS: usize = 2;
+    const PARTS: usize = PARTS;
     const BYTES: usize = 4 * LANES;
     type Weights<S: Simd> = S::I;
     fn rows(x: &Activations) -> *const f32 {
@@ -685,7 +705,13 @@ impl<const NATIVE: bool> FloatType for Bf16<NATIVE> {
     }
     #[inline(always)]
     unsafe fn fma<S: Simd>(w: S::I, x: *const f32, sum: S::F) -> S::F {
-        unsafe { S::dot_bf16::<NATIVE>(sum, w, x.cast()) }
+        unsafe {
+            let rest = match PARTS {
+                2 => S::dot_bf16::<NATIVE>(sum, w, x.add(1).cast()),
+                _ => sum,
+            };
+            S::dot_bf16::<NATIVE>(rest, w, x.cast())
+        }
     }
 }
 
@@ -740,7 +766,7 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
         let mut x = [std::ptr::null::<f32>(); M];
         let mut total = [[S::splat(0.0); T]; M];
         each_row!(M, at most 12, i, {
-            x[i] = W::rows(&task.x).add((row + i).min(last) * steps);
+            x[i] = W::rows(&task.x).add((row + i).min(last) * steps * W::PARTS);
             each_row!(T, at most 2, t, {
                 total[i][t] = start::<S>(task.bias(tile + t));
             });
@@ -761,7 +787,7 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
             }
             each_row!(M, at most 12, i, {
                 each_row!(T, at most 2, t, {
-                    total[i][t] = W::fma::<S>(w[t], x[i].add(k), total[i][t]);
+                    total[i][t] = W::fma::<S>(w[t], x[i].add(k * W::PARTS), total[i][t]);
                 });
             });
         }
@@ -866,7 +892,7 @@ mod tests {
             blocks
         });
         let mut pairs = vec![[0; 2]; rows * inputs.div_ceil(2)];
-        round_rows(Isa::SCALAR, &Pool::new(1), &x, inputs, &mut pairs);
+        round_rows(Isa::SCALAR, &Pool::new(1), &x, inputs, false, &mut pairs);
         Owned {
             rows,
             floats: x,
@@ -947,6 +973,40 @@ mod tests {
                         assert!(error < 1e-5, "{t:?} {inputs}: {got} for {want}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn split_activations_give_the_products_of_floats() {
+        let r = &mut Random(8);
+        let pool = Pool::new(2);
+        for (inputs, rows) in [(1, 1), (15, 9), (64, 12), (513, 3)] {
+            let outputs = 50;
+            let data = random_blocks(TensorType::BF16, outputs, inputs, r);
+            let tiles = Tiles::pack(TensorType::BF16, outputs, inputs, &data, &pool);
+            let matrix = Matrix::new(vec![tiles], None).splitting(true);
+            let x = activations(rows, inputs, r);
+            // F32's oracle takes floats as they are.
+            let (weights, _) = data.as_chunks::<2>();
+            let wide: Vec<u8> = (weights.iter()).flat_map(|w| [0, 0, w[0], w[1]]).collect();
+            let want = oracle(TensorType::F32, &wide, outputs, inputs, &x);
+            let mut scalar: Option<Vec<f32>> = None;
+            for isa in [Isa::SCALAR].into_iter().chain(Isa::available()) {
+                let mut pairs = vec![[0; 2]; rows * inputs.div_ceil(2) * 2];
+                round_rows(isa, &pool, &x.floats, inputs, true, &mut pairs);
+                let acts = Activations {
+                    pairs: &pairs,
+                    ..x.all()
+                };
+                let mut out = vec![0.0; want.len()];
+                matmul(isa, &pool, &matrix, acts, Store::Set, &mut out);
+                for (got, want) in out.iter().zip(&want) {
+                    let error = (f64::from(*got) - want).abs();
+                    assert!(error < 2e-4, "{inputs}: {got} for {want}");
+                }
+                let scalar = scalar.get_or_insert_with(|| out.clone());
+                assert_eq!(&out, scalar, "{inputs} on {}", isa.name());
             }
         }
     }

@@ -314,6 +314,27 @@ pub fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyA
     })
 }
 
+/// A list of str.
+pub fn to_texts(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<String>> {
+    if object.cast::<PyString>().is_ok() {
+        let problem = format!("{name} must be a list of str, got a str");
+        return Err(invalid(object.py(), problem));
+    }
+    let mut texts = Vec::new();
+    for item in object.try_iter()? {
+        let item = item?;
+        let Ok(text) = item.cast::<PyString>() else {
+            let problem = format!(
+                "{name} must be a list of str, got {} in it",
+                type_name(&item)
+            );
+            return Err(invalid(object.py(), problem));
+        };
+        texts.push(to_string(text, name)?);
+    }
+    Ok(texts)
+}
+
 /// Token ids: a numpy array of one dimension, or any sequence of ints.
 pub fn to_ids(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<u32>> {
     let root = Place::request(name);

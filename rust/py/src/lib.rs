@@ -4,6 +4,7 @@
 mod chat;
 mod convert;
 mod delta;
+mod encoder;
 mod engine;
 mod error;
 mod quantize;
@@ -63,6 +64,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<template::ChatTemplate>()?;
     module.add_class::<tokenizer::Tokenizer>()?;
     module.add_class::<tokenizer::DecodeStream>()?;
+    module.add_class::<encoder::Encoder>()?;
     module.add_class::<engine::Engine>()?;
     module.add_class::<stream::Stream>()?;
     module.add_class::<delta::Delta>()?;

@@ -61,7 +61,12 @@ impl Source {
     /// Make the weights resident.
     pub fn load(self, options: &ModelOptions, pages: usize, progress: Progress) -> Result<Loaded> {
         let (threads, kv_type) = (options.threads, options.kv_cache_dtype);
-        let cpu = move || Ok(Cpu::new(threads).with_kv_type(kv_type));
+        // What is rounded off decides now and then which expert runs.
+        let split = self.arch.experts.is_some();
+        let cpu = move || {
+            let cpu = Cpu::new(threads).with_kv_type(kv_type);
+            Ok(cpu.with_split(split))
+        };
         match options.device {
             DeviceKind::Cpu => self.load_on(cpu, pages, progress),
             DeviceKind::Reference => self.load_on(|| Ok(Candle::cpu()), pages, progress),
