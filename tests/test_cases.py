@@ -57,9 +57,6 @@ def test_every_probe_of_a_jinja_feature_is_identical() -> None:
     assert n == m > 200
 
 
-UNREAD_TYPES = {"IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0"}
-
-
 @pytest.mark.parametrize(("device", "mode"), [("reference", "strict"), ("cpu", "int8")])
 def test_families_give_the_numbers_of_transformers(device: str, mode: str, tmp_path: Path) -> None:
     out = tmp_path / "verdicts.json"
@@ -67,9 +64,6 @@ def test_families_give_the_numbers_of_transformers(device: str, mode: str, tmp_p
     verdicts = {
         name: verdict for name, verdict in json.loads(out.read_text()).items() if "pass" in verdict
     }
-    dequantised = verdicts.pop("gguf/dequant_cases.npz")
-    refused = {f"{name}: UnsupportedModelError" for name in UNREAD_TYPES}
-    assert set(dequantised["notes"]) == refused
     wrong = {name: verdict for name, verdict in verdicts.items() if not verdict["pass"]}
     assert not wrong
     assert len(verdicts) >= 20

@@ -255,7 +255,7 @@ def main(seconds: float, seed: int, count: int | None = None) -> int:
 
 def test_wounded_files_are_an_error_or_run() -> None:
     count = os.environ.get("HFCORE_FUZZ", "160")
-    done = subprocess.run(  # noqa: S603 (a process, because what must not happen may kill it)
+    done = subprocess.run(
         [sys.executable, __file__, "240", "0", count],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -3,7 +3,8 @@
     Engine, ChatTemplate, Tokenizer, Completion, Delta   for Python programs
     quantize                                             model files in other types
     SentenceEncoder                                      texts to vectors
-    ChatHuggingFace, HuggingFacePipeline, HuggingFaceEmbeddings   for LangChain (with langchain-core)
+    ChatHuggingFace, HuggingFacePipeline,                for LangChain (langchain-core is needed)
+    HuggingFaceEmbeddings
     hfcore.errors, hfcore.options, hfcore.testing        exceptions, option names, test helpers
 
 Everything is imported at first use: `import hfcore` loads neither numpy nor LangChain.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._core import ChatTemplate, Tokenizer, __version__
     from .chat_models import ChatHuggingFace
+    from .embeddings import HuggingFaceEmbeddings
     from .engine import Completion, Delta, Engine, TokenLogprob, Usage
     from .errors import (
         ContextOverflowError,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
         UnknownOptionError,
         UnsupportedModelError,
     )
-    from .embeddings import HuggingFaceEmbeddings
     from .llms import HuggingFacePipeline
     from .quantization import Quantized, quantize
     from .sentences import SentenceEncoder

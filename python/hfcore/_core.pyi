@@ -480,7 +480,7 @@ class Encoder:
         threads: int | None = None,
         max_tokens: int | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Self:
+    ) -> Encoder:
         """Read the checkpoint in a directory. `progress` is called with bytes done and in all.
 
         Raises:

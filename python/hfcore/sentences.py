@@ -125,7 +125,7 @@ class SentenceEncoder:
         before = self._prompt(prompt, prompt_name or self.default_prompt_name)
         if before and not self._counts_prompts:
             raise InvalidRequestError(
-                "this model's pooling leaves its prompt out (include_prompt), which is not done here"
+                "this model's pooling leaves its prompt out (include_prompt), which is not done"
             )
         width = self.info["width"]
         if truncate_dim is not None and not 1 <= truncate_dim <= width:
@@ -153,7 +153,7 @@ class SentenceEncoder:
 
 
 class _Files:
-    """What sentence-transformers' files beside a model say; where they are missing, its defaults."""
+    """What sentence-transformers' files beside a model say; without them, its defaults."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -175,7 +175,7 @@ class _Files:
         self.max_tokens = length if isinstance(length, int) and length > 0 else None
         if bert.get("do_lower_case"):
             raise UnsupportedModelError(
-                "unsupported do_lower_case of sentence_bert_config.json; its tokenizer should do it",
+                "unsupported do_lower_case of sentence_bert_config.json; tokenizers do it",
                 what="option", name="do_lower_case",
             )  # fmt: skip
         config = self._object("config_sentence_transformers.json")

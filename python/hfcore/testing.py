@@ -130,11 +130,11 @@ def tiny_encoder(directory: str | os.PathLike[str], *, seed: int = 0) -> Path:
 
 
 def safetensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """A safetensors file of float32 arrays (huggingface/safetensors README).
+    r"""A safetensors file of float32 arrays (huggingface/safetensors README).
 
     >>> import numpy as np
     >>> safetensors({"a": np.zeros(1, np.float32)})[8:]
-    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}\\x00\\x00\\x00\\x00'
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}\x00\x00\x00\x00'
     """
     header, body = {}, b""
     for name, tensor in tensors.items():

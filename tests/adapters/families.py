@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from hfcore import _core
 DEVICE = os.environ.get("HFCORE_CASE_DEVICE", "cpu")
 
 SKIP = {
-    "bert": "embeddings are not read yet",
     **dict.fromkeys(
         ("awq_g32", "bnb_int8", "bnb_nf4_dq", "ct_fp8_channel", "ct_w4a16_g32", "gptq_g32_sym"),
         "quantised safetensors are not read yet",
@@ -44,8 +44,22 @@ class Model:
         return template.render(messages, add_generation_prompt=True)
 
 
-def load(path: str, **_: Any) -> Model:
-    return Model(path)
+class Encoder:
+    """One checkpoint that gives vectors."""
+
+    def __init__(self, path: str) -> None:
+        self.encoder = hfcore.SentenceEncoder(path, device=DEVICE)
+        self.tokenizer = hfcore.Tokenizer.from_path(path)
+
+    def embed(self, text: str) -> Any:
+        return self.encoder.encode([text])[0]
+
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=add_special)]
+
+
+def load(path: str, **_: Any) -> Model | Encoder:
+    return Encoder(path) if (Path(path) / "modules.json").exists() else Model(path)
 
 
 def dequantize(name: str, blocks: Any) -> Any:

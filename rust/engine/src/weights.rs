@@ -111,6 +111,15 @@ impl Weights {
             .collect()
     }
 
+    /// Bytes that tensors of types which are read only will take beyond those in the file.
+    pub fn growth(&self) -> u64 {
+        let grown = self.tensors.values().map(|t| {
+            let wanted = t.tensor_type.resident().row_bytes(t.shape.iter().product());
+            wanted.unwrap_or(0).saturating_sub(t.bytes.len()) as u64
+        });
+        grown.sum()
+    }
+
     /// Bytes of all tensors.
     pub fn total_bytes(&self) -> u64 {
         let packed = self.packed.values().map(|t| t.bytes.len() as u64);
@@ -393,11 +402,17 @@ pub fn dequantize_blocks(
 }
 
 fn tensor_type(name: &str) -> Result<TensorType> {
-    TensorType::from_name(name).ok_or_else(|| Error::Unsupported {
+    let all = [&TensorType::ALL[..], &TensorType::READ_ONLY].concat();
+    TensorType::from_name(name).ok_or_else(|| unknown_type(name, &all))
+}
+
+fn unknown_type(name: &str, known: &[TensorType]) -> Error {
+    let supported: Vec<_> = known.iter().map(|t| t.name()).collect();
+    Error::Unsupported {
         what: "tensor type",
         name: name.to_owned(),
-        supported: TensorType::ALL.map(TensorType::name).join(", "),
-    })
+        supported: supported.join(", "),
+    }
 }
 
 /// `rows` rows of numbers as blocks of a type; see [`hfcore_kernels::quantize`].
@@ -411,6 +426,9 @@ pub fn quantize_rows(
     importance: Option<&[f32]>,
 ) -> Result<Vec<u8>> {
     let tensor_type = tensor_type(type_name)?;
+    if tensor_type.resident() != tensor_type {
+        return Err(unknown_type(type_name, &TensorType::ALL));
+    }
     let cols = numbers.len() / rows.max(1);
     let row_bytes = tensor_type.row_bytes(cols).ok_or_else(|| {
         Error::InvalidRequest(format!(

@@ -10,6 +10,8 @@ mod avx512;
 pub mod activations;
 pub mod attention;
 pub mod elementwise;
+mod iq;
+mod iq_grids;
 pub mod kv;
 pub mod limits;
 pub mod matmul;

@@ -349,6 +349,7 @@ unsafe fn run_tiles(isa: Isa, tensor_type: TensorType, task: &Task) {
             T::MXFP4 => quantised::<tile::Mxfp4>(isa, task),
             T::NF4 => quantised::<tile::Nf4>(isa, task),
             T::FP4 => quantised::<tile::Fp4>(isa, task),
+            other => unreachable!("{} is kept as {:?}", other.name(), other.resident()),
         }
     }
 }
@@ -859,6 +860,16 @@ mod tests {
                     let most = half::f16::from_f32(r.float().abs() * 0.1).to_f32();
                     block[..4].copy_from_slice(&most.to_le_bytes());
                 }
+                T::TQ1_0 => half(52),
+                T::TQ2_0 => half(64),
+                T::IQ1_M => {
+                    // Its scale lies in four parts.
+                    for at in [49, 51, 53] {
+                        block[at] = block[at] & 15 | 16;
+                    }
+                    block[55] = block[55] & 15 | 32;
+                }
+                T::IQ2_XXS | T::IQ2_XS | T::IQ2_S | T::IQ3_XXS | T::IQ3_S | T::IQ1_S => half(0),
             }
             out.extend(block);
         }
@@ -1006,6 +1017,32 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn types_that_are_read_only_are_kept_as_q8_0() {
+        let r = &mut Random(11);
+        let pool = Pool::new(2);
+        for t in TensorType::READ_ONLY {
+            let (outputs, inputs) = (37, 512);
+            let data = random_blocks(t, outputs, inputs, r);
+            let tiles = Tiles::pack(t, outputs, inputs, &data, &pool);
+            assert_eq!(tiles.tensor_type(), TensorType::Q8_0);
+            let mut numbers = vec![0.0; outputs * inputs];
+            dequantize(t, &data, &mut numbers);
+            let mut blocks = vec![0; outputs * inputs / 32 * 34];
+            crate::quantize::quantize(TensorType::Q8_0, &numbers, None, &mut blocks);
+            let same = Tiles::pack(TensorType::Q8_0, outputs, inputs, &blocks, &pool);
+            let x = activations(3, inputs, r);
+            let [got, want] = [tiles, same].map(|tiles| {
+                let mut out = vec![0.0; 3 * outputs];
+                let matrix = Matrix::new(vec![tiles], None);
+                matmul(Isa::detect(), &pool, &matrix, x.all(), Store::Set, &mut out);
+                out
+            });
+            assert!(got.iter().all(|x| x.is_finite()), "{t:?}");
+            assert_eq!(got, want, "{t:?}");
         }
     }
 

@@ -4,6 +4,8 @@
 //! in order; every function below writes them exactly as the `gguf` Python package does, bit for bit. NF4 and FP4 are
 //! bitsandbytes': no GGUF file has them.
 
+use crate::iq;
+
 /// How a tensor's numbers are stored. Names and ids are GGUF's, but for NF4 and FP4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 // The field's own spelling: people compare it with file names and error messages.
@@ -29,10 +31,20 @@ pub enum TensorType {
     NF4,
     /// The same of [`FP4_VALUES`].
     FP4,
+    // Read only: see `READ_ONLY`.
+    IQ2_XXS,
+    IQ2_XS,
+    IQ3_XXS,
+    IQ1_S,
+    IQ3_S,
+    IQ2_S,
+    IQ1_M,
+    TQ1_0,
+    TQ2_0,
 }
 
 impl TensorType {
-    /// Every type: those of GGUF files, in the order of their ids, and the others.
+    /// Every type that is kept and multiplied: those of GGUF files, in the order of their ids, and the others.
     pub const ALL: [Self; 18] = {
         let mut all = [Self::NF4; 18];
         let mut i = 0;
@@ -44,7 +56,20 @@ impl TensorType {
         all
     };
 
-    /// Those of GGUF files.
+    /// Those of GGUF files that are read, and kept as another: [`TensorType::resident`].
+    pub const READ_ONLY: [Self; 9] = [
+        Self::IQ2_XXS,
+        Self::IQ2_XS,
+        Self::IQ3_XXS,
+        Self::IQ1_S,
+        Self::IQ3_S,
+        Self::IQ2_S,
+        Self::IQ1_M,
+        Self::TQ1_0,
+        Self::TQ2_0,
+    ];
+
+    /// Those of GGUF files that are kept as they are.
     pub const GGUF: [Self; 16] = [
         Self::F32,
         Self::F16,
@@ -85,20 +110,37 @@ impl TensorType {
             Self::IQ4_XS => (23, "IQ4_XS", 256, 136),
             Self::BF16 => (30, "BF16", 1, 2),
             Self::MXFP4 => (39, "MXFP4", 32, 17),
+            Self::IQ2_XXS => (16, "IQ2_XXS", 256, 66),
+            Self::IQ2_XS => (17, "IQ2_XS", 256, 74),
+            Self::IQ3_XXS => (18, "IQ3_XXS", 256, 98),
+            Self::IQ1_S => (19, "IQ1_S", 256, 50),
+            Self::IQ3_S => (21, "IQ3_S", 256, 110),
+            Self::IQ2_S => (22, "IQ2_S", 256, 82),
+            Self::IQ1_M => (29, "IQ1_M", 256, 56),
+            Self::TQ1_0 => (34, "TQ1_0", 256, 54),
+            Self::TQ2_0 => (35, "TQ2_0", 256, 66),
         };
         (Some(id), name, numbers, bytes)
     }
 
     /// The type with this GGUF id, if it is one we read.
     pub fn from_id(id: u32) -> Option<Self> {
-        Self::GGUF.into_iter().find(|t| t.id() == Some(id))
+        let mut known = Self::GGUF.into_iter().chain(Self::READ_ONLY);
+        known.find(|t| t.id() == Some(id))
     }
 
     /// The type of this name, in any case: `"Q4_K"`, `"bf16"`.
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|t| t.name().eq_ignore_ascii_case(name))
+        let mut known = Self::ALL.into_iter().chain(Self::READ_ONLY);
+        known.find(|t| t.name().eq_ignore_ascii_case(name))
+    }
+
+    /// What it is kept as in memory: itself, or Q8_0 for those that are read only.
+    pub fn resident(self) -> Self {
+        match Self::READ_ONLY.contains(&self) {
+            true => Self::Q8_0,
+            false => self,
+        }
     }
 
     /// GGUF's number for it; none where no GGUF file has it.
@@ -163,6 +205,15 @@ pub fn dequantize(ty: TensorType, blocks: &[u8], out: &mut [f32]) {
         TensorType::IQ4_NL => each(blocks, out, iq4_nl),
         TensorType::IQ4_XS => each(blocks, out, iq4_xs),
         TensorType::MXFP4 => each(blocks, out, mxfp4),
+        TensorType::IQ2_XXS => each(blocks, out, iq::iq2_xxs),
+        TensorType::IQ2_XS => each(blocks, out, iq::iq2_xs),
+        TensorType::IQ3_XXS => each(blocks, out, iq::iq3_xxs),
+        TensorType::IQ1_S => each(blocks, out, iq::iq1_s),
+        TensorType::IQ3_S => each(blocks, out, iq::iq3_s),
+        TensorType::IQ2_S => each(blocks, out, iq::iq2_s),
+        TensorType::IQ1_M => each(blocks, out, iq::iq1_m),
+        TensorType::TQ1_0 => each(blocks, out, iq::tq1_0),
+        TensorType::TQ2_0 => each(blocks, out, iq::tq2_0),
         TensorType::NF4 => each(blocks, out, |b, y| of_64(b, y, &NF4_VALUES)),
         TensorType::FP4 => each(blocks, out, |b, y| of_64(b, y, &FP4_VALUES)),
     }
@@ -272,11 +323,11 @@ pub const fn iq4_xs_scale(j: usize, high: u16, low: &[u8]) -> i8 {
     (low | high << 4) as i8 - 32
 }
 
-fn u16_at(b: &[u8], at: usize) -> u16 {
+pub(crate) fn u16_at(b: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([b[at], b[at + 1]])
 }
 
-fn f16_at(b: &[u8], at: usize) -> f32 {
+pub(crate) fn f16_at(b: &[u8], at: usize) -> f32 {
     f16_to_f32(u16_at(b, at))
 }
 

@@ -13,7 +13,7 @@ use crate::quant::{
 /// larger numbers count for more. It is of use to the types that search for their scales: K, IQ4.
 ///
 /// # Panics
-/// Where `x` is no whole number of blocks, `out` is not exactly as long as `x` asks, or `importance` not as long as `x`:
+/// Where `ty` is one of [`TensorType::READ_ONLY`], `x` no whole number of blocks, `out` is not exactly as long as `x` asks, or `importance` not as long as `x`:
 /// defects of the caller.
 pub fn quantize(ty: TensorType, x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     let wanted = ty.row_bytes(x.len());
@@ -44,6 +44,7 @@ pub fn quantize(ty: TensorType, x: &[f32], importance: Option<&[f32]>, out: &mut
         TensorType::Q6_K => weighed(x, importance, out, q6_k),
         TensorType::IQ4_NL => weighed(x, importance, out, iq4_nl),
         TensorType::IQ4_XS => weighed(x, importance, out, iq4_xs),
+        other => panic!("{} is read only", other.name()),
     }
 }
 

@@ -13,9 +13,10 @@ use crate::pool::Pool;
 use half::f16;
 
 use crate::quant::{
-    E2M1_DOUBLED, FP4_VALUES, IQ4_VALUES, NF4_VALUES, TensorType, iq4_xs_scale, k_scale_min,
-    q3_k_scale,
+    E2M1_DOUBLED, FP4_VALUES, IQ4_VALUES, NF4_VALUES, TensorType, dequantize, iq4_xs_scale,
+    k_scale_min, q3_k_scale,
 };
+use crate::quantize::quantize;
 use crate::simd::{LANES, Simd};
 
 /// Inputs in a block.
@@ -453,6 +454,7 @@ fn geometry(tensor_type: TensorType) -> (usize, usize) {
         T::MXFP4 => of::<Mxfp4>(),
         T::NF4 => of::<Nf4>(),
         T::FP4 => of::<Fp4>(),
+        other => unreachable!("{} is kept as {:?}", other.name(), other.resident()),
     }
 }
 
@@ -503,7 +505,8 @@ impl Tiles {
             rows * row_bytes,
             "bytes of a {rows} x {inputs} {tensor_type:?} matrix"
         );
-        let (step, bytes) = geometry(tensor_type);
+        let resident = tensor_type.resident();
+        let (step, bytes) = geometry(resident);
         let tile_bytes = (inputs.div_ceil(step) * bytes).next_multiple_of(64);
         let size = rows.div_ceil(LANES) * tile_bytes;
         let mut memory = arena
@@ -516,12 +519,24 @@ impl Tiles {
             pool.rows(memory, tile_bytes, |tile, out| {
                 let first = data_at + tile * tile_data;
                 let last = data.len().min(first + tile_data);
-                pack_tile(tensor_type, &data[first..last], row_bytes, out);
+                let data = &data[first..last];
+                match resident == tensor_type {
+                    true => pack_tile(tensor_type, data, row_bytes, out),
+                    false => {
+                        let data = converted(tensor_type, data, row_bytes, inputs);
+                        pack_tile(
+                            resident,
+                            &data,
+                            data.len() * row_bytes / (last - first),
+                            out,
+                        );
+                    }
+                }
             });
             packed(data_at..data.len().min(data_at + slice * tile_data));
         }
         Self {
-            tensor_type,
+            tensor_type: resident,
             rows,
             inputs,
             tile_bytes,
@@ -571,7 +586,24 @@ fn pack_tile(tensor_type: TensorType, data: &[u8], row_bytes: usize, out: &mut [
         T::Q5_K => pack_quantised::<176, 8, 2, 5, 2, 1>(rows, out, q5_k),
         T::Q6_K => pack_quantised::<210, 8, 1, 6, 2, 1>(rows, out, q6_k),
         T::IQ4_XS => pack_quantised::<136, 8, 1, 4, 1, 1>(rows, out, iq4_xs),
+        other => unreachable!("{} is kept as {:?}", other.name(), other.resident()),
     }
+}
+
+/// Rows of a type that is read only as the type that it is kept as.
+fn converted(tensor_type: TensorType, data: &[u8], row_bytes: usize, inputs: usize) -> Vec<u8> {
+    let resident = tensor_type.resident();
+    let bytes = resident.row_bytes(inputs).unwrap_or(0);
+    let mut out = vec![0; data.len() / row_bytes * bytes];
+    let mut numbers = vec![0.0; inputs];
+    for (row, out) in data
+        .chunks_exact(row_bytes)
+        .zip(out.chunks_exact_mut(bytes))
+    {
+        dequantize(tensor_type, row, &mut numbers);
+        quantize(resident, &numbers, None, out);
+    }
+    out
 }
 
 /// Float types: `N` bytes, which are an input or a pair of them, by `N` bytes, the 16 rows side by side.

@@ -342,7 +342,7 @@ fn tensors_lie_inside_the_file_and_apart() {
 #[test]
 fn a_foreign_tensor_type_is_named() {
     for (id, name) in [
-        (16, "IQ2_XXS (id 16) of c"),
+        (40, "NVFP4 (id 40) of c"),
         (4, "a type that GGUF has dropped (id 4) of c"),
         (99, "99"),
     ] {

@@ -45,7 +45,7 @@ impl Source {
         let (resident, page) = match options.device {
             // Tiles are at most 4 % larger than the file's blocks.
             DeviceKind::Cpu => (
-                self.weights.total_bytes() / 100 * 104,
+                (self.weights.total_bytes() + self.weights.growth()) / 100 * 104,
                 Cpu::page_bytes(options.kv_cache_dtype, &shapes),
             ),
             DeviceKind::Reference => {
