@@ -93,8 +93,10 @@ $(MODEL_1B): benches/make_model.py | fetch
 
 # Long, and for an idle machine; the accuracy of random weights says nothing. Each run has its own file; the table and the picture have all.
 bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: make bench RIVAL_PYTHON=/a/python AVX2_PYTHON=/b/python
-	$(BIN)/hfcore bench $(BENCHED) $(RIVAL_PYTHON:%=--rival-python %) --stress $(BENCH) \
-	  --out $(RESULTS)/rivals.jsonl
+	$(BIN)/hfcore bench $(BENCHED) $(RIVAL_PYTHON:%=--rival-python %) --rivals llama-cpp-python,openvino-genai \
+	  --stress $(BENCH) --out $(RESULTS)/rivals.jsonl
+	$(BIN)/hfcore bench $(BENCHED) $(RIVAL_PYTHON:%=--rival-python %) --rivals transformers,mistralrs \
+	  --rates-only --prefill 128 --depth 0 --batch none $(BENCH) --out $(RESULTS)/slow_rivals.jsonl
 	$(if $(AVX2_PYTHON),$(BIN)/hfcore bench $(BENCHED) --rival-python $(AVX2_PYTHON) \
 	  --rivals llama-cpp-python --isa avx2 --rates-only $(BENCH) --out $(RESULTS)/avx2.jsonl)
 	$(BIN)/python benches/bench_types.py $(RIVAL_PYTHON:%=--rival-python %) $(BENCH_TYPES) \
@@ -104,7 +106,7 @@ bench: fetch $(if $(MODELS),,$(MODEL_1B)) ## all measurements, docs/bench.md: ma
 	$(BIN)/python benches/bench_serving.py $(or $(MODELS),$(MODEL_1B)) \
 	  $(RIVAL_PYTHON:%=--rival-python %) $(BENCH_SERVING) --out $(RESULTS)/serving.json
 	$(BIN)/hfcore bench --table docs/bench.md --picture docs/bench.png \
-	  --report $$(for run in rivals avx2 types nll; do find $(RESULTS) -name $$run.jsonl; done)
+	  --report $$(for run in rivals slow_rivals avx2 types nll; do find $(RESULTS) -name $$run.jsonl; done)
 
 clean: ## remove what was built here (not the fetched models)
 	rm -rf $(VENV) target dist
