@@ -342,6 +342,7 @@ fn write_model(dir: &Path, config: &Json) {
         files: vec![],
         tensors: HashMap::new(),
         packed: HashMap::new(),
+        quantised: HashMap::new(),
         metadata: HashMap::new(),
         config: Some(config.clone()),
         generation_config: None,
