@@ -76,7 +76,7 @@ pub struct Part {
 impl Part {
     /// Its bytes.
     pub fn bytes<'a>(&self, files: &'a [Mapped]) -> &'a [u8] {
-        let file = files.get(self.file).map_or(&[][..], |file| file);
+        let file = files.get(self.file).map_or(&[][..], |file| &file[..]);
         file.get(self.bytes.clone()).unwrap_or_default()
     }
 
@@ -739,4 +739,157 @@ fn zeros(of: &Zeros, [rows, cols]: [usize; 2], files: &[Mapped]) -> Vec<i16> {
 fn transpose<T: Copy>(from: &[T], rows: usize, cols: usize) -> Vec<T> {
     let column = |col: usize| (0..rows).map(move |row| from[row * cols + col]);
     (0..cols).flat_map(column).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Codes of `[rows, cols]` that no two neighbours share, of so many bits.
+    fn codes(rows: usize, cols: usize, bits: u32) -> Vec<u8> {
+        let code = |i: usize| ((i * 7 + i / cols * 3) % (1 << bits)) as u8;
+        (0..rows * cols).map(code).collect()
+    }
+
+    /// As words of 32 bits, lowest first, along the rows of `codes`.
+    fn words(codes: &[u8], cols: usize, bits: u32) -> Vec<u32> {
+        let word = |c: &[u8]| {
+            let shifted = c.iter().zip((0..).step_by(bits as usize));
+            shifted.fold(0, |word, (code, shift)| word | u32::from(*code) << shift)
+        };
+        let row = |row: &[u8]| row.chunks(32 / bits as usize).map(word).collect::<Vec<_>>();
+        codes.chunks(cols).flat_map(row).collect()
+    }
+
+    fn bytes(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    /// All codes, unpacked in two bands.
+    fn unpacked(layout: Layout, data: &[u8], shape: [usize; 2], first: usize) -> Vec<u8> {
+        let mut out = vec![0xff; shape[0] * shape[1]];
+        let (a, b) = out.split_at_mut(first * shape[1]);
+        layout.unpack(data, shape, 0, a);
+        layout.unpack(data, shape, first, b);
+        out
+    }
+
+    #[test]
+    fn codes_unpack_from_every_layout() {
+        for bits in [2, 4, 8] {
+            // The last word of a row is not full.
+            let (rows, cols) = (16, 36 + 2);
+            let codes = codes(rows, cols, bits);
+            let along = words(&codes, cols, bits);
+            let down = transpose(&along, rows, along.len() / rows);
+            let shape = [rows, cols];
+            assert_eq!(
+                unpacked(Layout::Rows(bits), &bytes(&along), shape, 8),
+                codes
+            );
+            assert_eq!(
+                unpacked(Layout::Columns(bits), &bytes(&down), shape, 8),
+                codes
+            );
+        }
+        let codes = codes(16, 6, 4);
+        let pairs = codes.chunks(2).map(|pair| pair[0] << 4 | pair[1]);
+        let pairs: Vec<u8> = pairs.collect();
+        assert_eq!(unpacked(Layout::Nibbles, &pairs, [16, 6], 8), codes);
+        // Rows that begin in the middle of a byte.
+        let odd = unpacked(Layout::Nibbles, &pairs, [32, 3], 5);
+        assert_eq!(odd, codes);
+        assert_eq!(unpacked(Layout::Bytes, &codes, [16, 6], 8), codes);
+        let signed: Vec<u8> = codes.iter().map(|code| code.wrapping_sub(128)).collect();
+        assert_eq!(unpacked(Layout::Signed, &signed, [16, 6], 8), codes);
+    }
+
+    #[test]
+    fn awq_takes_even_outputs_before_odd_ones() {
+        // One input, 16 outputs: two words, each with the outputs 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on.
+        let data = bytes(&[0x7531_6420, 0xfdb9_eca8]);
+        let codes: Vec<u8> = (0..16).collect();
+        assert_eq!(unpacked(Layout::Awq, &data, [16, 1], 8), codes);
+    }
+
+    #[test]
+    fn floats_of_8_bits_are_those_of_ocp() {
+        let e4m3 = Values::E4M3.table().unwrap();
+        let some = [0x00, 0x01, 0x07, 0x08, 0x38, 0x7e, 0xb8].map(|i: usize| e4m3[i]);
+        let step = 2f32.powi(-9);
+        assert_eq!(some, [0.0, step, 7.0 * step, 8.0 * step, 1.0, 448.0, -1.0]);
+        assert!(e4m3[0x7f].is_nan() && e4m3[0xff].is_nan());
+        let e5m2 = Values::E5M2.table().unwrap();
+        assert_eq!(
+            [0x01, 0x3c, 0x7b, 0xbc].map(|i: usize| e5m2[i]),
+            [2f32.powi(-16), 1.0, 57344.0, -1.0]
+        );
+        assert_eq!(
+            (e5m2[0x7c], e8m0(127), e8m0(0)),
+            (f32::INFINITY, 1.0, 2f32.powi(-127))
+        );
+    }
+
+    #[test]
+    fn fours_bits_of_bitsandbytes_are_16_values_in_the_unit_interval() {
+        let nf4 = Values::Nf4.table().unwrap();
+        assert!(nf4[..16].is_sorted() && (nf4[0], nf4[7], nf4[15]) == (-1.0, 0.0, 1.0));
+        let fp4 = Values::Fp4.table().unwrap();
+        assert_eq!(
+            (fp4[3], fp4[6], fp4[11], fp4[14]),
+            (1.0, 1.0 / 6.0, -1.0, -1.0 / 6.0)
+        );
+    }
+
+    #[test]
+    fn runs_follow_groups_wherever_they_end() {
+        let matrix = |groups, shape| Quantised {
+            kind: "",
+            shape,
+            codes: nothing(),
+            layout: Layout::Bytes,
+            values: Values::Whole,
+            scales: Scales::Plain {
+                part: nothing(),
+                transposed: false,
+                factor: 1.0,
+            },
+            zeros: Zeros::Fixed(0),
+            groups,
+        };
+        let runs = |groups, shape, row| {
+            let matrix = matrix(groups, shape);
+            let mut all = Vec::new();
+            Open::new(&matrix, &[]).runs(row, |run, group| all.push((run, group)));
+            all
+        };
+        let blocks = Groups::Blocks([2, 4]);
+        assert_eq!(runs(blocks, [3, 6], 2), [(0..4, 2), (4..6, 3)]);
+        assert_eq!(runs(Groups::Flat(4), [3, 6], 1), [(0..2, 1), (2..6, 2)]);
+        let index = Groups::Index {
+            of: vec![1, 0],
+            count: 3,
+        };
+        assert_eq!(runs(index, [3, 2], 2), [(0..1, 7), (1..2, 6)]);
+    }
+
+    fn nothing() -> Part {
+        Part {
+            dtype: Dtype::F32,
+            shape: vec![0],
+            file: 0,
+            bytes: 0..0,
+        }
+    }
+
+    #[test]
+    fn dtypes_have_the_names_and_sizes_of_safetensors() {
+        for (dtype, name, size) in Dtype::ALL {
+            assert_eq!(
+                (Dtype::from_name(name), dtype.name(), dtype.size()),
+                (Some(dtype), name, size)
+            );
+        }
+        assert_eq!(Dtype::from_name("F64"), None);
+    }
 }

@@ -49,7 +49,7 @@ fn four_bits(
         .map_err(|e| parts.problem(format!("the state of {name:?} is wrong: {e}")))?;
     let count = |shape: &[usize]| shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim));
     let numbers = count(&state.shape).filter(|n| *n > 0 && state.blocksize > 0);
-    let (Some(numbers), [outputs, inputs]) = (numbers, state.shape[..]) else {
+    let (Some(numbers), &[outputs, inputs]) = (numbers, &state.shape[..]) else {
         let (shape, each) = (&state.shape, state.blocksize);
         return Err(parts.problem(format!(
             "tensor {name:?} is {shape:?} in blocks of {each}, wanted a matrix"

@@ -104,7 +104,7 @@ fn packed(parts: &mut Parts, module: &str, options: &Options) -> Result<Quantise
     };
     let known = [2, 4, 8].into_iter().filter(fits);
     let bits = known.clone().find(|bits| options.bits.contains(bits));
-    let (Some(bits), [outputs, inputs]) = (bits.or(known.last()), sizes[..]) else {
+    let (Some(bits), &[outputs, inputs]) = (bits.or(known.last()), &sizes[..]) else {
         let got = &codes.shape;
         return Err(parts.problem(format!(
             "{module:?} has codes {got:?} for {sizes:?}: not of 2, 4 or 8 bits"
