@@ -1,4 +1,4 @@
-"""Quantised safetensors checkpoints against the definitions of their formats, in numpy; and hostile ones.
+"""Quantised safetensors checkpoints against their formats' definitions, in numpy; and hostile ones.
 
 The definitions are written here as the libraries' dequantisation has them, in float32. The matrices
 are noise: what is tested is where each bit goes.
@@ -92,7 +92,7 @@ def bfloat16(numbers: Array) -> tuple[Stored, NDArray[np.float32]]:
     return Stored(bits, "BF16"), (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-# GPTQ -----------------------------------------------------------------------------------------------
+# GPTQ ------------------------------------------------------------------------------------------
 
 
 def gptq(
@@ -137,7 +137,7 @@ def gptq(
     return Case(config, parts, numbers.T)
 
 
-# AWQ ------------------------------------------------------------------------------------------------
+# AWQ -------------------------------------------------------------------------------------------
 
 
 def awq(group: int = 32, shape: tuple[int, int] = (64, 96)) -> Case:
@@ -169,7 +169,7 @@ def awq(group: int = 32, shape: tuple[int, int] = (64, 96)) -> Case:
     return Case(config, parts, numbers.T)
 
 
-# bitsandbytes ---------------------------------------------------------------------------------------
+# bitsandbytes ----------------------------------------------------------------------------------
 
 # fmt: off
 NF4 = np.array([
@@ -238,7 +238,7 @@ def llm_int8(method: str | None = "bitsandbytes") -> Case:
     return Case({**config, "quant_method": method} if method else config, parts, numbers)
 
 
-# compressed-tensors ---------------------------------------------------------------------------------
+# compressed-tensors ----------------------------------------------------------------------------
 
 
 def compressed(scheme: str, **weights: Any) -> dict[str, Any]:
@@ -284,7 +284,9 @@ def pack_quantized(
     return Case(config, parts, difference.astype(np.float32) * scale[:, of])
 
 
-def int_quantized(grid: tuple[int, ...], *, zero: bool = False, scheme: str = "int-quantized") -> Case:
+def int_quantized(
+    grid: tuple[int, ...], *, zero: bool = False, scheme: str = "int-quantized"
+) -> Case:
     weight = random().integers(-128, 128, (48, 96), dtype=np.int8)
     scale = scales(*grid)
     zeros = random().integers(-128, 128, grid, dtype=np.int8)
@@ -300,7 +302,7 @@ def int_quantized(grid: tuple[int, ...], *, zero: bool = False, scheme: str = "i
     return Case(compressed(scheme, num_bits=8, type="int"), parts, numbers)
 
 
-# Floats of 8 bits -----------------------------------------------------------------------------------
+# Floats of 8 bits ------------------------------------------------------------------------------
 
 
 def e4m3(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -405,7 +407,7 @@ def test_what_is_not_quantised_stays_as_it_is(tmp_path: Path) -> None:
         _core.read_tensor(folder, f"{NAME}.g_idx")
 
 
-# Hostile ones ---------------------------------------------------------------------------------------
+# Hostile ones ----------------------------------------------------------------------------------
 
 
 def without(case: Case, end: str) -> Case:
@@ -480,9 +482,7 @@ HOSTILE: dict[str, tuple[Callable[[], Case], str]] = {
         "5 groups of 96 inputs",
     ),
     "a state that is no JSON": (
-        lambda: having(
-            bitsandbytes(), "weight.quant_state.bitsandbytes__nf4", np.full(9, 255, U8)
-        ),
+        lambda: having(bitsandbytes(), "weight.quant_state.bitsandbytes__nf4", np.full(9, 255, U8)),
         "the state of .* is wrong",
     ),
     "a huge shape": (lambda: state(bitsandbytes(), shape=[HUGE, HUGE]), "wanted a matrix"),

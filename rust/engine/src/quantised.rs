@@ -301,7 +301,8 @@ impl Values {
             Self::E4M3 => e4m3(code),
             Self::E5M2 => e5m2(code),
             Self::Nf4 => NF4[usize::from(code & 15)],
-            Self::Fp4 if code & 8 == 8 => -FP4[usize::from(code & 7)],
+            // Its negative zero is 0.
+            Self::Fp4 if code & 8 == 8 => 0.0 - FP4[usize::from(code & 7)],
             Self::Fp4 => FP4[usize::from(code & 7)],
         };
         (self != Self::Whole).then(|| std::array::from_fn(|code| of(code as u8)))
