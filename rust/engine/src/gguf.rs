@@ -531,7 +531,7 @@ impl<'a> Reader<'a> {
         TensorType::from_id(id).ok_or_else(|| Error::Unsupported {
             what: "tensor type",
             name: format!("{} (id {id}) of {name}", foreign_type(id)),
-            supported: TensorType::ALL.map(TensorType::name).join(", "),
+            supported: TensorType::GGUF.map(TensorType::name).join(", "),
         })
     }
 

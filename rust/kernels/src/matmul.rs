@@ -330,6 +330,8 @@ unsafe fn run_tiles(isa: Isa, tensor_type: TensorType, task: &Task) {
             T::IQ4_NL => quantised::<tile::Iq4Nl>(isa, task),
             T::IQ4_XS => quantised::<tile::Iq4Xs>(isa, task),
             T::MXFP4 => quantised::<tile::Mxfp4>(isa, task),
+            T::NF4 => quantised::<tile::Nf4>(isa, task),
+            T::FP4 => quantised::<tile::Fp4>(isa, task),
         }
     }
 }
@@ -432,9 +434,9 @@ const AHEAD: usize = 8192;
 unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usize, row: usize) {
     unsafe {
         let blocks = task.inputs / BLOCK;
-        let acts = match F::SUPER {
-            1 => task.x.blocks,
-            _ => task.x.supers,
+        let acts = match F::ACTIVATIONS {
+            Scales::Block => task.x.blocks,
+            Scales::Super => task.x.supers,
         };
         let acts = acts.as_ptr().add(row * blocks);
         let mut total = [S::splat(0.0); M];
@@ -443,18 +445,20 @@ unsafe fn quant_rows<S: Simd, F: Format, const M: usize>(task: &Task, tile: usiz
         while block < blocks {
             let head = F::head::<S>(p);
             p = p.add(F::HEAD);
-            if F::SUPER == 1 {
-                let Unpacked { w, s, o } = unpack::<S, F>(p, head);
-                each_row!(M, i, {
-                    let x = &*acts.add(i * blocks + block);
-                    let dots = S::sums_shift(dots::<S, F, 0, 8>(&w, x), x.shift);
-                    total[i] = S::fma(S::to_f32(dots), s[0], total[i]);
-                    if F::ZERO.is_none() {
-                        total[i] = S::fma(o[0], S::splat(x.sum), total[i]);
-                    }
-                });
-                p = p.add(F::CODES + F::SCALES);
-                block += 1;
+            if const { matches!(F::ACTIVATIONS, Scales::Block) } {
+                for _ in 0..F::SUPER {
+                    let Unpacked { w, s, o } = unpack::<S, F>(p, head);
+                    each_row!(M, i, {
+                        let x = &*acts.add(i * blocks + block);
+                        let dots = S::sums_shift(dots::<S, F, 0, 8>(&w, x), x.shift);
+                        total[i] = S::fma(S::to_f32(dots), s[0], total[i]);
+                        if F::ZERO.is_none() {
+                            total[i] = S::fma(o[0], S::splat(x.sum), total[i]);
+                        }
+                    });
+                    p = p.add(F::CODES + F::SCALES);
+                    block += 1;
+                }
                 continue;
             }
             // The blocks of a super-block have one scale of activations: it multiplies their sum.
@@ -506,9 +510,9 @@ pub(crate) unsafe fn scaled<S: Simd, F: Format>(
 ) -> S::F {
     unsafe {
         let bias = start::<S>(task.bias(tile));
-        match F::SUPER {
-            1 => S::fma(total, S::splat(x.scale), bias),
-            _ => S::add(total, bias),
+        match F::ACTIVATIONS {
+            Scales::Block => S::fma(total, S::splat(x.scale * F::UNIT), bias),
+            Scales::Super => S::add(total, bias),
         }
     }
 }
@@ -780,7 +784,7 @@ unsafe fn float_rows<S: Simd, W: FloatType, const M: usize, const T: usize>(
 mod tests {
     use super::*;
     use crate::activations::{quantize_rows, round_rows};
-    use crate::quant::dequantize;
+    use crate::quant::{FP4_VALUES, NF4_VALUES, dequantize};
 
     /// A small deterministic generator; tests need no crate for it.
     struct Random(u64);
@@ -824,6 +828,11 @@ mod tests {
                 T::Q3_K => half(108),
                 T::Q6_K => half(208),
                 T::MXFP4 => block[0] = 118 + (r.next() % 8) as u8,
+                T::NF4 | T::FP4 => {
+                    // What f16 can hold.
+                    let most = half::f16::from_f32(r.float().abs() * 0.1).to_f32();
+                    block[..4].copy_from_slice(&most.to_le_bytes());
+                }
             }
             out.extend(block);
         }
@@ -875,11 +884,34 @@ mod tests {
         }
     }
 
+    /// The numbers as tiles hold them: of NF4 and FP4 whole steps of the largest.
+    fn resident(t: TensorType, data: &[u8], count: usize) -> Vec<f32> {
+        let mut weights = vec![0f32; count];
+        dequantize(t, data, &mut weights);
+        let (values, whole, steps) = match t {
+            TensorType::NF4 => (NF4_VALUES, tile::NF4_WHOLE, tile::NF4_STEPS),
+            TensorType::FP4 => (FP4_VALUES, tile::FP4_WHOLE, tile::FP4_STEPS),
+            _ => return weights,
+        };
+        for (block, x) in data.chunks(36).zip(weights.chunks_mut(64)) {
+            let most = f32::from_le_bytes(block[..4].try_into().unwrap());
+            for x in x {
+                let code = values.iter().position(|v| v * most == *x).unwrap();
+                let near = f32::from(whole[code]) / steps * most;
+                assert!(
+                    (near - *x).abs() <= 0.51 / steps * most,
+                    "{t:?}: {near} for {x}"
+                );
+                *x = near;
+            }
+        }
+        weights
+    }
+
     /// The definition: dequantised weights times dequantised activations, in f64.
     fn oracle(t: TensorType, data: &[u8], rows: usize, inputs: usize, x: &Owned) -> Vec<f64> {
         let blocks = &x.blocks[usize::from(Scales::of(t) == Some(Scales::Super))];
-        let mut weights = vec![0f32; rows * inputs];
-        dequantize(t, data, &mut weights);
+        let weights = resident(t, data, rows * inputs);
         let x: Vec<f64> = match t {
             TensorType::F32 | TensorType::F16 => x.floats.iter().map(|&x| f64::from(x)).collect(),
             TensorType::BF16 => (x.floats.iter())
@@ -1149,7 +1181,12 @@ mod tests {
             let data = random_blocks(t, 64, 1024, r);
             let tiles = Tiles::pack(t, 64, 1024, &data, &Pool::new(1));
             let ratio = tiles.bytes() as f64 / data.len() as f64;
-            assert!((0.99..1.05).contains(&ratio), "{t:?}: {ratio}");
+            let least = match t {
+                // 4.25 bits of 4.5: a scale of f16.
+                TensorType::NF4 | TensorType::FP4 => 0.94,
+                _ => 0.99,
+            };
+            assert!((least..1.05).contains(&ratio), "{t:?}: {ratio}");
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Block layouts of the tensor types, and their dequantisation: the definition, and the oracle of the fast ones.
 //!
 //! The layouts are GGML's, all little-endian. A row of `k` numbers is `k / block_len` blocks, each holding its numbers
-//! in order; every function below writes them exactly as the `gguf` Python package does, bit for bit.
+//! in order; every function below writes them exactly as the `gguf` Python package does, bit for bit. NF4 and FP4 are
+//! bitsandbytes': no GGUF file has them.
 
-/// How a tensor's numbers are stored. Names and ids are GGUF's.
+/// How a tensor's numbers are stored. Names and ids are GGUF's, but for NF4 and FP4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 // The field's own spelling: people compare it with file names and error messages.
 #[allow(non_camel_case_types, reason = "the names are the format's")]
@@ -24,11 +25,27 @@ pub enum TensorType {
     IQ4_XS,
     BF16,
     MXFP4,
+    /// 64 numbers: their absolute maximum in f32, and codes of [`NF4_VALUES`] (Dettmers et al., QLoRA, 2023).
+    NF4,
+    /// The same of [`FP4_VALUES`].
+    FP4,
 }
 
 impl TensorType {
-    /// Every type, in the order of their ids.
-    pub const ALL: [Self; 16] = [
+    /// Every type: those of GGUF files, in the order of their ids, and the others.
+    pub const ALL: [Self; 18] = {
+        let mut all = [Self::NF4; 18];
+        let mut i = 0;
+        while i < 16 {
+            all[i] = Self::GGUF[i];
+            i += 1;
+        }
+        all[17] = Self::FP4;
+        all
+    };
+
+    /// Those of GGUF files.
+    pub const GGUF: [Self; 16] = [
         Self::F32,
         Self::F16,
         Self::Q4_0,
@@ -48,8 +65,10 @@ impl TensorType {
     ];
 
     /// The table of the format: GGUF id, name, numbers per block, bytes per block.
-    const fn row(self) -> (u32, &'static str, usize, usize) {
-        match self {
+    const fn row(self) -> (Option<u32>, &'static str, usize, usize) {
+        let (id, name, numbers, bytes) = match self {
+            Self::NF4 => return (None, "NF4", 64, 36),
+            Self::FP4 => return (None, "FP4", 64, 36),
             Self::F32 => (0, "F32", 1, 4),
             Self::F16 => (1, "F16", 1, 2),
             Self::Q4_0 => (2, "Q4_0", 32, 18),
@@ -66,12 +85,13 @@ impl TensorType {
             Self::IQ4_XS => (23, "IQ4_XS", 256, 136),
             Self::BF16 => (30, "BF16", 1, 2),
             Self::MXFP4 => (39, "MXFP4", 32, 17),
-        }
+        };
+        (Some(id), name, numbers, bytes)
     }
 
     /// The type with this GGUF id, if it is one we read.
     pub fn from_id(id: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|t| t.id() == id)
+        Self::GGUF.into_iter().find(|t| t.id() == Some(id))
     }
 
     /// The type of this name, in any case: `"Q4_K"`, `"bf16"`.
@@ -81,12 +101,12 @@ impl TensorType {
             .find(|t| t.name().eq_ignore_ascii_case(name))
     }
 
-    /// GGUF's number for it.
-    pub const fn id(self) -> u32 {
+    /// GGUF's number for it; none where no GGUF file has it.
+    pub const fn id(self) -> Option<u32> {
         self.row().0
     }
 
-    /// GGUF's name for it.
+    /// GGUF's name for it, or bitsandbytes' in capitals.
     pub const fn name(self) -> &'static str {
         self.row().1
     }
@@ -143,6 +163,8 @@ pub fn dequantize(ty: TensorType, blocks: &[u8], out: &mut [f32]) {
         TensorType::IQ4_NL => each(blocks, out, iq4_nl),
         TensorType::IQ4_XS => each(blocks, out, iq4_xs),
         TensorType::MXFP4 => each(blocks, out, mxfp4),
+        TensorType::NF4 => each(blocks, out, |b, y| of_64(b, y, &NF4_VALUES)),
+        TensorType::FP4 => each(blocks, out, |b, y| of_64(b, y, &FP4_VALUES)),
     }
 }
 
@@ -166,6 +188,39 @@ pub const IQ4_VALUES: [i8; 16] = [
 
 /// Twice the values of an FP4 (e2m1) code, as MXFP4 uses them: [`e8m0_half_to_f32`] gives half the scale.
 pub const E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// What the codes of NF4 stand for, times the block's absolute maximum: quantiles of the normal distribution.
+pub const NF4_VALUES: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// The same of bitsandbytes' FP4: sign, two bits of exponent, one of fraction; the largest is 1.
+pub const FP4_VALUES: [f32; 16] = {
+    const TWELFTHS: [f32; 8] = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0];
+    let mut values = [0.0; 16];
+    let mut i = 0;
+    while i < 8 {
+        values[i] = TWELFTHS[i] / 12.0;
+        values[i + 8] = 0.0 - values[i];
+        i += 1;
+    }
+    values
+};
 
 /// IEEE half precision to single, exact.
 pub fn f16_to_f32(bits: u16) -> f32 {
@@ -293,6 +348,16 @@ fn mxfp4(b: &[u8; 17], y: &mut [f32; 32]) {
     }
 }
 
+// Blocks of 64
+
+/// The absolute maximum in f32, 32 bytes of nibbles into `values`, of two numbers the first one's high.
+fn of_64(b: &[u8; 36], y: &mut [f32; 64], values: &[f32; 16]) {
+    let most = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    for (b, y) in b[4..].iter().zip(y.as_chunks_mut::<2>().0) {
+        *y = [b >> 4, b & 15].map(|code| values[code as usize] * most);
+    }
+}
+
 // Blocks of 256
 
 /// Two-bit code `i` of 64 bytes: each half of 32 bytes holds 128 codes, 32 in each pair of bits.
@@ -380,8 +445,10 @@ mod tests {
 
     #[test]
     fn ids_and_names_lead_back_to_the_type() {
+        for ty in TensorType::GGUF {
+            assert_eq!(ty.id().and_then(TensorType::from_id), Some(ty));
+        }
         for ty in TensorType::ALL {
-            assert_eq!(TensorType::from_id(ty.id()), Some(ty));
             assert_eq!(TensorType::from_name(&ty.name().to_lowercase()), Some(ty));
             assert_eq!(format!("{ty:?}"), ty.name());
         }
@@ -464,6 +531,25 @@ mod tests {
     }
 
     #[test]
+    fn nf4_and_fp4_are_shares_of_the_largest_with_high_nibbles_first() {
+        let codes: Vec<u8> = (0..32).map(|i| (i % 16) << 4 | (15 - i % 16)).collect();
+        for (ty, values) in [(TensorType::NF4, NF4_VALUES), (TensorType::FP4, FP4_VALUES)] {
+            assert_eq!(ty.id(), None);
+            let y = block(ty, &[&3.0f32.to_le_bytes()[..], &codes].concat());
+            for i in 0..64 {
+                let code = if i % 2 == 0 {
+                    i / 2 % 16
+                } else {
+                    15 - i / 2 % 16
+                };
+                assert_eq!(y[i], values[code] * 3.0);
+            }
+        }
+        assert_eq!((FP4_VALUES[3], FP4_VALUES[13]), (1.0, -0.5));
+        assert_eq!(FP4_VALUES[8].to_bits(), 0);
+    }
+
+    #[test]
     fn six_bit_scales_and_minima_unpack() {
         // Packed as the format says: the first four whole, the others in pieces.
         let wanted: Vec<(u8, u8)> = (0..8).map(|j| (8 * j + 3, 63 - 7 * j)).collect();
@@ -504,7 +590,7 @@ mod tests {
 
     /// 64 blocks of pseudo-random bytes, infinities and subnormals among the scales; `id` is the seed.
     fn noise(ty: TensorType) -> Vec<u8> {
-        let mut x = ty.id() as u64;
+        let mut x = u64::from(ty.id().unwrap());
         let mut next = || {
             x = x
                 .wrapping_mul(6364136223846793005)

@@ -1,11 +1,13 @@
 //! Numbers into the blocks of [`crate::quant`]: each type's best codes and scales, by least squares.
 //!
-//! The plain types and those of 32 numbers with one scale are as the `gguf` Python package makes them, bit for bit. The
-//! others look for the scale (and minimum) whose rounded codes leave the least weighted square error.
+//! The plain types and those of 32 numbers with one scale are as the `gguf` Python package makes them, bit for bit; NF4 and
+//! FP4 as bitsandbytes does on a CPU. The others look for the scale (and minimum) whose rounded codes leave the least weighted square error.
 
 use half::{bf16, f16};
 
-use crate::quant::{E2M1_DOUBLED, IQ4_VALUES, TensorType, e8m0_half_to_f32, f16_to_f32};
+use crate::quant::{
+    E2M1_DOUBLED, FP4_VALUES, IQ4_VALUES, NF4_VALUES, TensorType, e8m0_half_to_f32, f16_to_f32,
+};
 
 /// Write `x` as blocks of `ty` to `out`. `importance`, as long as `x`, says how much an error of each number counts; none:
 /// larger numbers count for more. It is of use to the types that search for their scales: K, IQ4.
@@ -33,6 +35,8 @@ pub fn quantize(ty: TensorType, x: &[f32], importance: Option<&[f32]>, out: &mut
         TensorType::Q5_1 => each(x, out, |x, b| affine_32::<24>(x, b, 31.0)),
         TensorType::Q8_0 => each(x, out, q8_0),
         TensorType::MXFP4 => each(x, out, mxfp4),
+        TensorType::NF4 => each(x, out, |x, b| of_64(x, b, &NF4)),
+        TensorType::FP4 => each(x, out, |x, b| of_64(x, b, &FP4)),
         TensorType::Q2_K => weighed(x, importance, out, q2_k),
         TensorType::Q3_K => weighed(x, importance, out, q3_k),
         TensorType::Q4_K => weighed(x, importance, out, q4_k),
@@ -183,6 +187,93 @@ fn mxfp4(x: &[f32; 32], b: &mut [u8; 17]) {
         let error = |code: &usize| (d * f32::from(E2M1_DOUBLED[*code]) - x).abs();
         let best = (0..16).min_by(|a, b| error(a).total_cmp(&error(b)));
         put_nibble(&mut b[1..], i, best.unwrap_or(0) as u8);
+    }
+}
+
+// Blocks of 64, as bitsandbytes makes them
+
+/// The values of 16 codes in order.
+struct Nearest {
+    /// The largest number that is still taken for a value and not for the next larger one.
+    edges: [f32; 15],
+    /// The values' codes.
+    codes: [u8; 16],
+}
+
+static NF4: Nearest = Nearest::of(&NF4_VALUES);
+static FP4: Nearest = Nearest::of(&FP4_VALUES);
+
+impl Nearest {
+    /// The nearest value is taken, of two, as f32 tells the distances, the one with the smaller code.
+    const fn of(values: &[f32; 16]) -> Self {
+        let mut codes = [0; 16];
+        let mut i = 0;
+        while i < 16 {
+            let mut code = 0;
+            while values[code] != values[i] {
+                code += 1;
+            }
+            let mut at = i;
+            while at > 0 && values[codes[at - 1] as usize] > values[i] {
+                codes[at] = codes[at - 1];
+                at -= 1;
+            }
+            codes[at] = code as u8;
+            i += 1;
+        }
+        let mut edges = [0.0; 15];
+        i = 0;
+        while i < 15 {
+            edges[i] = edge(values, codes[i] as usize, codes[i + 1] as usize);
+            i += 1;
+        }
+        Self { edges, codes }
+    }
+
+    /// The code of a number from -1 to 1; NaN is taken for the first, as all are equally far.
+    #[inline(always)]
+    fn code(&self, x: f32) -> u8 {
+        let rank = self
+            .edges
+            .iter()
+            .map(|edge| u8::from(x > *edge))
+            .sum::<u8>();
+        match x.is_nan() {
+            true => 0,
+            false => self.codes[usize::from(rank & 15)],
+        }
+    }
+}
+
+/// Between two values, the one of the code `low` not above the other: the largest number that is taken for the first.
+const fn edge(values: &[f32; 16], low: usize, high: usize) -> f32 {
+    let (a, b) = (values[low], values[high]);
+    let (mut first, mut last) = (a, b);
+    // Halved until no number lies between.
+    loop {
+        let middle = first + (last - first) * 0.5;
+        if middle <= first || middle >= last {
+            return first;
+        }
+        let (below, above) = (middle - a, b - middle);
+        if below < above || (below == above && low < high) {
+            first = middle;
+        } else {
+            last = middle;
+        }
+    }
+}
+
+fn of_64(x: &[f32; 64], b: &mut [u8; 36], nearest: &Nearest) {
+    let most = x.iter().fold(0.0f32, |most, x| {
+        let x = x.abs();
+        if x > most || x.is_nan() { x } else { most }
+    });
+    b[..4].copy_from_slice(&most.to_le_bytes());
+    let inverse = 1.0 / most;
+    for (x, b) in x.as_chunks::<2>().0.iter().zip(&mut b[4..]) {
+        let [first, second] = x.map(|x| nearest.code((x * inverse).clamp(-1.0, 1.0)));
+        *b = first << 4 | second;
     }
 }
 
@@ -525,7 +616,9 @@ mod tests {
             (TensorType::IQ4_NL, 0.074),
             (TensorType::Q4_1, 0.083),
             (TensorType::Q4_0, 0.092),
+            (TensorType::NF4, 0.096),
             (TensorType::MXFP4, 0.13),
+            (TensorType::FP4, 0.14),
             (TensorType::Q3_K, 0.17),
             (TensorType::Q2_K, 0.30),
         ];
@@ -558,6 +651,38 @@ mod tests {
             let off = relative_error(&once, &twice, |_| 1.0);
             assert!(off < 0.03, "{}: {off}", ty.name());
         }
+    }
+
+    #[test]
+    fn nf4_and_fp4_take_the_nearest_value_and_of_two_the_smaller_code() {
+        for (values, nearest) in [(NF4_VALUES, &NF4), (FP4_VALUES, &FP4)] {
+            let definition = |x: f32| {
+                let far = |code: &usize| (x - values[*code]).abs();
+                (0..16).min_by(|a, b| far(a).total_cmp(&far(b))).unwrap() as u8
+            };
+            let mut random = Random(9);
+            let mut all: Vec<f32> = (0..100_000).map(|_| 2.0 * random.next() - 1.0).collect();
+            for (a, b) in values.iter().flat_map(|a| values.map(|b| (*a, b))) {
+                let middle = (a + b) * 0.5;
+                all.extend([a, middle, middle.next_up(), middle.next_down(), -middle]);
+            }
+            all.extend(
+                nearest
+                    .edges
+                    .iter()
+                    .flat_map(|e| [*e, e.next_up(), e.next_down()]),
+            );
+            for x in all {
+                assert_eq!(nearest.code(x), definition(x), "{x}");
+            }
+        }
+        let mut blocks = [0xAA; 72];
+        let mut x = [0.0; 128];
+        (x[64], x[65], x[66]) = (f32::NAN, 1.0, f32::INFINITY);
+        quantize(TensorType::FP4, &x, None, &mut blocks);
+        assert_eq!(blocks[..36], [0; 36]);
+        assert!(f32::from_le_bytes(blocks[36..40].try_into().unwrap()).is_nan());
+        assert_eq!(blocks[40..], [0; 32]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::activations::ActBlock;
+use crate::activations::{ActBlock, Scales};
 use crate::matmul::{Task, each_row, first_sum, scaled, store_out};
 use crate::simd::{LANES, Simd, prefetch_line};
 use crate::tile::{BLOCK, Format, super_bytes};
@@ -177,9 +177,9 @@ impl Group<'_> {
         unsafe {
             let (tile, segment) = (self.tile, self.segment);
             let blocks = task.inputs / BLOCK;
-            let acts = match F::SUPER {
-                1 => task.x.blocks,
-                _ => task.x.supers,
+            let acts = match F::ACTIVATIONS {
+                Scales::Block => task.x.blocks,
+                Scales::Super => task.x.supers,
             };
             let row = |i: usize| (self.row + i).min(self.rows.end - 1);
             let mut x = [std::ptr::null::<ActBlock>(); M];
@@ -194,7 +194,7 @@ impl Group<'_> {
                 }
             }
             let mut p = scratch;
-            if F::SUPER == 1 {
+            if const { matches!(F::ACTIVATIONS, Scales::Block) } {
                 for b in 0..segment.len() {
                     block::<S, F, M, T>(p, &x, b, &mut total);
                     p = p.add(block_bytes::<F>(T));
@@ -255,7 +255,7 @@ unsafe fn block<S: Simd, F: Format, const M: usize, const T: usize>(
             let x = &*x[i].add(b);
             each_row!(T, at most 2, t, {
                 let mut dots = dots[i][t];
-                if F::SUPER == 1 {
+                if const { matches!(F::ACTIVATIONS, Scales::Block) } {
                     dots = S::sums_shift(dots, x.shift);
                 }
                 total[i][t] = S::fma(S::to_f32(dots), float::<S, T>(p, 0, t), total[i][t]);

@@ -60,7 +60,12 @@ impl Writer {
             for n in tensor.shape.iter().rev() {
                 header.extend((*n as u64).to_le_bytes());
             }
-            header.extend(tensor.tensor_type.id().to_le_bytes());
+            let id = tensor.tensor_type.id().ok_or_else(|| Error::Unsupported {
+                what: "tensor type of a GGUF file",
+                name: tensor.tensor_type.name().into(),
+                supported: TensorType::GGUF.map(TensorType::name).join(", "),
+            })?;
+            header.extend(id.to_le_bytes());
             header.extend((offset as u64).to_le_bytes());
             offset += tensor.bytes.next_multiple_of(ALIGNMENT);
         }
