@@ -216,8 +216,9 @@ def bitsandbytes(
         parts["weight.absmax"] = Stored(absmax)
     table = NF4 if kind == "nf4" else FP4
     numbers = table[flat] * np.repeat(absmax, block)[:count]
-    pairs = (flat[::2] << 4 | flat[1::2])[:, None]
-    parts["weight"] = Stored(pairs.view(np.uint16), storage) if storage else Stored(pairs)
+    pairs = flat[::2] << 4 | flat[1::2]
+    wide = pairs.view(np.uint16) if storage else pairs
+    parts["weight"] = Stored(wide[:, None], storage)
     parts["weight.quant_map"] = Stored(table)
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     parts[f"weight.quant_state.bitsandbytes__{kind}"] = Stored(text)

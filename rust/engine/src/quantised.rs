@@ -10,7 +10,7 @@ use std::ops::Range;
 use half::f16;
 use hfcore_kernels::mmap::Mapped;
 use hfcore_kernels::pool::Pool;
-use hfcore_kernels::quant::{TensorType, dequantize};
+use hfcore_kernels::quant::{FP4_VALUES, NF4_VALUES, TensorType, dequantize};
 use hfcore_kernels::quantize::quantize;
 
 /// Rows that are unpacked together: where codes lie transposed, neighbours share a cache line. A multiple of 8 for AWQ.
@@ -237,38 +237,6 @@ pub enum Values {
     Fp4,
 }
 
-/// The quantiles of a normal distribution that bitsandbytes calls NF4 (QLoRA, Dettmers et al. 2023, appendix E).
-const NF4: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
-
-/// bitsandbytes' FP4: a sign, two bits of exponent, one of mantissa, over 12.
-const FP4: [f32; 8] = [
-    0.0,
-    0.0625 / 12.0,
-    8.0 / 12.0,
-    1.0,
-    4.0 / 12.0,
-    6.0 / 12.0,
-    2.0 / 12.0,
-    3.0 / 12.0,
-];
-
 fn e4m3(byte: u8) -> f32 {
     let sign = if byte >> 7 == 1 { -1.0 } else { 1.0 };
     let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
@@ -300,10 +268,8 @@ impl Values {
             Self::Whole => 0.0,
             Self::E4M3 => e4m3(code),
             Self::E5M2 => e5m2(code),
-            Self::Nf4 => NF4[usize::from(code & 15)],
-            // Its negative zero is 0.
-            Self::Fp4 if code & 8 == 8 => 0.0 - FP4[usize::from(code & 7)],
-            Self::Fp4 => FP4[usize::from(code & 7)],
+            Self::Nf4 => NF4_VALUES[usize::from(code & 15)],
+            Self::Fp4 => FP4_VALUES[usize::from(code & 15)],
         };
         (self != Self::Whole).then(|| std::array::from_fn(|code| of(code as u8)))
     }
@@ -421,7 +387,11 @@ impl Quantised {
     /// At most so many bytes are its blocks.
     pub fn resident_bytes(&self) -> usize {
         let [rows, cols] = self.shape;
-        let row = match self.layout.bits() <= 4 && self.has_whole_blocks() {
+        let kept = match self.values {
+            Values::Nf4 | Values::Fp4 => self.has_blocks(64),
+            _ => self.layout.bits() <= 4 && self.has_blocks(BLOCK),
+        };
+        let row = match kept {
             true => cols / 32 * 20,
             false if cols.is_multiple_of(BLOCK) => cols / 32 * 34,
             false => cols * 4,
@@ -429,14 +399,14 @@ impl Quantised {
         rows * row
     }
 
-    /// Whether blocks of inputs share one scale each.
-    fn has_whole_blocks(&self) -> bool {
+    /// Whether every block of `len` inputs has one scale.
+    fn has_blocks(&self, len: usize) -> bool {
         let whole = match self.groups {
-            Groups::Blocks([_, each]) => each.is_multiple_of(BLOCK),
+            Groups::Blocks([_, each]) => each.is_multiple_of(len),
             Groups::Index { .. } => false,
-            Groups::Flat(each) => each.is_multiple_of(BLOCK),
+            Groups::Flat(each) => each.is_multiple_of(len),
         };
-        whole && self.shape[1].is_multiple_of(BLOCK)
+        whole && self.shape[1].is_multiple_of(len)
     }
 
     /// All its numbers, row after row: what the format says they are.
@@ -494,6 +464,8 @@ enum Form {
     Q4_1,
     /// Signed codes of 8 bits, and a scale.
     Q8_0,
+    /// bitsandbytes' own blocks of 64.
+    Own(TensorType),
     /// Its numbers, quantised again.
     Again(TensorType),
 }
@@ -504,7 +476,7 @@ impl Form {
             Self::Q4_0 => TensorType::Q4_0,
             Self::Q4_1 => TensorType::Q4_1,
             Self::Q8_0 => TensorType::Q8_0,
-            Self::Again(tensor_type) => tensor_type,
+            Self::Own(tensor_type) | Self::Again(tensor_type) => tensor_type,
         }
     }
 }
@@ -611,8 +583,16 @@ impl<'a> Open<'a> {
         if !of.shape[1].is_multiple_of(BLOCK) {
             return Form::Again(TensorType::F32);
         }
+        let own = match of.values {
+            Values::Nf4 => Some(TensorType::NF4),
+            Values::Fp4 => Some(TensorType::FP4),
+            _ => None,
+        };
+        if let Some(own) = own.filter(|own| of.has_blocks(own.block_len())) {
+            return Form::Own(own);
+        }
         let again = Form::Again(TensorType::Q8_0);
-        if of.values != Values::Whole || !of.has_whole_blocks() {
+        if of.values != Values::Whole || !of.has_blocks(BLOCK) {
             return again;
         }
         let last = (1 << of.layout.bits()) - 1;
@@ -639,6 +619,9 @@ impl<'a> Open<'a> {
             self.floats(first, &mut numbers);
             return quantize(tensor_type, &numbers, None, out);
         }
+        if let Form::Own(tensor_type) = form {
+            return self.own_blocks(tensor_type, first, width, out);
+        }
         let codes = self.unpack(first, rows);
         let bytes = form.tensor_type().block_bytes();
         for (i, (codes, out)) in codes
@@ -652,6 +635,27 @@ impl<'a> Open<'a> {
                 let blocks = out.chunks_exact_mut(bytes);
                 for (out, codes) in blocks.zip(codes[run].as_chunks().0) {
                     block(form, codes, scale, zero, out);
+                }
+            });
+        }
+    }
+}
+
+impl Open<'_> {
+    /// Blocks of 64 codes, two in a byte as they are stored, after their scale in f32.
+    fn own_blocks(&self, tensor_type: TensorType, first: usize, width: usize, out: &mut [u8]) {
+        let (len, bytes) = (tensor_type.block_len(), tensor_type.block_bytes());
+        let cols = self.of.shape[1];
+        for (i, out) in out.chunks_exact_mut(width).enumerate() {
+            let row = first + i;
+            self.runs(row, |run, group| {
+                let codes = &self.codes[(row * cols + run.start) / 2..];
+                let out = &mut out[run.start / len * bytes..run.end / len * bytes];
+                let blocks = out.chunks_exact_mut(bytes).zip(codes.chunks_exact(len / 2));
+                for (out, codes) in blocks {
+                    let (head, rest) = out.split_at_mut(4);
+                    head.copy_from_slice(&self.scale(group).to_le_bytes());
+                    rest.copy_from_slice(codes);
                 }
             });
         }
