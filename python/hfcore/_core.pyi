@@ -29,6 +29,7 @@ __all__ = [
     "limits",
     "quantize",
     "quantize_file",
+    "read_tensor",
 ]
 
 __version__: Final[str]
@@ -656,6 +657,14 @@ def quantize_file(
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, int]:
     """Write a GGUF file in other types; tensors, bytes_before and bytes. See hfcore.quantize."""
+
+def read_tensor(path: str | os.PathLike[str], name: str) -> NDArray[np.float32]:
+    """One tensor of a model file or directory as numbers, in its shape, outermost first.
+
+    Of a quantised checkpoint's matrices, by the names that they would have unquantised: the numbers
+    that the format says they are, bit for bit those of its own library in float32. Raises
+    `ModelFileError` where there is no tensor of this name.
+    """
 
 def dequantize(type_name: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Quantised blocks of a GGUF type as numbers: [n, bytes of a block] -> [n, numbers of a block].

@@ -13,18 +13,11 @@ from hfcore import _core
 
 DEVICE = os.environ.get("HFCORE_CASE_DEVICE", "cpu")
 
-SKIP = {
-    **dict.fromkeys(
-        ("awq_g32", "bnb_int8", "bnb_nf4_dq", "ct_fp8_channel", "ct_w4a16_g32", "gptq_g32_sym"),
-        "quantised safetensors are not read yet",
-    ),
-}
-
-
 class Model:
     """One checkpoint."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self.engine = hfcore.Engine(path, device=DEVICE, max_sequences=1)
 
     def logits(self, ids: list[int]) -> Any:
@@ -37,6 +30,9 @@ class Model:
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         ids = self.engine.tokenizer.encode(text, add_special_tokens=add_special)
         return [int(i) for i in ids]
+
+    def weight(self, name: str) -> Any:
+        return _core.read_tensor(self.path, name)
 
     def chat(self, messages: Any) -> str:
         template = self.engine.chat_template

@@ -174,6 +174,10 @@ impl Device for Cpu {
     type Buffer = Buffer;
     type Cache = Vec<KvLayer>;
 
+    fn packing(&self) -> Option<&Pool> {
+        Some(&self.pool)
+    }
+
     fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
         let pack = |t: &Tensor| {
             let (arena, pool) = (&self.arena, &self.pool);

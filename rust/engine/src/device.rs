@@ -2,6 +2,7 @@
 
 use hfcore_kernels::elementwise::Activation;
 use hfcore_kernels::elementwise::Pairing;
+use hfcore_kernels::pool::Pool;
 
 pub use hfcore_kernels::attention::{AttentionShape, KvType};
 pub use hfcore_kernels::tile::TILE;
@@ -53,6 +54,11 @@ pub trait Device: Send + Sized {
     /// Keys and values of all layers, in pages.
     type Cache: Send;
 
+    /// The threads on which matrices are made the blocks that this device multiplies best; none: it wants their numbers as
+    /// they are, in F32.
+    fn packing(&self) -> Option<&Pool> {
+        None
+    }
     /// Make parts that share their inputs resident; their outputs lie side by side.
     fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Self::Matrix>;
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;

@@ -65,6 +65,20 @@ fn open_directory(dir: &Path) -> Result<Weights> {
     }
 }
 
+/// The shape and the numbers of one tensor of the model at `path`, row after row; of a quantised one, what its format says
+/// they are.
+///
+/// # Errors
+/// Those of [`open`]; [`Error::ModelFile`] where there is no tensor of this name.
+pub fn numbers(path: &Path, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+    let weights = open(path)?;
+    if let Some(matrix) = weights.quantised.get(name) {
+        return Ok((matrix.shape.into(), matrix.floats(&weights.files, None)));
+    }
+    let tensor = weights.require(name)?;
+    Ok((tensor.shape.into(), tensor.dequantize()))
+}
+
 /// A GGUF file that is not one of the later parts of a split model.
 fn is_first_gguf(name: &str) -> bool {
     name.ends_with(".gguf") && gguf::split_name(name).is_none_or(|(_, number, _)| number == 1)

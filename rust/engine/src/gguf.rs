@@ -42,6 +42,7 @@ pub fn open(path: &Path) -> Result<Weights> {
         config: None,
         generation_config: None,
         packed: HashMap::new(),
+        quantised: HashMap::new(),
     };
     for (index, part) in paths.iter().enumerate() {
         add_part(&mut weights, part, index, paths.len())?;

@@ -734,6 +734,10 @@ fn info(
         *bytes.entry(tensor.tensor_type.name()).or_default() += tensor.bytes.len() as u64;
         parameters += tensor.shape.iter().product::<usize>() as u64;
     }
+    for matrix in weights.quantised.values() {
+        *bytes.entry(matrix.kind).or_default() += matrix.bytes() as u64;
+        parameters += matrix.elements() as u64;
+    }
     let main_type = bytes.iter().max_by_key(|(_, n)| **n).map(|(name, _)| *name);
     let name = weights
         .get_str("general.name")

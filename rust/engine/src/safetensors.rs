@@ -16,8 +16,10 @@ use serde::Deserialize;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde_json::Value as Json;
 
+use crate::checkpoint::Scheme;
 use crate::error::{Error, Result};
-use crate::weights::{PackedInfo, TensorInfo, Weights};
+use crate::quantised::{Dtype, Part};
+use crate::weights::{TensorInfo, Weights};
 
 /// The safetensors library's own cap on a header.
 const MAX_HEADER: usize = 100_000_000;
@@ -28,9 +30,6 @@ pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// Whose tensors are pairs of plain bytes, `_blocks` and `_scales`: see `decoder.rs`.
-const MXFP4: &str = "mxfp4";
-
 /// Buffers that old checkpoints carry as integers and that no model reads.
 const IGNORED: [&str; 3] = ["position_ids", "token_type_ids", "num_batches_tracked"];
 
@@ -38,8 +37,8 @@ const IGNORED: [&str; 3] = ["position_ids", "token_type_ids", "num_batches_track
 /// names; `generation_config.json` where there is one.
 ///
 /// # Errors
-/// [`Error::ModelFile`] where a file is missing, cut short or inconsistent; [`Error::Unsupported`] for a quantised
-/// checkpoint or a dtype other than F32, F16 and BF16.
+/// [`Error::ModelFile`] where a file is missing, cut short or inconsistent; [`Error::Unsupported`] for an
+/// unknown quantisation, or a dtype other than F32, F16 and BF16 that is no part of a quantised matrix.
 pub fn open(dir: &Path) -> Result<Weights> {
     let config = object(&dir.join(CONFIG), MAX_CONFIG)?.ok_or_else(|| {
         file_error(
@@ -47,18 +46,20 @@ pub fn open(dir: &Path) -> Result<Weights> {
             "no such file; a safetensors checkpoint needs it",
         )
     })?;
-    refuse_quantised(&config)?;
+    let scheme = Scheme::of(&config)?;
     let mut weights = Weights {
         path: dir.display().to_string(),
         files: Vec::new(),
         tensors: HashMap::new(),
         packed: HashMap::new(),
+        quantised: HashMap::new(),
         metadata: HashMap::new(),
         config: Some(config),
         generation_config: object(&dir.join("generation_config.json"), MAX_CONFIG)?,
     };
     if dir.join(SINGLE).exists() {
         add_file(&mut weights, &dir.join(SINGLE))?;
+        scheme.gather(&mut weights)?;
         return Ok(weights);
     }
     let index = dir.join(INDEX);
@@ -82,6 +83,7 @@ pub fn open(dir: &Path) -> Result<Weights> {
             ));
         }
     }
+    scheme.gather(&mut weights)?;
     Ok(weights)
 }
 
@@ -127,25 +129,6 @@ fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
     Ok(Some(text))
 }
 
-fn refuse_quantised(config: &Json) -> Result<()> {
-    let Some(quantised) = config.get("quantization_config").filter(|q| !q.is_null()) else {
-        return Ok(());
-    };
-    let name = quantised
-        .get("quant_method")
-        .and_then(Json::as_str)
-        .unwrap_or("without a quant_method");
-    if name == MXFP4 {
-        return Ok(());
-    }
-    let supported = "safetensors in F32, F16 or BF16, mxfp4; GGUF files".into();
-    Err(Error::Unsupported {
-        what: "quantisation",
-        name: name.into(),
-        supported,
-    })
-}
-
 /// The index: tensor name to file name, each a plain name in the same directory.
 fn weight_map(path: &Path) -> Result<Option<HashMap<String, String>>> {
     #[derive(Deserialize)]
@@ -179,10 +162,7 @@ fn is_plain_name(name: &str) -> bool {
 fn add_file(weights: &mut Weights, path: &Path) -> Result<()> {
     let mapped = Mapped::open(path).map_err(|e| file_error(path, e.to_string()))?;
     let file = weights.files.len();
-    let config = weights.config.as_ref();
-    let method = config.and_then(|c| c.pointer("/quantization_config/quant_method"));
-    let packed = method.and_then(Json::as_str) == Some(MXFP4);
-    for (name, stored) in parse(&mapped, path, packed)? {
+    for (name, stored) in parse(&mapped, path)? {
         if weights.tensors.contains_key(&name) || weights.packed.contains_key(&name) {
             return Err(file_error(
                 path,
@@ -194,7 +174,7 @@ fn add_file(weights: &mut Weights, path: &Path) -> Result<()> {
                 weights.tensors.insert(name, TensorInfo { file, ..info });
             }
             Stored::Packed(info) => {
-                weights.packed.insert(name, PackedInfo { file, ..info });
+                weights.packed.insert(name, Part { file, ..info });
             }
         }
     }
@@ -205,7 +185,7 @@ fn add_file(weights: &mut Weights, path: &Path) -> Result<()> {
 /// An entry of a file; its `file` is 0.
 enum Stored {
     Tensor(TensorInfo),
-    Packed(PackedInfo),
+    Packed(Part),
 }
 
 /// The header's entries in the order of the file, duplicates kept.
@@ -253,8 +233,8 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-/// The tensors of one file with their absolute byte ranges; where some are `packed`, plain bytes too.
-fn parse(bytes: &[u8], path: &Path, packed: bool) -> Result<Vec<(String, Stored)>> {
+/// The tensors of one file with their absolute byte ranges.
+fn parse(bytes: &[u8], path: &Path) -> Result<Vec<(String, Stored)>> {
     let error = |problem: String| file_error(path, problem);
     let (header, start) = header_bytes(bytes).map_err(error)?;
     let header: Header =
@@ -279,11 +259,8 @@ fn parse(bytes: &[u8], path: &Path, packed: bool) -> Result<Vec<(String, Stored)
         }
         if !is_ignored(&name) {
             let range = start + from..start + to;
-            let stored = match packed && entry.dtype == "U8" {
-                true => Stored::Packed(packed_info(&name, entry, range, path)?),
-                false => Stored::Tensor(tensor_info(&name, entry, range, path)?),
-            };
-            tensors.push((name, stored));
+            let found = stored(&name, entry, range, path)?;
+            tensors.push((name, found));
         }
     }
     if end != bytes.len() - start {
@@ -320,55 +297,41 @@ fn header_bytes(bytes: &[u8]) -> std::result::Result<(&[u8], usize), String> {
     Ok((header, 8 + n))
 }
 
-fn tensor_info(name: &str, entry: Entry, bytes: Range<usize>, path: &Path) -> Result<TensorInfo> {
-    let tensor_type = match entry.dtype.as_str() {
-        "F32" => TensorType::F32,
-        "F16" => TensorType::F16,
-        "BF16" => TensorType::BF16,
-        other => {
-            let name = format!("{other} of {name}");
-            return Err(Error::Unsupported {
-                what: "dtype",
-                name,
-                supported: "F32, F16, BF16".into(),
-            });
-        }
+/// Floats are a tensor of the model, all else may be a part of one.
+fn stored(name: &str, entry: Entry, bytes: Range<usize>, path: &Path) -> Result<Stored> {
+    let Some(dtype) = Dtype::from_name(&entry.dtype) else {
+        return Err(Error::Unsupported {
+            what: "dtype",
+            name: format!("{} of {name}", entry.dtype),
+            supported: "F32, F16, BF16".into(),
+        });
     };
-    let elements = entry
-        .shape
-        .iter()
-        .try_fold(1_usize, |n, dim| n.checked_mul(*dim));
-    if elements.and_then(|n| tensor_type.row_bytes(n)) != Some(bytes.len()) {
-        let (shape, n) = (entry.shape, bytes.len());
-        return Err(file_error(
-            path,
-            format!(
-                "tensor {name:?} of shape {shape:?} in {} has {n} bytes",
-                tensor_type.name()
-            ),
-        ));
-    }
-    Ok(TensorInfo {
-        tensor_type,
-        shape: entry.shape,
-        file: 0,
-        bytes,
-    })
-}
-
-fn packed_info(name: &str, entry: Entry, bytes: Range<usize>, path: &Path) -> Result<PackedInfo> {
-    let mut dims = entry.shape.iter();
-    let count = dims.try_fold(1_usize, |n, dim| n.checked_mul(*dim));
-    if count != Some(bytes.len()) {
-        let (shape, n) = (entry.shape, bytes.len());
-        let problem = format!("tensor {name:?} of shape {shape:?} in U8 has {n} bytes");
+    let (shape, file) = (entry.shape, 0);
+    let elements = shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim));
+    if elements.and_then(|n| n.checked_mul(dtype.size())) != Some(bytes.len()) {
+        let (n, name_of) = (bytes.len(), dtype.name());
+        let problem = format!("tensor {name:?} of shape {shape:?} in {name_of} has {n} bytes");
         return Err(file_error(path, problem));
     }
-    Ok(PackedInfo {
-        shape: entry.shape,
-        file: 0,
+    let tensor_type = match dtype {
+        Dtype::F32 => TensorType::F32,
+        Dtype::F16 => TensorType::F16,
+        Dtype::BF16 => TensorType::BF16,
+        _ => {
+            return Ok(Stored::Packed(Part {
+                dtype,
+                shape,
+                file,
+                bytes,
+            }));
+        }
+    };
+    Ok(Stored::Tensor(TensorInfo {
+        tensor_type,
+        shape,
+        file,
         bytes,
-    })
+    }))
 }
 
 fn is_ignored(name: &str) -> bool {

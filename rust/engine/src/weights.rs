@@ -8,6 +8,7 @@ use hfcore_kernels::quant::{self, TensorType};
 use hfcore_kernels::quantize::quantize;
 
 use crate::error::{Error, Result};
+use crate::quantised::{Part, Quantised};
 
 /// One metadata value of a model file. Arrays are typed, so that a vocabulary stays compact.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,14 +30,6 @@ pub enum Value {
 pub struct TensorInfo {
     pub tensor_type: TensorType,
     /// Outermost first: a matrix is `[out, in]`.
-    pub shape: Vec<usize>,
-    pub file: usize,
-    pub bytes: Range<usize>,
-}
-
-/// Where plain bytes lie, and their shape.
-#[derive(Debug, Clone)]
-pub struct PackedInfo {
     pub shape: Vec<usize>,
     pub file: usize,
     pub bytes: Range<usize>,
@@ -67,8 +60,10 @@ pub struct Weights {
     pub path: String,
     pub files: Vec<Mapped>,
     pub tensors: HashMap<String, TensorInfo>,
-    /// What is stored as plain bytes: parts of a quantised checkpoint's tensors.
-    pub packed: HashMap<String, PackedInfo>,
+    /// What is no tensor of floats: parts of a quantised checkpoint's matrices that stay apart.
+    pub packed: HashMap<String, Part>,
+    /// Matrices of a quantised checkpoint, by the names that they would have as tensors. Their parts are in no other map.
+    pub quantised: HashMap<String, Quantised>,
     /// GGUF key-values; for a safetensors directory, empty.
     pub metadata: HashMap<String, Value>,
     /// `config.json` and `generation_config.json` of a safetensors directory.
@@ -100,8 +95,16 @@ impl Weights {
 
     /// The tensor of this name; without it, an [`Error::ModelFile`] that names the nearest one there is.
     pub fn require(&self, name: &str) -> Result<Tensor<'_>> {
+        if let Some(quantised) = self.quantised.get(name) {
+            return Err(Error::Unsupported {
+                what: "quantised tensor",
+                name: format!("{name} ({})", quantised.kind),
+                supported: "matrices that activations are multiplied with".into(),
+            });
+        }
+        let known = self.tensors.keys().chain(self.quantised.keys());
         self.tensor(name)
-            .ok_or_else(|| self.missing("tensor", name, self.tensors.keys()))
+            .ok_or_else(|| self.missing("tensor", name, known))
     }
 
     /// Take out the metadata whose keys begin so: what is needed once, and large.
@@ -124,7 +127,8 @@ impl Weights {
     pub fn total_bytes(&self) -> u64 {
         let packed = self.packed.values().map(|t| t.bytes.len() as u64);
         let tensors = self.tensors.values().map(|t| t.bytes.len() as u64);
-        tensors.chain(packed).sum()
+        let quantised = self.quantised.values().map(|t| t.bytes() as u64);
+        tensors.chain(packed).chain(quantised).sum()
     }
 
     /// An [`Error::ModelFile`] about these files.
@@ -496,6 +500,7 @@ mod tests {
             files: vec![],
             tensors: tensors.into(),
             packed: HashMap::new(),
+            quantised: HashMap::new(),
             metadata: metadata
                 .iter()
                 .map(|(k, v)| (k.to_string(), v.clone()))

@@ -342,6 +342,7 @@ fn write_model(dir: &Path, config: &Json) {
         files: vec![],
         tensors: HashMap::new(),
         packed: HashMap::new(),
+        quantised: HashMap::new(),
         metadata: HashMap::new(),
         config: Some(config.clone()),
         generation_config: None,
@@ -604,4 +605,181 @@ fn experts_in_mxfp4_are_the_same_numbers_as_in_floats() {
     std::fs::remove_dir_all(&packed).unwrap();
     assert!(want.iter().any(|x| x.abs() > 1.0) && blocks.len() < 400_000);
     assert_eq!(got, want);
+}
+
+/// A part of a quantised matrix: what its name ends in, dtype, shape, bytes.
+type Part = (&'static str, &'static str, Vec<usize>, Vec<u8>);
+
+struct Noise(u64);
+
+impl Noise {
+    fn bytes(&mut self, n: usize) -> Vec<u8> {
+        let mut byte = || {
+            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1);
+            (self.0 >> 48) as u8
+        };
+        (0..n).map(|_| byte()).collect()
+    }
+
+    /// F32 between `least` and twice that.
+    fn scales(&mut self, n: usize, least: f32) -> Vec<u8> {
+        let one = |x: u8| (least * (1.0 + f32::from(x) / 256.0)).to_le_bytes();
+        self.bytes(n).into_iter().flat_map(one).collect()
+    }
+}
+
+/// The parts of a matrix `[outputs, inputs]` of random codes, quantised by this method.
+fn parts_of(method: &str, outputs: usize, inputs: usize, noise: &mut Noise) -> Vec<Part> {
+    let (count, groups) = (outputs * inputs, inputs / 32);
+    let words = |bits: usize| vec![inputs * bits / 32, outputs];
+    let zeros = |bits: usize| vec![groups, outputs * bits / 32];
+    let grouped = vec![groups, outputs];
+    let n = groups * outputs;
+    match method {
+        "gptq" => vec![
+            ("qweight", "I32", words(4), noise.bytes(count / 2)),
+            ("qzeros", "I32", zeros(4), vec![0x77; n / 2]),
+            ("scales", "F32", grouped, noise.scales(n, 0.025)),
+        ],
+        "gptq 8" => vec![
+            ("qweight", "I32", words(8), noise.bytes(count)),
+            ("qzeros", "I32", zeros(8), vec![127; n]),
+            ("scales", "F32", grouped, noise.scales(n, 0.0015)),
+        ],
+        "gptq order" => {
+            let index = (0..inputs).flat_map(|i| ((i * 5 % groups) as i32).to_le_bytes());
+            let index = index.collect();
+            vec![
+                ("qweight", "I32", words(4), noise.bytes(count / 2)),
+                ("qzeros", "I32", zeros(4), noise.bytes(n / 2)),
+                ("scales", "F32", grouped, noise.scales(n, 0.025)),
+                ("g_idx", "I32", vec![inputs], index),
+            ]
+        }
+        "awq" => vec![
+            (
+                "qweight",
+                "I32",
+                vec![inputs, outputs / 8],
+                noise.bytes(count / 2),
+            ),
+            ("qzeros", "I32", zeros(4), noise.bytes(n / 2)),
+            ("scales", "F32", grouped, noise.scales(n, 0.025)),
+        ],
+        "int8" => vec![
+            ("weight", "I8", vec![outputs, inputs], noise.bytes(count)),
+            ("SCB", "F32", vec![outputs], noise.scales(outputs, 0.2)),
+        ],
+        "nf4" => {
+            let shape = [outputs, inputs];
+            let state = json!({ "blocksize": 64, "shape": shape }).to_string();
+            let name = "weight.quant_state.bitsandbytes__nf4";
+            let scales = noise.scales(count.div_ceil(64), 0.2);
+            vec![
+                ("weight", "U8", vec![count / 2, 1], noise.bytes(count / 2)),
+                ("weight.absmax", "F32", vec![count.div_ceil(64)], scales),
+                (name, "U8", vec![state.len()], state.into_bytes()),
+            ]
+        }
+        "fp8" => {
+            // No number of two or more.
+            let codes = noise.bytes(count).into_iter().map(|b| b & 0xbf).collect();
+            vec![
+                ("weight", "F8_E4M3", vec![outputs, inputs], codes),
+                (
+                    "weight_scale_inv",
+                    "F32",
+                    vec![outputs / 16, groups],
+                    noise.scales(n / 16, 0.2),
+                ),
+            ]
+        }
+        _ => unreachable!("{method}"),
+    }
+}
+
+/// Write at `quantised` the model in `floats` with its layers' matrices quantised, and make `floats` the same numbers.
+fn quantise_noise(method: &str, floats: &Path, quantised: &Path, own: Json) {
+    write_model(floats, &config(own.clone()));
+    let mut with = config(own);
+    let library = match method {
+        "int8" | "nf4" => "bitsandbytes",
+        "fp8" | "awq" => method,
+        _ => "gptq",
+    };
+    with["quantization_config"] = json!({ "quant_method": library, "group_size": 32 });
+    write_model(quantised, &with);
+    let (mut plain, mut small) = (Vec::new(), Vec::new());
+    let weights = files::open(floats).unwrap();
+    let mut names: Vec<_> = weights.tensors.keys().cloned().collect();
+    names.sort();
+    let mut noise = Noise(7);
+    for name in &names {
+        let tensor = weights.tensor(name).unwrap();
+        match (name.contains("layers"), tensor.shape) {
+            (true, [outputs, inputs]) => {
+                let module = name.trim_end_matches(".weight");
+                let parts = parts_of(method, *outputs, *inputs, &mut noise);
+                let named =
+                    |(end, dtype, shape, bytes)| (format!("{module}.{end}"), dtype, shape, bytes);
+                small.extend(parts.into_iter().map(named));
+            }
+            (_, shape) => {
+                let entry = (name.clone(), "F32", shape.to_vec(), tensor.data.to_vec());
+                plain.push(entry.clone());
+                small.push(entry);
+            }
+        }
+    }
+    std::fs::write(quantised.join("model.safetensors"), safetensors(&small)).unwrap();
+    let quantised = files::open(quantised).unwrap();
+    for (name, matrix) in &quantised.quantised {
+        let numbers = matrix.floats(&quantised.files, None);
+        let bytes = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        plain.push((name.clone(), "F32", matrix.shape.to_vec(), bytes));
+    }
+    drop(weights);
+    std::fs::write(floats.join("model.safetensors"), safetensors(&plain)).unwrap();
+}
+
+#[test]
+fn a_quantised_checkpoint_runs_as_the_numbers_that_it_stands_for() {
+    let families = [
+        json!({ "model_type": "llama" }),
+        json!({ "model_type": "phi3" }),
+    ];
+    let methods = ["gptq", "gptq 8", "gptq order", "awq", "int8", "nf4", "fp8"];
+    for (own, method) in families
+        .iter()
+        .flat_map(|own| methods.map(|method| (own, method)))
+    {
+        let family = own["model_type"].as_str().unwrap();
+        let dir = |which: &str| {
+            let name = format!(
+                "hfcore-{family}-{}-{}-{which}",
+                method.replace(' ', "-"),
+                std::process::id()
+            );
+            std::env::temp_dir().join(name)
+        };
+        let (floats, quantised) = (dir("floats"), dir("quantised"));
+        quantise_noise(method, &floats, &quantised, own.clone());
+        let want = ragged(&mut decoder(Candle::cpu, &floats));
+        let same = ragged(&mut decoder(Candle::cpu, &quantised));
+        let fast = ragged(&mut decoder(|| Cpu::new(Some(2)), &quantised));
+        std::fs::remove_dir_all(&floats).unwrap();
+        std::fs::remove_dir_all(&quantised).unwrap();
+        assert_eq!(same, want, "{family} in {method}");
+        let largest = want.iter().fold(0f32, |a, b| a.max(b.abs()));
+        let apart = fast
+            .iter()
+            .zip(&want)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        println!("{family:6} {method:10} logits up to {largest:.2}, apart {apart:.2e}");
+        assert!(
+            largest > 1.0 && apart < 5e-2 * largest,
+            "{family} in {method}: {apart:.2e} of {largest:.2}"
+        );
+    }
 }

@@ -158,13 +158,13 @@ fn the_config_must_be_an_object_of_bounded_size() {
 
 #[test]
 fn a_quantised_checkpoint_is_refused_by_its_method() {
-    let config = r#"{"quantization_config": {"quant_method": "gptq"}}"#;
-    let error = Dir::new("gptq")
+    let config = r#"{"quantization_config": {"quant_method": "aqlm"}}"#;
+    let error = Dir::new("aqlm")
         .file("config.json", config)
         .open()
         .unwrap_err();
     let named =
-        matches!(&error, Error::Unsupported { what: "quantisation", name, .. } if name == "gptq");
+        matches!(&error, Error::Unsupported { what: "quantisation", name, .. } if name == "aqlm");
     assert!(named, "{error}");
 }
 

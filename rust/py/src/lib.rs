@@ -14,10 +14,11 @@ mod template;
 mod tokenizer;
 
 use hfcore_engine::error::Error;
+use hfcore_engine::files;
 use hfcore_engine::memory;
 use hfcore_engine::options::OPTION_NAMES;
 use hfcore_engine::weights;
-use numpy::{PyArray1, PyArray2, PyArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -31,6 +32,18 @@ fn dequantize<'py>(
     let (rows, bytes) = convert::to_bytes(blocks, "blocks")?;
     let (numbers, width) = error::run(py, || weights::dequantize_blocks(type_name, rows, &bytes))?;
     PyArray1::from_vec(py, numbers).reshape([rows, width])
+}
+
+/// One tensor of a model file as numbers, in its shape.
+#[pyfunction]
+fn read_tensor<'py>(
+    py: Python<'py>,
+    path: &Bound<'py, PyAny>,
+    name: &str,
+) -> PyResult<Bound<'py, PyArrayDyn<f32>>> {
+    let path = convert::to_path(path)?;
+    let (shape, numbers) = error::run(py, || files::numbers(&path, name))?;
+    PyArray1::from_vec(py, numbers).reshape(shape)
 }
 
 /// What this machine can do at most, measured now with so many threads; `read_bytes` are read.
@@ -72,6 +85,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<delta::Usage>()?;
     module.add_class::<stream::Notifier>()?;
     module.add_function(wrap_pyfunction!(limits, module)?)?;
+    module.add_function(wrap_pyfunction!(read_tensor, module)?)?;
     module.add_function(wrap_pyfunction!(quantize::quantize, module)?)?;
     module.add_function(wrap_pyfunction!(quantize::quantize_file, module)?)?;
     module.add_function(wrap_pyfunction!(dequantize, module)?)

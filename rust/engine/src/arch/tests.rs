@@ -13,6 +13,7 @@ fn weights(config: Option<Json>, metadata: HashMap<String, Value>) -> Weights {
         files: Vec::new(),
         tensors: HashMap::new(),
         packed: HashMap::new(),
+        quantised: HashMap::new(),
         metadata,
         config,
         generation_config: None,

@@ -9,7 +9,43 @@ use super::{Experts, FeedForward, Layer, Mlp, Progress, Resident, attention_shap
 use crate::arch::{Arch, Block, ExpertArch};
 use crate::device::{AttentionLayer, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
+use crate::quantised::Quantised;
 use crate::weights::{Tensor, Weights};
+
+/// A matrix as a device takes it.
+enum Stored<'a> {
+    /// As it lies in its file.
+    File(Tensor<'a>),
+    /// Made of a quantised checkpoint's parts.
+    Made {
+        tensor_type: TensorType,
+        shape: [usize; 2],
+        data: Vec<u8>,
+        of: &'a Quantised,
+    },
+}
+
+impl Stored<'_> {
+    fn tensor(&self) -> Tensor<'_> {
+        match self {
+            Self::File(tensor) => *tensor,
+            Self::Made {
+                tensor_type,
+                shape,
+                data,
+                ..
+            } => Tensor::of(*tensor_type, shape, data),
+        }
+    }
+
+    /// It is resident twice now, and the file's may go.
+    fn forget(&self, weights: &Weights) {
+        match self {
+            Self::File(tensor) => tensor.forget(0..tensor.data.len()),
+            Self::Made { of, .. } => of.forget(&weights.files),
+        }
+    }
+}
 
 /// Reads tensors by their role, checks their shapes, remembers which were used.
 struct Loader<'a, D: Device> {
@@ -45,9 +81,69 @@ impl<'a, D: Device> Loader<'a, D> {
         Ok(tensor)
     }
 
+    /// The same of a quantised checkpoint's matrices, if it is one of them.
+    fn quantised(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Option<&'a Quantised>> {
+        let name = self.arch.tensor_name(layer, name);
+        let Some(found) = self.weights.quantised.get(&name) else {
+            return Ok(None);
+        };
+        if found.shape != [rows, cols] {
+            let (kind, got) = (found.kind, found.shape);
+            return Err(self.weights.problem(format!(
+                "tensor {name:?} is {got:?} in {kind}, wanted [{rows}, {cols}]"
+            )));
+        }
+        self.used.insert(name);
+        Ok(Some(found))
+    }
+
+    /// The matrix `name` of `layer`, `[rows, cols]`, as the device is to have it: what each becomes is decided here.
+    fn stored(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Stored<'a>> {
+        let Some(of) = self.quantised(layer, name, rows, cols)? else {
+            return self.tensor(layer, name, rows, cols).map(Stored::File);
+        };
+        let files = &self.weights.files;
+        let (tensor_type, data) = match self.device.packing() {
+            Some(pool) => of.blocks(files, pool),
+            None => (TensorType::F32, bytes(&of.floats(files, None))),
+        };
+        Ok(Stored::Made {
+            tensor_type,
+            shape: of.shape,
+            data,
+            of,
+        })
+    }
+
+    /// The numbers of the matrix `name`, never rounded.
+    fn numbers(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<f32>> {
+        match self.quantised(layer, name, rows, cols)? {
+            Some(of) => Ok(of.floats(&self.weights.files, self.device.packing())),
+            None => Ok(self.tensor(layer, name, rows, cols)?.dequantize()),
+        }
+    }
+
     fn has(&self, layer: Option<usize>, name: &str) -> bool {
         let name = self.arch.tensor_name(layer, name);
-        self.weights.tensors.contains_key(&name)
+        self.weights.tensors.contains_key(&name) || self.weights.quantised.contains_key(&name)
     }
 
     fn vector(&mut self, layer: Option<usize>, name: &str, width: usize) -> Result<Vec<f32>> {
@@ -116,14 +212,21 @@ impl<'a, D: Device> Loader<'a, D> {
         inputs: usize,
         needs_bias: bool,
     ) -> Result<D::Matrix> {
-        let mut tensors = Vec::new();
+        let mut stored = Vec::new();
         let mut bias = Vec::new();
         let mut has_bias = false;
+        // Quantised ones lie as everyone's: their libraries turned them.
+        let quantised = |name: &str| {
+            let name = self.arch.tensor_name(layer, &format!("{name}.weight"));
+            self.weights.quantised.contains_key(&name)
+        };
+        let turned = self.arch.transposed && layer.is_some();
+        let turned = turned && !parts.iter().any(|(name, _)| quantised(name));
         for &(name, outputs) in parts {
             let weight = format!("{name}.weight");
-            tensors.push(match self.arch.transposed && layer.is_some() {
-                true => self.tensor(layer, &weight, inputs, outputs)?,
-                false => self.tensor(layer, &weight, outputs, inputs)?,
+            stored.push(match turned {
+                true => Stored::File(self.tensor(layer, &weight, inputs, outputs)?),
+                false => self.stored(layer, &weight, outputs, inputs)?,
             });
             let bias_name = format!("{name}.bias");
             if needs_bias || self.has(layer, &bias_name) {
@@ -134,12 +237,12 @@ impl<'a, D: Device> Loader<'a, D> {
             }
         }
         let bias = has_bias.then_some(&bias[..]);
-        if self.arch.transposed && layer.is_some() {
+        let tensors: Vec<Tensor> = stored.iter().map(Stored::tensor).collect();
+        if turned {
             return self.transposed(&tensors, 1, bias);
         }
         let matrix = self.device.matrix(&tensors, bias)?;
-        // Now that they are resident twice, one of them may go.
-        tensors.iter().for_each(|t| t.forget(0..t.data.len()));
+        stored.iter().for_each(|t| t.forget(self.weights));
         Ok(matrix)
     }
 
@@ -283,9 +386,9 @@ impl<'a, D: Device> Loader<'a, D> {
 
     /// Gate and up of one tensor.
     fn halves(&mut self, at: Option<usize>, name: &str, width: usize) -> Result<D::Matrix> {
-        let both = self.tensor(at, name, 2 * width, self.arch.hidden_size)?;
-        let matrix = self.device.matrix(&both.halves(), None)?;
-        both.forget(0..both.data.len());
+        let both = self.stored(at, name, 2 * width, self.arch.hidden_size)?;
+        let matrix = self.device.matrix(&both.tensor().halves(), None)?;
+        both.forget(self.weights);
         Ok(matrix)
     }
 
@@ -471,9 +574,8 @@ impl<'a, D: Device> Loader<'a, D> {
         outputs: usize,
         inputs: usize,
     ) -> Result<D::Matrix> {
-        let weight = self.tensor(at, &format!("{name}.weight"), outputs, inputs)?;
-        let values = weight.dequantize();
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let values = self.numbers(at, &format!("{name}.weight"), outputs, inputs)?;
+        let bytes = bytes(&values);
         let bias = format!("{name}.bias");
         let bias = match self.has(at, &bias) {
             true => Some(self.vector(at, &bias, outputs)?),
@@ -504,6 +606,7 @@ impl<'a, D: Device> Loader<'a, D> {
             .tensors
             .keys()
             .chain(self.weights.packed.keys())
+            .chain(self.weights.quantised.keys())
             .filter(|n| !self.used.contains(*n) && !known(n))
             .collect();
         unused.sort();
@@ -516,6 +619,11 @@ impl<'a, D: Device> Loader<'a, D> {
             self.arch.family
         )))
     }
+}
+
+/// As a tensor in F32 lies.
+fn bytes(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 impl<D: Device> Resident<D> {

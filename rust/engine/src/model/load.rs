@@ -12,6 +12,7 @@ use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
 use crate::device::{Device, KvType};
 use crate::engine::Factory;
 use crate::error::{Error, Result};
+use crate::quantised::Quantised;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 use crate::{files, vocab};
@@ -42,17 +43,24 @@ impl Source {
     /// Bytes that stay resident, and those of a cache page.
     fn needs(&self, options: &ModelOptions) -> (u64, u64) {
         let shapes = attention_shapes(&self.arch);
+        let quantised = self.weights.quantised.values();
         let (resident, page) = match options.device {
-            // Tiles are at most 4 % larger than the file's blocks.
-            DeviceKind::Cpu => (
-                (self.weights.total_bytes() + self.weights.growth()) / 100 * 104,
-                Cpu::page_bytes(options.kv_cache_dtype, &shapes),
-            ),
+            DeviceKind::Cpu => {
+                let (stored, made): (Vec<usize>, Vec<usize>) =
+                    quantised.map(|q| (q.bytes(), q.resident_bytes())).unzip();
+                let sum = |bytes: &[usize]| bytes.iter().map(|n| *n as u64).sum::<u64>();
+                let read_only = self.weights.growth();
+                let blocks = self.weights.total_bytes() + read_only - sum(&stored) + sum(&made);
+                // Tiles are at most 4 % larger than blocks.
+                let page = Cpu::page_bytes(options.kv_cache_dtype, &shapes);
+                (blocks / 100 * 104, page)
+            }
             DeviceKind::Reference => {
                 let tensors = self.weights.tensors.values();
-                let numbers = tensors.map(|t| t.shape.iter().product::<usize>() as u64);
+                let numbers = tensors.map(|t| t.shape.iter().product::<usize>());
+                let numbers = numbers.chain(quantised.map(Quantised::elements));
                 let page = 2 * Cpu::page_bytes(KvType::F16, &shapes);
-                (4 * numbers.sum::<u64>(), page)
+                (4 * numbers.map(|n| n as u64).sum::<u64>(), page)
             }
         };
         (resident, page as u64)
