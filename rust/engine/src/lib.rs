@@ -22,6 +22,7 @@ pub mod prefix;
 pub mod device;
 pub mod cpu;
 pub mod candle;
+pub mod adapter;
 pub mod decoder;
 pub mod sampling;
 pub mod constraint;
