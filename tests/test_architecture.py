@@ -18,7 +18,8 @@ PACKAGE = ROOT / "python" / "hfcore"
 PYTHON_LADDER = (
     "errors", "schemas", "metrics", "fetch", "options", "_core", "hub", "loops", "engine",
     "quantization",
-    "backends", "transformers_backend", "testing", "messages", "tools", "structured", "llms", "chat_models", "embeddings",
+    "backends", "transformers_backend", "testing", "messages", "tools", "structured", "llms",
+    "chat_models", "embeddings",
     "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import pickle
 import threading
@@ -291,7 +292,7 @@ def test_what_only_transformers_knows_goes_there(base: Path) -> None:
         pipeline_kwargs={"max_new_tokens": 30, "temperature": 0, "no_repeat_ngram_size": 2},
     )  # fmt: skip
     ids = llm.get_token_ids(llm.invoke("Hello", ignore_eos=True))
-    pairs = list(zip(ids, ids[1:], strict=False))
+    pairs = list(itertools.pairwise(ids))
     assert len(pairs) == len(set(pairs))
     assert llm.backend.opened().model.config._attn_implementation == "eager"  # type: ignore[attr-defined]
     again = pickle.loads(pickle.dumps(llm.backend))
@@ -303,9 +304,7 @@ def test_what_only_transformers_knows_goes_there(base: Path) -> None:
 
 
 @needs_torch
-def test_errors_are_ours(
-    base: Path, llm: HuggingFacePipeline, tmp_path: Path
-) -> None:
+def test_errors_are_ours(base: Path, llm: HuggingFacePipeline, tmp_path: Path) -> None:
     with pytest.raises(ContextOverflowError, match="the context holds 512"):
         llm.invoke("x" * 600)
     with pytest.raises(RequestTimeoutError):

@@ -207,9 +207,9 @@ class Engine:
     Options of `generate`, `stream`, `agenerate` and `astream` (see `hfcore.options`): max_tokens,
     temperature (0 is greedy), top_k, top_p, min_p, typical_p, repetition_penalty,
     frequency_penalty, presence_penalty, logit_bias, seed, do_sample, stop, ignore_eos, logprobs,
-    top_logprobs, timeout, priority, adapter; for messages also tools, documents, add_generation_prompt,
-    continue_final_message, template_variables; for text add_special_tokens. What is not given is
-    as the model's generation_config says.
+    top_logprobs, timeout, priority, adapter; for messages also tools, documents,
+    add_generation_prompt, continue_final_message, template_variables; for text
+    add_special_tokens. What is not given is as the model's generation_config says.
 
     Copies are the engine itself. A pickle opens another one where it is read, with the same
     arguments, from the same files if these are there; `token` and `progress` are left out of it, so
@@ -256,8 +256,9 @@ class Engine:
             "context_size": context_size, "threads": threads, "chat_template": chat_template,
             "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
             "prefix_cache": prefix_cache, "speculation": speculation,
-            "draft_model": draft_model, "adapters": adapters, "quantization": quantization, "revision": revision,
-            "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+            "draft_model": draft_model, "adapters": adapters, "quantization": quantization,
+            "revision": revision, "cache_dir": cache_dir, "token": token,
+            "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
         path, rest = _located(model, opening)
@@ -324,8 +325,8 @@ class Engine:
 
         `load_prefix` takes it up in an engine of the same model files and kv_cache_dtype: what
         begins with one of these texts need not run there. The files are read once, to name them by
-        their SHA-256. What ran with an adapter is left out. Raises InvalidRequestError without a prefix_cache, ModelFileError where the
-        file cannot be written.
+        their SHA-256. What ran with an adapter is left out. Raises InvalidRequestError without a
+        prefix_cache, ModelFileError where the file cannot be written.
 
         >>> import pathlib, tempfile
         >>> from hfcore.testing import tiny_model

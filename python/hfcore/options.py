@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import InvalidRequestError, UnknownOptionError, UnsupportedModelError
@@ -56,8 +57,8 @@ has the higher one runs first, -100 to 100, 0 by itself; `adapter`: the name of 
 
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
-    "max_sequences", "prefix_cache", "speculation", "draft_model", "adapters", "quantization", "revision",
-    "cache_dir", "token", "local_files_only",
+    "max_sequences", "prefix_cache", "speculation", "draft_model", "adapters", "quantization",
+    "revision", "cache_dir", "token", "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 
@@ -373,11 +374,7 @@ def adapters(value: object) -> tuple[tuple[str, str], ...]:
             f" got {value!r:.200}"
         )
     try:
-        named = {os.fspath(name): directory for name, directory in pairs}
-        return tuple(
-            (name, os.path.abspath(os.path.expanduser(d)))  # noqa: PTH100, PTH111: paths as str
-            for name, d in named.items()
-        )
+        return tuple((os.fspath(name), str(Path(d).expanduser().absolute())) for name, d in pairs)
     except (TypeError, ValueError):
         raise InvalidRequestError(
             f"adapters must be names and directories, got {value!r:.200}"

@@ -397,7 +397,7 @@ class _Answer:
     def end(self) -> None:
         """Nothing more comes; `finish` says why."""
 
-    def ended(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+    def ended(self, input_ids: Any, *_: Any, **__: Any) -> Any:
         """A stopping criterion: a stop string came, nobody waits, or the time is up."""
         import torch
 

@@ -16,7 +16,7 @@ use crate::safetensors;
 use crate::weights::{Tensor, Weights, nearest};
 
 /// A layer's matrices that an adapter adds to. Those that share their inputs are one, as in the decoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Site {
     /// Queries, keys and values.
     Qkv,
