@@ -217,8 +217,8 @@ async def test_the_langchain_classes_pass_it_on(base: Path, loras: dict[str, str
 
 def test_an_unknown_adapter_is_named_with_the_nearest(base: Path, loras: dict[str, str]) -> None:
     with Engine(base, adapters=loras) as engine:
-        with pytest.raises(InvalidRequestError, match="got 'mpl'; did you mean 'mlp'"):
-            engine.generate(IDS, adapter="mpl")
+        with pytest.raises(InvalidRequestError, match='got "alls"; did you mean "all"'):
+            engine.generate(IDS, adapter="alls")
         with pytest.raises(InvalidRequestError, match="text that is not empty"):
             engine.generate(IDS, adapter="")
 

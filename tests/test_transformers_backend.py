@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.messages import HumanMessage
 from tiny_checkpoint import VOCAB, weights, write_checkpoint
 
 from hfcore import ChatHuggingFace, Engine, HuggingFacePipeline
@@ -52,6 +53,10 @@ def llm(base: Path) -> HuggingFacePipeline:
     return HuggingFacePipeline.from_model_id(
         str(base), "text-generation", backend="transformers", device="cpu"
     )
+
+
+def tokens(llm: HuggingFacePipeline, **options: Any) -> list[int]:
+    return [i for delta in llm.backend.stream("Hello", None, options) for i in delta.token_ids]
 
 
 # Without torch ------------------------------------------------------------------------------------
@@ -193,14 +198,14 @@ def test_a_closed_stream_ends_its_generation(llm: HuggingFacePipeline) -> None:
 def test_seeds_repeat_and_leave_torch_alone(llm: HuggingFacePipeline) -> None:
     import torch
 
-    asked: dict[str, Any] = {"max_new_tokens": 16, "temperature": 1.3, "ignore_eos": True}
+    asked: dict[str, Any] = {"max_tokens": 16, "temperature": 1.3, "ignore_eos": True}
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     one = llm.invoke("Hello", **asked, seed=4)
     assert torch.equal(before, torch.random.get_rng_state())
     assert llm.invoke("Hello", **asked, seed=4) == one
     assert llm.invoke("Hello", **asked, seed=5) != one
-    answers = ChatHuggingFace(llm=llm).generate([[("user", "Hi")]], n=2, seed=4, **asked)  # type: ignore[list-item]
+    answers = ChatHuggingFace(llm=llm).generate([[HumanMessage("Hi")]], n=2, seed=4, **asked)
     texts = [generation.text for generation in answers.generations[0]]
     assert len(set(texts)) == 2
 
@@ -253,8 +258,7 @@ def test_an_existing_pipeline_is_run_as_it_was_made(base: Path) -> None:
     )
     llm = HuggingFacePipeline(pipeline=pipeline)
     assert llm.model_id == str(base)
-    ids = llm.get_token_ids(llm.invoke("Hello", ignore_eos=True, skip_special_tokens=False))
-    assert len(ids) <= 5
+    assert tokens(llm, ignore_eos=True) == tokens(llm, ignore_eos=True, max_tokens=5)
     wanted = pipeline("Hello", return_full_text=False)[0]["generated_text"]
     assert llm.invoke("Hello") == wanted
     assert ChatHuggingFace(llm=llm).invoke("Hi").usage_metadata is not None
@@ -291,9 +295,9 @@ def test_what_only_transformers_knows_goes_there(base: Path) -> None:
         model_kwargs={"dtype": "float32", "attn_implementation": "eager"},
         pipeline_kwargs={"max_new_tokens": 30, "temperature": 0, "no_repeat_ngram_size": 2},
     )  # fmt: skip
-    ids = llm.get_token_ids(llm.invoke("Hello", ignore_eos=True))
+    ids = tokens(llm, max_tokens=30, ignore_eos=True)
     pairs = list(itertools.pairwise(ids))
-    assert len(pairs) == len(set(pairs))
+    assert len(pairs) == len(set(pairs)) == 29
     assert llm.backend.opened().model.config._attn_implementation == "eager"  # type: ignore[attr-defined]
     again = pickle.loads(pickle.dumps(llm.backend))
     assert again.identity() == llm.backend.identity()

@@ -356,9 +356,7 @@ impl Config {
         refuse_more(config)?;
         let number = |key: &str, value: &Json| match value.as_f64().map(|x| x as f32) {
             Some(x) if x.is_finite() => Ok(x),
-            _ => Err(weights.problem(format!(
-                "{key:?} must be a finite number, got {value:.100}"
-            ))),
+            _ => Err(weights.problem(format!("{key:?} must be a finite number, got {value:.100}"))),
         };
         let alpha = config.get("lora_alpha");
         let alpha =
@@ -422,7 +420,11 @@ fn refuse_more(config: &Map<String, Json>) -> Result<()> {
         }
     }
     if config.get("peft_type").is_none_or(Json::is_null) {
-        return Err(unsupported("adapter option", "peft_type = null", "\"LORA\""));
+        return Err(unsupported(
+            "adapter option",
+            "peft_type = null",
+            "\"LORA\"",
+        ));
     }
     Ok(())
 }
@@ -476,7 +478,12 @@ mod tests {
 
     #[test]
     fn scales_follow_alpha_rank_and_patterns() {
-        let of = |pattern: &str, alpha| (Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).unwrap(), alpha);
+        let of = |pattern: &str, alpha| {
+            (
+                Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).unwrap(),
+                alpha,
+            )
+        };
         let mut config = Config {
             alpha: 16.0,
             patterns: vec![of("q_proj", 4.0), of(r"layers\.1\..*", 2.0)],
@@ -494,6 +501,9 @@ mod tests {
     fn rows_of_heads_are_turned_as_converters_do() {
         // Two heads of four rows, rank 1: halves become neighbours.
         let rows = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
-        assert_eq!(turned(&rows, 8, 4), [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
+        assert_eq!(
+            turned(&rows, 8, 4),
+            [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
+        );
     }
 }

@@ -610,7 +610,8 @@ impl Arch {
             }
         };
         let name = transformers_name(layers, own, Some(layer), name);
-        name.strip_suffix(".weight").map_or(name.clone(), str::to_string)
+        name.strip_suffix(".weight")
+            .map_or(name.clone(), str::to_string)
     }
 
     /// How transformers pairs the numbers of a head.

@@ -656,7 +656,10 @@ impl<D: Device> Resident<D> {
     /// Those of [`Adapter::load`]; `InvalidRequest` where there are too many.
     pub fn adapt(&self, device: &D, dir: &Path) -> Result<u32> {
         let adapter = Arc::new(Adapter::load(device, &self.arch, dir)?);
-        let mut all = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .adapters
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         if all.len() >= MAX_ADAPTERS {
             return Err(Error::InvalidRequest(format!(
                 "at most {MAX_ADAPTERS} adapters can be loaded at a time"

@@ -135,7 +135,10 @@ impl Adapters {
         if let Some((_, number)) = known.iter().find(|(other, _)| other == name) {
             return Ok(*number);
         }
-        if !Path::new(name).join(crate::safetensors::ADAPTER_CONFIG).exists() {
+        if !Path::new(name)
+            .join(crate::safetensors::ADAPTER_CONFIG)
+            .exists()
+        {
             let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
             let near = nearest(name, &names);
             let hint = near.map_or(String::new(), |near| format!("; did you mean {near:?}?"));
@@ -261,7 +264,10 @@ impl Model {
             known: Mutex::default(),
         };
         for (name, dir) in &options.adapters {
-            let mut known = adapters.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut known = adapters
+                .known
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             adapters.load(name, dir, &mut known)?;
         }
         let mut releases = vec![loaded.release];

@@ -38,7 +38,11 @@ impl Turn {
         answer.refuse_bound()?;
         let options = Options::parse(&Value::Object(options), defaults)?;
         refuse("priority", options.priority != 0, "hfcore's own engine")?;
-        refuse("prompt_logprobs", options.prompt_logprobs, "hfcore's own engine")?;
+        refuse(
+            "prompt_logprobs",
+            options.prompt_logprobs,
+            "hfcore's own engine",
+        )?;
         refuse("adapter", options.adapter.is_some(), "hfcore's own engine")?;
         let source = template.map(|template| (template.source(), template.takes_tools()));
         let (source, takes_tools) = source.unwrap_or_default();
@@ -207,7 +211,8 @@ mod tests {
         Prompt::Messages(json!([{"role": "user", "content": "hi"}]))
     }
 
-    const PLAIN: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>";
+    const PLAIN: &str =
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>";
 
     #[test]
     fn a_stop_string_ends_the_text_wherever_it_is_cut() {
@@ -258,7 +263,8 @@ mod tests {
             let error = turn(messages(), Some(PLAIN), options).err().unwrap();
             assert!(error.to_string().contains("grammar"), "{error}");
         }
-        let free = json!({"tools": [tool], "tool_choice": "none", "response_format": {"type": "text"}});
+        let free =
+            json!({"tools": [tool], "tool_choice": "none", "response_format": {"type": "text"}});
         assert!(turn(messages(), Some(PLAIN), free).is_ok());
     }
 }
