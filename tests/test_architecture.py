@@ -18,7 +18,8 @@ PACKAGE = ROOT / "python" / "hfcore"
 PYTHON_LADDER = (
     "errors", "schemas", "metrics", "fetch", "options", "_core", "hub", "loops", "engine",
     "quantization", "sentences",
-    "backends", "testing", "messages", "tools", "structured", "llms", "chat_models", "embeddings",
+    "backends", "transformers_backend", "testing", "messages", "tools", "structured", "llms",
+    "chat_models", "embeddings",
     "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
@@ -32,6 +33,7 @@ RUST_HOMES = {
     "minijinja": {"template"},
     "minijinja_contrib": {"template"},
     "tokenizers": {"tokenizer", "vocab"},
+    "regex": {"adapter"},
     "regex_syntax": {"tokenizer"},
     "unicode_normalization_alignments": {"tokenizer"},
     "unicode_names2": {"template"},
@@ -44,9 +46,9 @@ PYTHON_HOMES = {
     "huggingface_hub": {"hub", "backends"},
     "numpy": {"_core", "engine", "sentences", "testing", "bench"},
     "matplotlib": {"bench"},
-    "torch": {"bench"},
+    "torch": {"bench", "transformers_backend"},
     "trio": {"loops"},
-    "transformers": {"bench"},
+    "transformers": {"bench", "transformers_backend"},
 }
 
 

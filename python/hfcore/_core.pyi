@@ -23,6 +23,7 @@ __all__ = [
     "Stream",
     "TokenLogprob",
     "Tokenizer",
+    "Turn",
     "Usage",
     "__version__",
     "dequantize",
@@ -508,6 +509,67 @@ class Encoder:
     def info(self) -> dict[str, Any]:
         """What was loaded: architecture, width, max_tokens."""
 
+@final
+class Turn:
+    """One turn of a model that another library runs: its prompt, and its answer's text, read.
+
+    What needs a grammar is refused: nothing makes the model follow one.
+
+    >>> from hfcore._core import Turn
+    >>> turn = Turn("Once upon", {"stop": ["END"], "max_tokens": 9})
+    >>> turn.push(" a time EN"), turn.push("D and"), turn.stopped
+    ((' a time ', '', []), ('', '', []), True)
+    """
+
+    def __new__(
+        cls,
+        prompt: Any,
+        options: Mapping[str, Any],
+        *,
+        template: ChatTemplate | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> Turn:
+        """A text, or messages for the template, with the options of `Engine.submit`.
+
+        `generation_config`: what applies where these say nothing. Raises as `submit` does.
+        """
+
+    def push(
+        self, text: str, *, may_stop: bool = True
+    ) -> tuple[str, str, list[tuple[int, str | None, str | None, str]]]:
+        """Take the text of the next token: (text, reasoning, pieces of calls) that are certain.
+
+        A stop string ends the turn only if it `may_stop`. Pieces as `Delta.tool_calls`.
+        """
+
+    def finish(self) -> tuple[str, str, list[tuple[int, str | None, str | None, str]]]:
+        """No more text comes: what was held back."""
+
+    @property
+    def prompt(self) -> str:
+        """What is to be continued."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options and the defaults as one, checked."""
+
+    @property
+    def markers(self) -> list[str]:
+        """Special tokens that must stand in the text that is pushed."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came, or the end."""
+
+    @property
+    def called(self) -> bool:
+        """Whether any call began so far."""
+
+    @property
+    def in_thought(self) -> bool | None:
+        """Whether a thought is under way; None where thoughts are not told from the rest."""
+
+@final
 class Engine:
     """A model in memory and the thread that runs its requests together.
 
@@ -529,6 +591,7 @@ class Engine:
         prefix_cache: bool = True,
         speculation: bool = True,
         draft_model: str | os.PathLike[str] | None = None,
+        adapters: Sequence[tuple[str, str | os.PathLike[str]]] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine:
         """Load the model at `path`: a `.gguf` file, or a directory with safetensors.
@@ -546,6 +609,7 @@ class Engine:
             prefix_cache: Whether requests that begin alike share what has run.
             speculation: Whether tokens are guessed from the text so far, where that is faster.
             draft_model: A smaller model of the same vocabulary that guesses too.
+            adapters: Directories of LoRA adapters, by name: a request's `adapter` names one.
             forced_tokens: Whether tokens that a grammar forces run as one step.
             max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's
@@ -590,7 +654,11 @@ class Engine:
         """The prompt that `submit` would make of these messages."""
 
     def logits(
-        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = True
+        self,
+        ids: Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        last_only: bool = True,
+        adapter: str | None = None,
     ) -> NDArray[np.float32]:
         """The model's raw scores after `ids`: shape [vocab], or [tokens, vocab] for every place."""
 

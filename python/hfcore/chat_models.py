@@ -43,10 +43,12 @@ from .llms import (
 from .messages import check_calls, to_dicts
 from .structured import METHODS, Parser, Reader, with_raw
 from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
+from .transformers_backend import Transformers
 
 PROVIDER = "huggingface"
 _FOR_LLM = (
     "model", "model_kwargs", "pipeline_kwargs", "batch_size", "device_map", "task", "pipeline",
+    "backend",
     *options.MODEL,
 )  # fmt: skip
 _IGNORED_IN_CALLS = ("stream", "streaming")
@@ -74,7 +76,8 @@ class ChatHuggingFace(BaseChatModel):
     For each option the call wins over what was bound, that over this object, that over `llm`, that
     over the model's own defaults.
 
-    Others: `timeout`, seconds for a whole request; `priority`, -100 to 100: who has the higher one
+    Others: `adapter`, the name or directory of a LoRA adapter that the request runs with;
+    `timeout`, seconds for a whole request; `priority`, -100 to 100: who has the higher one
     runs first; `template_variables`, passed to the chat template; `parse_special_in_content`,
     whether a message that spells a control token makes one (not by itself); `streaming`, whether
     invoke goes through the stream; `stream_usage=False` leaves usage out of streams. `max_retries`
@@ -124,6 +127,7 @@ class ChatHuggingFace(BaseChatModel):
     reasoning: bool | None = None
     tool_style: str | None = None
     timeout: float | None = None
+    adapter: str | None = None
     priority: int | None = None
     streaming: bool = False
     stream_usage: bool = True
@@ -148,12 +152,14 @@ class ChatHuggingFace(BaseChatModel):
     def from_model_id(
         cls, model_id: str, task: str | None = None, backend: str = "pipeline", **kwargs: Any
     ) -> ChatHuggingFace:
-        """The same as the constructor with `model=`. `backend`: "pipeline", the only one yet."""
-        if backend != "pipeline":
+        """The same as the constructor with `model=`. `backend`: "pipeline", or "transformers"."""
+        if backend not in ("pipeline", "default", "transformers"):
             raise InvalidRequestError(
-                f"backend must be 'pipeline', got {backend!r}; endpoints are not supported yet"
+                f"backend must be 'pipeline' or 'transformers', got {backend!r};"
+                " endpoints are not supported yet"
             )
-        return cls(model_id=model_id, task=task, **kwargs)
+        runs_on = "transformers" if backend == "transformers" else "default"
+        return cls(model_id=model_id, task=task, backend=runs_on, **kwargs)
 
     # As LangChain sees the model ---------------------------------------------------------------
 
@@ -189,7 +195,10 @@ class ChatHuggingFace(BaseChatModel):
     def _resolve_model_profile(self) -> ModelProfile | None:
         """What a chat model of hfcore can do; the context's size where it is known unopened."""
         size = self.llm.backend.context_size
-        return {**_PROFILE, "max_input_tokens": size} if size else {**_PROFILE}
+        profile: ModelProfile = {**_PROFILE}
+        if isinstance(self.llm.backend, Transformers):  # nothing makes it follow a grammar
+            profile |= {"tool_choice": False, "structured_output": False}
+        return {**profile, "max_input_tokens": size} if size else profile
 
     def _get_invocation_params(
         self, stop: list[str] | None = None, **kwargs: Any

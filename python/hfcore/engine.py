@@ -14,13 +14,13 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from . import _core, hub, loops, metrics, options
 from .errors import EngineClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
     import numpy as np
@@ -197,6 +197,8 @@ class Engine:
             where that is faster. It changes no token.
         draft_model: a smaller model of the same vocabulary, named as `model` is, that guesses too
             where the text so far does not; as long as that pays. It changes no token.
+        adapters: directories of LoRA adapters that PEFT has saved, by name: a request's `adapter`
+            names one. A list of directories: their paths are their names.
         quantization, revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
             the loading. None: a bar on a terminal, if loading takes long.
@@ -205,9 +207,9 @@ class Engine:
     Options of `generate`, `stream`, `agenerate` and `astream` (see `hfcore.options`): max_tokens,
     temperature (0 is greedy), top_k, top_p, min_p, typical_p, repetition_penalty,
     frequency_penalty, presence_penalty, logit_bias, seed, do_sample, stop, ignore_eos, logprobs,
-    top_logprobs, timeout, priority; for messages also tools, documents, add_generation_prompt,
-    continue_final_message, template_variables; for text add_special_tokens. What is not given is
-    as the model's generation_config says.
+    top_logprobs, timeout, priority, adapter; for messages also tools, documents,
+    add_generation_prompt, continue_final_message, template_variables; for text
+    add_special_tokens. What is not given is as the model's generation_config says.
 
     Copies are the engine itself. A pickle opens another one where it is read, with the same
     arguments, from the same files if these are there; `token` and `progress` are left out of it, so
@@ -239,6 +241,9 @@ class Engine:
         prefix_cache: bool = True,
         speculation: bool = True,
         draft_model: str | os.PathLike[str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]]
+        | Sequence[str | os.PathLike[str]]
+        | None = None,
         quantization: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -251,8 +256,9 @@ class Engine:
             "context_size": context_size, "threads": threads, "chat_template": chat_template,
             "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
             "prefix_cache": prefix_cache, "speculation": speculation,
-            "draft_model": draft_model, "quantization": quantization, "revision": revision,
-            "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+            "draft_model": draft_model, "adapters": adapters, "quantization": quantization,
+            "revision": revision, "cache_dir": cache_dir, "token": token,
+            "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
         path, rest = _located(model, opening)
@@ -305,18 +311,22 @@ class Engine:
         return self._core.render(messages, **template_options)
 
     def logits(
-        self, ids: Sequence[int] | NDArray[Any], *, last_only: bool = True
+        self,
+        ids: Sequence[int] | NDArray[Any],
+        *,
+        last_only: bool = True,
+        adapter: str | None = None,
     ) -> NDArray[np.float32]:
         """Logits after the last of `ids`: float32 [vocab]; or after each: [len(ids), vocab]."""
-        return self._core.logits(ids, last_only=last_only)
+        return self._core.logits(ids, last_only=last_only, adapter=adapter)
 
     def save_prefix(self, path: str | os.PathLike[str]) -> int:
         """Write what the cache holds of texts that have run to a file; how many tokens that is.
 
         `load_prefix` takes it up in an engine of the same model files and kv_cache_dtype: what
         begins with one of these texts need not run there. The files are read once, to name them by
-        their SHA-256. Raises InvalidRequestError without a prefix_cache, ModelFileError where the
-        file cannot be written.
+        their SHA-256. What ran with an adapter is left out. Raises InvalidRequestError without a
+        prefix_cache, ModelFileError where the file cannot be written.
 
         >>> import pathlib, tempfile
         >>> from hfcore.testing import tiny_model
@@ -514,6 +524,9 @@ class SharedEngine:
         where = {n: v for n, v in self.options.items() if n in _HUB and n != "token"}
         where.pop("local_files_only", None)
         shape = {n: v for n, v in self.options.items() if n in _SHAPES_ANSWERS}
+        for name, directory in self.options.get("adapters", ()):
+            with contextlib.suppress(OSError):
+                shape[f"adapter {name}"] = hub.identity(Path(directory))
         try:
             path = (
                 self._engine.path
@@ -607,7 +620,7 @@ def _letters(item: object) -> int:
 _LIGHT = 400
 """Letters of a prompt that are rendered and encoded in a fraction of a millisecond."""
 
-_HEAVY = (*options.CONSTRAINT, *options.TEMPLATE)
+_HEAVY = (*options.CONSTRAINT, *options.TEMPLATE, "adapter")
 
 
 def _checked(prompt: Prompt) -> Prompt:

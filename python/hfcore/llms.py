@@ -27,11 +27,13 @@ from .backends import Backend, Local
 from .engine import Completion, Delta, TokenLogprob, Usage, shared_engine, total
 from .errors import InvalidRequestError
 from .tools import to_response_format
+from .transformers_backend import OF_FILES, Transformers
 
 # By its full name: the package shows a function of this name instead of the module.
 load = sys.modules["langchain_core.load.load"]
 
 TASKS = ("text-generation",)
+BACKENDS = ("default", "transformers")
 ECHO = ("return_full_text", "skip_prompt")
 _KNOWN = (*options.TEXT_REQUEST, *ECHO)
 _OF_RUNS = ("tags", "metadata", "run_name", "run_id")
@@ -47,12 +49,15 @@ class HuggingFacePipeline(BaseLLM):
         device: None, -1 or "cpu". device_map: None, "auto" or "cpu".
         model_kwargs: how to open the model: context_size, threads, chat_template, revision,
             cache_dir, token, local_files_only, quantization, kv_cache_bytes, kv_cache_dtype,
-            max_sequences.
+            max_sequences, adapters.
         pipeline_kwargs: options of every request: max_new_tokens, temperature, top_p, stop, ...
             (all of `hfcore.options`), and return_full_text (or skip_prompt, its opposite): whether
             the answer begins with the prompt, default False.
         batch_size: how many prompts of one `generate` or `batch` are in the engine at a time.
-        pipeline: must be None; a transformers pipeline would need torch.
+        backend: "default", hfcore's own engine, or "transformers" (needs the extra of that name):
+            there device, device_map, model_kwargs and what pipeline_kwargs has beside options of
+            ours go to transformers, as in langchain-huggingface.
+        pipeline: a transformers pipeline that exists, to be run with this interface.
 
     Options may also be given directly, and with every call; a call's win. Names nobody knows raise
     UnknownOptionError, those that cannot act here InvalidRequestError with the reason. The model
@@ -73,6 +78,7 @@ class HuggingFacePipeline(BaseLLM):
     pipeline_kwargs: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=4, ge=1)
     task: str = "text-generation"
+    runs_on: str = "default"
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -81,6 +87,9 @@ class HuggingFacePipeline(BaseLLM):
     def __init__(self, **kwargs: Any) -> None:
         given = _named(kwargs, type(self).model_fields)
         _check_kind(given)
+        if given.get("pipeline") is not None or given.get("runs_on") == "transformers":
+            self._on_transformers(given)
+            return
         device = _device(given.pop("device", None), given.pop("device_map", None))
         loose = {n: given.pop(n) for n in list(given) if n not in type(self).model_fields}
         opening, asking = _sorted_out(
@@ -91,6 +100,31 @@ class HuggingFacePipeline(BaseLLM):
         with plain_errors():
             super().__init__(**given | {"model_kwargs": opening, "pipeline_kwargs": asking})
         self._backend = Local(shared_engine(self.model_id, **opening))
+
+    def _on_transformers(self, given: dict[str, Any]) -> None:
+        """As `__init__`, for a model that transformers runs."""
+        pipeline, placed = given.get("pipeline"), {}
+        for name in ("device", "device_map"):
+            value = given.pop(name, None)
+            placed |= {} if value is None else {name: value}
+        loose = {n: given.pop(n) for n in list(given) if n not in type(self).model_fields}
+        opening = {**(given.get("model_kwargs") or {}), **placed}
+        opening |= {n: loose.pop(n) for n in list(loose) if n in OF_FILES}
+        ours, theirs = _split(given.get("pipeline_kwargs") or {})
+        asking = options.combine(ours, loose, known=_KNOWN)
+        if theirs:
+            opening["pipeline_kwargs"] = theirs
+        if pipeline is not None and opening:
+            name = next(iter(theirs or opening))
+            raise InvalidRequestError(
+                f"{name} says how to make a pipeline, and the one given exists already"
+            )
+        if isinstance(opening.get("token"), str):
+            opening["token"] = SecretStr(opening["token"])
+        theirs = {"runs_on": "transformers", "model_kwargs": opening, "pipeline_kwargs": asking}
+        with plain_errors():
+            super().__init__(**given | theirs)
+        self._backend = Transformers(self.model_id, opening, pipeline)
 
     @classmethod
     def from_model_id(
@@ -105,11 +139,9 @@ class HuggingFacePipeline(BaseLLM):
         batch_size: int = 4,
         **kwargs: Any,
     ) -> HuggingFacePipeline:
-        """The same as the constructor. `backend`: "default", the only one."""
-        if backend != "default":
-            raise InvalidRequestError(f"backend must be 'default', got {backend!r}")
+        """The same as the constructor."""
         return cls(
-            model_id=model_id, task=task, device=device, device_map=device_map,
+            model_id=model_id, task=task, backend=backend, device=device, device_map=device_map,
             model_kwargs=model_kwargs, pipeline_kwargs=pipeline_kwargs, batch_size=batch_size,
             **kwargs,
         )  # fmt: skip
@@ -426,7 +458,11 @@ def logprobs_dict(logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
 def _named(kwargs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments under one name each; `model` and its aliases are `model_id`."""
     known = (*fields, "model", "device_map", *options.MODEL, *_KNOWN)
+    kwargs = {"runs_on" if name == "backend" else name: v for name, v in kwargs.items()}
     given = options.canonical(kwargs, known)
+    if given.get("pipeline") is not None:
+        model = getattr(given["pipeline"], "model", None)
+        given.setdefault("model", getattr(model, "name_or_path", None) or "pipeline")
     if "model" not in given:
         raise InvalidRequestError("model_id is needed: a .gguf file, a directory, or owner/name")
     given["model_id"] = str(given.pop("model"))
@@ -434,10 +470,9 @@ def _named(kwargs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, An
 
 
 def _check_kind(given: dict[str, Any]) -> None:
-    if given.get("pipeline") is not None:
-        raise InvalidRequestError(
-            "pipeline= takes a transformers pipeline, which needs torch; give model_id= instead"
-        )
+    backend = given.get("runs_on", BACKENDS[0])
+    if backend not in BACKENDS:
+        raise InvalidRequestError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     task = given.get("task", TASKS[0])
     if task not in TASKS:
         raise InvalidRequestError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -463,6 +498,12 @@ def _sorted_out(*layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         both["token"] = SecretStr(both["token"])
     opening = {n: v for n, v in both.items() if n in options.MODEL}
     return opening, {n: v for n, v in both.items() if n not in options.MODEL}
+
+
+def _split(layer: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a pipeline's arguments, options of ours, and what only transformers knows."""
+    theirs = {n: v for n, v in layer.items() if n in options.UNSUPPORTED and v is not None}
+    return {n: v for n, v in layer.items() if n not in options.UNSUPPORTED}, theirs
 
 
 def _flat(layer: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ so `temperature=0` beats a default.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import InvalidRequestError, UnknownOptionError, UnsupportedModelError
@@ -39,23 +41,24 @@ CONSTRAINT = (*SHAPES, "tool_choice", "parallel_tool_calls")
 RESPONSE = ("tool_style", "reasoning")
 """How calls and thoughts are written; `reasoning` False also tells the template."""
 
-TEXT_REQUEST = (*SAMPLING, *SHAPES, "n", "add_special_tokens", "timeout", "priority")
+TEXT_REQUEST = (*SAMPLING, *SHAPES, "n", "add_special_tokens", "timeout", "priority", "adapter")
 """What a text prompt may ask for."""
 
 CHAT_REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, "n", "documents", "add_generation_prompt",
                 "continue_final_message", "template_variables", "parse_special_in_content",
-                "timeout", "priority")  # fmt: skip
+                "timeout", "priority", "adapter")  # fmt: skip
 """What a LangChain conversation may ask for, besides tools."""
 
 REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs", "timeout",
-           "priority")  # fmt: skip
+           "priority", "adapter")  # fmt: skip
 """Everything that one request may carry. `timeout`: seconds for the whole request; `priority`: who
-has the higher one runs first, -100 to 100, 0 by itself."""
+has the higher one runs first, -100 to 100, 0 by itself; `adapter`: the name of one of the model's
+`adapters`, or the directory of another, which is loaded when it is first asked for."""
 
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
-    "max_sequences", "prefix_cache", "speculation", "draft_model", "quantization", "revision",
-    "cache_dir", "token", "local_files_only",
+    "max_sequences", "prefix_cache", "speculation", "draft_model", "adapters", "quantization",
+    "revision", "cache_dir", "token", "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 
@@ -191,8 +194,7 @@ def canonical(options: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dic
             continue
         if value is None:
             continue
-        value = _stops(value) if option == "stop" else value
-        value = kv_cache_dtype(value) if option == "kv_cache_dtype" else value
+        value = _READ[option](value) if option in _READ else value
         if option in result and not _same(result[option], value):
             raise InvalidRequestError(
                 f"{given_as[option]}={result[option]!r} and {name}={value!r}"
@@ -356,6 +358,34 @@ def kv_cache_dtype(value: object) -> str:
     return name
 
 
+def adapters(value: object) -> tuple[tuple[str, str], ...]:
+    """LoRA adapters as (name, directory): given as a dict, or as a list of directories.
+
+    >>> [name for name, _ in adapters({"legal": "/models/legal"})]
+    ['legal']
+    """
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        pairs = [item if isinstance(item, tuple | list) else (item, item) for item in value]
+    else:
+        raise InvalidRequestError(
+            f"adapters must be a dict of names and directories, or a list of directories,"
+            f" got {value!r:.200}"
+        )
+    try:
+        return tuple((os.fspath(name), str(Path(d).expanduser().absolute())) for name, d in pairs)
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            f"adapters must be names and directories, got {value!r:.200}"
+        ) from None
+
+
+def _adapter(value: object) -> object:
+    """A directory as text; what is neither that nor text is left for the engine to refuse."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _refuse(name: str, option: str, value: object, known: tuple[str, ...]) -> None:
     """Raise for an option outside `known`, unless its value asks for nothing."""
     if option not in UNSUPPORTED:
@@ -380,3 +410,12 @@ def _same(one: object, other: object) -> bool:
 def _stops(value: object) -> object:
     """A single stop string is a list of one. What is neither is left for the engine to refuse."""
     return [value] if isinstance(value, str) else value
+
+
+_READ: dict[str, Callable[[object], object]] = {
+    "stop": _stops,
+    "kv_cache_dtype": kv_cache_dtype,
+    "adapters": adapters,
+    "adapter": _adapter,
+}
+"""Options that have several forms."""

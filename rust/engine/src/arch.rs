@@ -600,6 +600,34 @@ impl Arch {
         }
     }
 
+    /// transformers' name of a layer's module, whatever file the model came from: `name` as GGUF has it.
+    pub fn module_name(&self, layer: usize, name: &str) -> String {
+        let (layers, own) = match self.names {
+            Names::Transformers { layers, own, .. } => (layers, own),
+            Names::Gguf => {
+                let family = self.family();
+                (family.hf_layers, family.hf_names)
+            }
+        };
+        let name = transformers_name(layers, own, Some(layer), name);
+        name.strip_suffix(".weight")
+            .map_or(name.clone(), str::to_string)
+    }
+
+    /// How transformers pairs the numbers of a head.
+    pub fn transformers_pairing(&self) -> Pairing {
+        match self.names {
+            Names::Transformers { .. } => self.pairing,
+            Names::Gguf => self.family().hf_pairing,
+        }
+    }
+
+    /// The row of a GGUF file's family.
+    fn family(&self) -> &'static Family {
+        let found = FAMILIES.iter().find(|f| f.gguf == Some(self.family));
+        found.unwrap_or(&LLAMA)
+    }
+
     fn check(&self, weights: &Weights) -> Result<()> {
         let width = |name: &str, value: usize, limit: usize| {
             if (1..=limit).contains(&value) {
@@ -692,10 +720,14 @@ fn unknown(what: &'static str, name: &str, supported: impl Iterator<Item = &'sta
     let near = nearest(name, supported.iter())
         .map(|near| format!("; the nearest is {near:?}"))
         .unwrap_or_default();
+    let elsewhere = match what {
+        "architecture" => "; backend=\"transformers\" may run it",
+        _ => "",
+    };
     Error::Unsupported {
         what,
         name: name.to_string(),
-        supported: supported.join(", ") + &near,
+        supported: supported.join(", ") + &near + elsewhere,
     }
 }
 

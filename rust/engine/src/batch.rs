@@ -10,6 +10,8 @@ pub struct Batch {
     pub tokens: Vec<u32>,
     pub positions: Vec<u32>,
     pub spans: Vec<Span>,
+    /// The adapter of each span, if it has one.
+    pub adapters: Vec<Option<u32>>,
     pub pages: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub outputs: Vec<u32>,
@@ -21,6 +23,7 @@ impl Batch {
         self.tokens.clear();
         self.positions.clear();
         self.spans.clear();
+        self.adapters.clear();
         self.pages.clear();
         self.outputs.clear();
     }
@@ -36,10 +39,43 @@ impl Batch {
             start,
             long,
         });
+        self.adapters.push(None);
         self.tokens.extend_from_slice(tokens);
         self.positions
             .extend((start..start + tokens.len()).map(|p| p as u32));
         self.pages.extend_from_slice(pages);
+    }
+
+    /// The sequence that was added last runs with this adapter.
+    pub fn adapt(&mut self, adapter: Option<u32>) {
+        if let Some(last) = self.adapters.last_mut() {
+            *last = adapter;
+        }
+    }
+
+    /// For each adapter that is used its rows, ascending, and which of `outputs` are among them.
+    pub fn adapted(&self) -> Vec<Adapted> {
+        let mut found: Vec<Adapted> = Vec::new();
+        for (span, adapter) in self.spans.iter().zip(&self.adapters) {
+            let Some(adapter) = *adapter else {
+                continue;
+            };
+            let rows = span.first_row as u32..(span.first_row + span.rows) as u32;
+            let at = found.iter().position(|a| a.adapter == adapter);
+            let at = at.unwrap_or_else(|| {
+                found.push(Adapted {
+                    adapter,
+                    rows: Vec::new(),
+                    outputs: Vec::new(),
+                });
+                found.len() - 1
+            });
+            let outputs = (0..).zip(&self.outputs);
+            let outputs = outputs.filter(|(_, row)| rows.contains(row));
+            found[at].outputs.extend(outputs.map(|(i, _): (u32, _)| i));
+            found[at].rows.extend(rows.clone());
+        }
+        found
     }
 
     /// The spans of `outputs` alone, as if there were no other rows.
@@ -68,6 +104,15 @@ impl Batch {
             }
         }
     }
+}
+
+/// The rows of a step that run with one adapter.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Adapted {
+    pub adapter: u32,
+    pub rows: Vec<u32>,
+    /// Places in `Batch::outputs`.
+    pub outputs: Vec<u32>,
 }
 
 /// What the engine asks of a decoder.
@@ -131,5 +176,21 @@ mod tests {
         batch.outputs.clear();
         batch.output_spans(&mut spans);
         assert_eq!(spans, []);
+    }
+
+    #[test]
+    fn rows_of_one_adapter_are_together() {
+        let mut batch = Batch::default();
+        for (rows, adapter) in [(2, Some(7)), (1, None), (2, Some(3)), (1, Some(7))] {
+            batch.push(&vec![1; rows], 0, &[0], false);
+            batch.adapt(adapter);
+        }
+        batch.outputs = vec![1, 2, 5];
+        let found = batch.adapted();
+        let of = |a: &Adapted| (a.adapter, a.rows.clone(), a.outputs.clone());
+        assert_eq!(
+            found.iter().map(of).collect::<Vec<_>>(),
+            [(7, vec![0, 1, 5], vec![0, 2]), (3, vec![3, 4], vec![])]
+        );
     }
 }

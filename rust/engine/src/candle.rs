@@ -182,17 +182,8 @@ impl Device for Candle {
         x: &Buffer,
         out: &mut Buffer,
     ) -> Result<()> {
-        let product = |x: &Tensor| {
-            let both = matrix.times(x)?;
-            let width = both.dim(1)? / 2;
-            let gate = activate(activation, &both.narrow(1, 0, width)?)?;
-            let up = both.narrow(1, width, width)?;
-            match activation {
-                Activation::ClampedSwish => gate * (up.clamp(-SWISH_LIMIT, SWISH_LIMIT)? + 1.0)?,
-                _ => gate * up,
-            }
-        };
-        out.set("gated", x.get().and_then(product))
+        let product = x.get().and_then(|x| matrix.times(x));
+        out.set("gated", product.and_then(|both| gate(activation, &both)))
     }
 
     fn activated(
@@ -204,6 +195,20 @@ impl Device for Candle {
     ) -> Result<()> {
         let product = x.get().and_then(|x| matrix.times(x));
         out.set("activated", product.and_then(|y| activate(activation, &y)))
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        gated: bool,
+        x: &Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let product = x.get().and_then(|x| match gated {
+            true => gate(activation, x),
+            false => activate(activation, x),
+        });
+        out.set("activate", product)
     }
 
     fn attention(
@@ -522,6 +527,17 @@ fn norm_heads(x: &Tensor, weight: &Tensor, by: &HeadNorms<Tensor>) -> candle_cor
     }
     let whole = x.reshape((rows, heads * dim))?;
     normalise(&whole, weight, by.eps, by.centred)?.reshape((rows, heads, dim))
+}
+
+/// Gates before what they gate, `[rows, 2 * width]`.
+fn gate(activation: Activation, both: &Tensor) -> candle_core::Result<Tensor> {
+    let width = both.dim(1)? / 2;
+    let gate = activate(activation, &both.narrow(1, 0, width)?)?;
+    let up = both.narrow(1, width, width)?;
+    match activation {
+        Activation::ClampedSwish => gate * (up.clamp(-SWISH_LIMIT, SWISH_LIMIT)? + 1.0)?,
+        _ => gate * up,
+    }
 }
 
 fn activate(activation: Activation, x: &Tensor) -> candle_core::Result<Tensor> {

@@ -284,6 +284,20 @@ impl Device for Cpu {
         self.multiply(matrix, x, Store::Activate(activation), out)
     }
 
+    fn activate(
+        &mut self,
+        activation: Activation,
+        gated: bool,
+        x: &Buffer,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let width = x.width / (1 + usize::from(gated));
+        let out = out.shape(x.rows(), width);
+        let (isa, pool) = (self.isa, &self.pool);
+        elementwise::activate_rows(isa, pool, activation, gated, &x.values, width, out);
+        Ok(())
+    }
+
     fn attention(
         &mut self,
         layer: usize,

@@ -2,10 +2,12 @@
 
 mod load;
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::adapter::{Adapter, Site};
 use crate::arch::{Arch, Block, ExpertArch, LayerArch};
-use crate::batch::{Batch, Caller, Forward};
+use crate::batch::{Adapted, Batch, Caller, Forward};
 use crate::device::{AttentionLayer, AttentionShape, Device, Norm, TILE};
 use crate::error::{Error, Result};
 use crate::weights::Weights;
@@ -59,6 +61,8 @@ pub struct Resident<D: Device> {
     layers: Vec<Layer<D>>,
     output_norm: Norm<D::Vector>,
     output: D::Matrix,
+    /// Those that requests may name, by number.
+    adapters: RwLock<Vec<Arc<Adapter<D>>>>,
 }
 
 /// The shapes of all layers' attention: what a cache is made for.
@@ -81,6 +85,97 @@ fn attention_shape(arch: &Arch, layer: &LayerArch) -> AttentionShape {
     }
 }
 
+impl<D: Device> Resident<D> {
+    /// Make the adapter in a directory resident; its number.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::load`]; `InvalidRequest` where there are too many.
+    pub fn adapt(&self, device: &D, dir: &Path) -> Result<u32> {
+        let adapter = Arc::new(Adapter::load(device, &self.arch, dir)?);
+        let mut all = self
+            .adapters
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= MAX_ADAPTERS {
+            return Err(Error::InvalidRequest(format!(
+                "at most {MAX_ADAPTERS} adapters can be loaded at a time"
+            )));
+        }
+        all.push(adapter);
+        Ok(all.len() as u32 - 1)
+    }
+
+    /// The adapters of a step, with their rows.
+    fn adapters_of(&self, batch: &Batch) -> Result<Vec<(Arc<Adapter<D>>, Adapted)>> {
+        if batch.adapters.iter().all(Option::is_none) {
+            return Ok(Vec::new());
+        }
+        let all = self.adapters.read().unwrap_or_else(PoisonError::into_inner);
+        let find = |rows: Adapted| match all.get(rows.adapter as usize) {
+            Some(adapter) => Ok((adapter.clone(), rows)),
+            None => Err(Error::Internal(format!(
+                "adapter {} of {}",
+                rows.adapter,
+                all.len()
+            ))),
+        };
+        batch.adapted().into_iter().map(find).collect()
+    }
+}
+
+/// Fewer than beginnings of prefixes.
+const MAX_ADAPTERS: usize = 1024;
+
+/// What the adapters of a step add to its matrices.
+struct Additions<'a, D: Device> {
+    adapters: &'a [(Arc<Adapter<D>>, Adapted)],
+    layer: usize,
+    /// The rows are those of the outputs alone.
+    outputs_only: bool,
+}
+
+impl<D: Device> Additions<'_, D> {
+    fn any(&self, site: Site) -> bool {
+        let mut adapters = self.adapters.iter();
+        adapters.any(|(adapter, _)| adapter.pair(self.layer, site).is_some())
+    }
+
+    /// `y[row] += B (A x[row])` for the rows of each adapter that knows the site. A row's bits do not depend on the others.
+    fn add(
+        &self,
+        device: &mut D,
+        site: Site,
+        x: &D::Buffer,
+        y: &mut D::Buffer,
+        thin: &mut Thin<D>,
+    ) -> Result<()> {
+        for (adapter, adapted) in self.adapters {
+            let rows = match self.outputs_only && site != Site::Qkv {
+                true => &adapted.outputs,
+                false => &adapted.rows,
+            };
+            let Some(pair) = adapter.pair(self.layer, site).filter(|_| !rows.is_empty()) else {
+                continue;
+            };
+            thin.to.clear();
+            thin.to.extend(rows.iter().map(|row| (*row, 1.0)));
+            device.rows(x, rows, &mut thin.rows)?;
+            device.linear(&pair.a, &thin.rows, &mut thin.low)?;
+            device.linear(&pair.b, &thin.low, &mut thin.high)?;
+            device.add_rows(y, &thin.high, &thin.to)?;
+        }
+        Ok(())
+    }
+}
+
+/// Room for what adapters compute.
+struct Thin<D: Device> {
+    rows: D::Buffer,
+    low: D::Buffer,
+    high: D::Buffer,
+    to: Vec<(u32, f32)>,
+}
+
 /// Activations of a step, kept for the next one.
 struct Workspace<D: Device> {
     embedded: Vec<f32>,
@@ -92,6 +187,7 @@ struct Workspace<D: Device> {
     gated: D::Buffer,
     last: D::Buffer,
     routed: Routed<D>,
+    thin: Thin<D>,
     wanted: Wanted,
     logits: Vec<f32>,
 }
@@ -123,6 +219,12 @@ impl<D: Device> Decoder<D> {
                 values: Vec::new(),
                 chosen: Vec::new(),
                 numbers: Vec::new(),
+            },
+            thin: Thin {
+                rows: D::Buffer::default(),
+                low: D::Buffer::default(),
+                high: D::Buffer::default(),
+                to: Vec::new(),
             },
             wanted: Wanted::default(),
             logits: Vec::new(),
@@ -161,6 +263,7 @@ impl<D: Device> Forward for Decoder<D> {
             work: w,
         } = self;
         let arch = &model.arch;
+        let adapters = model.adapters_of(batch)?;
         device.begin(batch, &arch.ropes)?;
         embed(model, batch, &mut w.embedded)?;
         device.upload(&w.embedded, arch.hidden_size, &mut w.x)?;
@@ -176,8 +279,14 @@ impl<D: Device> Forward for Decoder<D> {
                 }
                 None => &w.x,
             };
-            device.linear(&layer.qkv, read, &mut w.qkv)?;
             let last = i + 1 == model.layers.len();
+            let more = Additions {
+                adapters: &adapters,
+                layer: i,
+                outputs_only: last,
+            };
+            device.linear(&layer.qkv, read, &mut w.qkv)?;
+            more.add(device, Site::Qkv, read, &mut w.qkv, &mut w.thin)?;
             device.attention(
                 i,
                 &layer.attention,
@@ -210,9 +319,11 @@ impl<D: Device> Forward for Decoder<D> {
                     x: &mut w.x,
                     y: &mut w.y,
                     normed: &mut w.normed,
+                    thin: &mut w.thin,
                 },
+                (&more, Site::AttnOutput),
             )?;
-            feed_forward(device, arch, layer, w)?;
+            feed_forward(device, arch, layer, w, &more)?;
         }
         device.norm(&w.x, &model.output_norm, Some(&model.output), &mut w.normed)?;
         let wanted = w.wanted.few(batch.outputs.len(), arch.vocab_size, caller);
@@ -259,11 +370,12 @@ impl Wanted {
 }
 
 /// What a residual addition touches: what is multiplied, the stream, and room for the product and its norm.
-struct AddTo<'a, B> {
-    by: &'a B,
-    x: &'a mut B,
-    y: &'a mut B,
-    normed: &'a mut B,
+struct AddTo<'a, D: Device> {
+    by: &'a D::Buffer,
+    x: &'a mut D::Buffer,
+    y: &'a mut D::Buffer,
+    normed: &'a mut D::Buffer,
+    thin: &'a mut Thin<D>,
 }
 
 /// `x += by matrix^T`; or that normed, or scaled, for families that do so to what they add.
@@ -272,12 +384,15 @@ fn add_product<D: Device>(
     matrix: &D::Matrix,
     arch: &Arch,
     norm: Option<&Norm<D::Vector>>,
-    r: AddTo<D::Buffer>,
+    r: AddTo<D>,
+    (more, site): (&Additions<D>, Site),
 ) -> Result<()> {
     if norm.is_none() && arch.residual_scale == 1.0 {
-        return device.linear_add(matrix, r.by, r.x);
+        device.linear_add(matrix, r.by, r.x)?;
+        return more.add(device, site, r.by, r.x, r.thin);
     }
     device.linear(matrix, r.by, r.y)?;
+    more.add(device, site, r.by, r.y, r.thin)?;
     let Some(norm) = norm else {
         return device.add(r.x, r.y, arch.residual_scale);
     };
@@ -291,6 +406,7 @@ fn feed_forward<D: Device>(
     arch: &Arch,
     layer: &Layer<D>,
     w: &mut Workspace<D>,
+    more: &Additions<D>,
 ) -> Result<()> {
     let mlp = match &layer.ffn {
         FeedForward::Mlp(mlp) => mlp,
@@ -310,7 +426,13 @@ fn feed_forward<D: Device>(
         None if arch.block == Block::Parallel => &w.normed,
         None => &w.x,
     };
-    first_half(device, arch, mlp, read, &mut w.gated)?;
+    if more.any(Site::Up) {
+        device.linear(&mlp.up, read, &mut w.y)?;
+        more.add(device, Site::Up, read, &mut w.y, &mut w.thin)?;
+        device.activate(arch.activation, mlp.gated, &w.y, &mut w.gated)?;
+    } else {
+        first_half(device, arch, mlp, read, &mut w.gated)?;
+    }
     add_product(
         device,
         &mlp.down,
@@ -321,7 +443,9 @@ fn feed_forward<D: Device>(
             x: &mut w.x,
             y: &mut w.y,
             normed: &mut w.normed,
+            thin: &mut w.thin,
         },
+        (more, Site::Down),
     )
 }
 

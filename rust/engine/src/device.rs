@@ -114,6 +114,14 @@ pub trait Device: Send + Sized {
         x: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// What [`Self::gated`] (or, without gates, [`Self::activated`]) makes of the matrix's product `x`, which was added to.
+    fn activate(
+        &mut self,
+        activation: Activation,
+        gated: bool,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// Norm and rotate the heads of `qkv`, keep keys and values in the cache of `layer`, attend. `out` has all rows, or
     /// those of `batch.outputs` where that is all that is wanted of the last layer.
     #[expect(

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::batch::{Forward, PAGE};
 use crate::error::{Error, Result};
 use crate::options::Options;
-use crate::prefix::{Path as Prefix, Place};
+use crate::prefix::{Beginning, Path as Prefix, Place};
 use crate::saved::Saved;
 use crate::sequence::{Parts, Sequence};
 use crate::stream::{Sender, Stream, channel, lock};
@@ -122,6 +122,8 @@ pub struct Request {
     pub text: Box<dyn Fn() -> Parts + Send>,
     /// See `Span::long`.
     pub long: bool,
+    /// The decoder's adapter that it runs with, below 2^16.
+    pub adapter: Option<u32>,
     /// The model's end tokens.
     pub eos_ids: Vec<u32>,
 }
@@ -207,8 +209,10 @@ impl Engine {
             options,
             text,
             long,
+            adapter,
             eos_ids,
         } = request;
+        let begins = Beginning { long, adapter };
         config.check_prompt(&ids, config.context() - 1)?;
         config.check_ids("logit_bias", options.logit_bias.iter().map(|(id, _)| *id))?;
         config.check_ids("stop_token_ids", options.stop_token_ids.iter().copied())?;
@@ -235,7 +239,7 @@ impl Engine {
                 table: Vec::new(),
                 followers: Vec::new(),
                 sender,
-                long,
+                begins,
                 timeout: options.timeout,
                 priority: options.priority,
                 path: None,
@@ -261,13 +265,18 @@ impl Engine {
     ///
     /// # Errors
     /// As `submit`, and what the decoder raises.
-    pub fn logits(&self, ids: Vec<u32>, last_only: bool, long: bool) -> Result<Vec<f32>> {
+    pub fn logits(
+        &self,
+        ids: Vec<u32>,
+        last_only: bool,
+        begins: impl Into<Beginning>,
+    ) -> Result<Vec<f32>> {
         self.config.check_prompt(&ids, self.config.context())?;
         let (answer, result) = mpsc::channel();
         self.send(Work::Logits(LogitsJob {
             ids,
             last_only,
-            long,
+            begins: begins.into(),
             answer,
         }))?;
         result.recv().unwrap_or(Err(Error::Closed))
@@ -486,7 +495,7 @@ struct Task {
     /// The request's other completions, until the prompt has run: then they start with its pages.
     followers: Vec<Task>,
     sender: Sender,
-    long: bool,
+    begins: Beginning,
     timeout: Option<Duration>,
     priority: i32,
     /// Where it stands among the prefixes; none while it waits.
@@ -507,7 +516,7 @@ impl Task {
 struct LogitsJob {
     ids: Vec<u32>,
     last_only: bool,
-    long: bool,
+    begins: Beginning,
     answer: mpsc::Sender<Result<Vec<f32>>>,
 }
 

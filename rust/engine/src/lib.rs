@@ -24,6 +24,7 @@ pub mod prefix;
 pub mod device;
 pub mod cpu;
 pub mod candle;
+pub mod adapter;
 pub mod decoder;
 pub mod encoder;
 pub mod sampling;

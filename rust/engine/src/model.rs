@@ -5,7 +5,7 @@ use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use serde_json::{Map, Value, json};
@@ -17,7 +17,8 @@ use crate::device::KvType;
 use crate::engine::{Engine, EngineConfig, Request};
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::options::{Defaults, Options};
+use crate::options::{Defaults, Options, nearest};
+use crate::prefix::Beginning;
 use crate::response::{Parser, Style, Thinking};
 use crate::sequence::{Parts, Text};
 use crate::stream::Stream;
@@ -29,6 +30,9 @@ use crate::{files, vocab};
 mod answer;
 pub mod embed;
 mod load;
+mod turn;
+
+pub use turn::Turn;
 
 use answer::Answer;
 use load::{Draft, MemoryPlan, Source, plan_memory};
@@ -95,6 +99,8 @@ pub struct ModelOptions {
     pub speculation: bool,
     /// A smaller model of the same vocabulary that guesses for this one.
     pub draft_model: Option<PathBuf>,
+    /// Directories of LoRA adapters, under the names by which requests ask for them. See [`Model::submit`].
+    pub adapters: Vec<(String, PathBuf)>,
 }
 
 impl Default for ModelOptions {
@@ -111,7 +117,43 @@ impl Default for ModelOptions {
             prefix_cache: true,
             speculation: true,
             draft_model: None,
+            adapters: Vec::new(),
         }
+    }
+}
+
+/// The adapters of a model, which loads those that requests name by their path.
+struct Adapters {
+    adapt: Box<dyn Fn(&Path) -> Result<u32> + Send + Sync>,
+    known: Mutex<Vec<(String, u32)>>,
+}
+
+impl Adapters {
+    /// The number of the adapter of this name, or in this directory.
+    fn number(&self, name: &str) -> Result<u32> {
+        // Held while one is loaded: who wants the same waits for it.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, number)) = known.iter().find(|(other, _)| other == name) {
+            return Ok(*number);
+        }
+        if !Path::new(name)
+            .join(crate::safetensors::ADAPTER_CONFIG)
+            .exists()
+        {
+            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
+            let near = nearest(name, &names);
+            let hint = near.map_or(String::new(), |near| format!("; did you mean {near:?}?"));
+            return Err(Error::InvalidRequest(format!(
+                "adapter must be one of {names:?} or the directory of one, got {name:?}{hint}"
+            )));
+        }
+        self.load(name, Path::new(name), &mut known)
+    }
+
+    fn load(&self, name: &str, dir: &Path, known: &mut Vec<(String, u32)>) -> Result<u32> {
+        let number = (self.adapt)(dir)?;
+        known.push((name.to_string(), number));
+        Ok(number)
     }
 }
 
@@ -151,6 +193,7 @@ pub struct Model {
     /// Made when the first request needs one.
     grammars: OnceLock<Result<Arc<Grammars>>>,
     engine: Engine,
+    adapters: Adapters,
     releases: Vec<Box<dyn Fn() + Send + Sync>>,
     info: Value,
     name: String,
@@ -217,6 +260,17 @@ impl Model {
         let eos_ids = eos_ids(&weights, &defaults, &tokenizer);
         let loaded = loaded?;
         let mut engine = Engine::new(loaded.factory, config)?;
+        let adapters = Adapters {
+            adapt: loaded.adapt,
+            known: Mutex::default(),
+        };
+        for (name, dir) in &options.adapters {
+            let mut known = adapters
+                .known
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            adapters.load(name, dir, &mut known)?;
+        }
         let mut releases = vec![loaded.release];
         if let Some(draft) = draft {
             draft.check(&tokenizer)?;
@@ -236,6 +290,7 @@ impl Model {
             forced_tokens: options.forced_tokens,
             grammars: OnceLock::new(),
             engine,
+            adapters,
             releases,
             info,
             name: path.display().to_string(),
@@ -247,8 +302,10 @@ impl Model {
     /// `tool_style`, `reasoning`, `parse_special_in_content`, `documents`, `add_generation_prompt` (default: true, unless the final message is
     /// continued), `continue_final_message` and `template_variables`.
     ///
+    /// `adapter` is a name of [`ModelOptions::adapters`], or the directory of another one, which is loaded now and stays.
+    ///
     /// # Errors
-    /// At once, whatever can be known without running: options, template, grammar, context.
+    /// At once, whatever can be known without running: options, template, grammar, context, adapter.
     pub fn submit(&self, prompt: Prompt, options: Value) -> Result<Stream> {
         let (mut for_template, mut options) = split_options(options)?;
         let answer = Answer::take(&mut options)?;
@@ -301,6 +358,7 @@ impl Model {
         let parser = answer.parser(style, thinking);
         self.engine.submit(Request {
             long: self.is_long(ids.len()),
+            adapter: self.adapter(options.adapter.as_deref())?,
             text: self.parts(style, rule, parser, &answer, thinking, &options)?,
             eos_ids: self.eos_ids.clone(),
             ids,
@@ -308,60 +366,25 @@ impl Model {
         })
     }
 
+    fn adapter(&self, name: Option<&str>) -> Result<Option<u32>> {
+        name.map(|name| self.adapters.number(name)).transpose()
+    }
+
     /// The prompt's tokens, and what becomes of thoughts after it.
     fn chat_prompt(
         &self,
-        mut for_template: ForTemplate,
+        for_template: ForTemplate,
         messages: Value,
         answer: &Answer,
         style: &'static Style,
     ) -> Result<(Vec<u32>, Thinking)> {
-        let template = self.template_for(for_template.tools.is_some())?.clone();
-        if let Some(wanted) = answer.reasoning {
-            for_template.switch_thoughts(wanted, template.source())?;
-        }
-        let messages = match template.takes_tools() {
-            true => messages,
-            false => answer::spell_out(
-                &messages,
-                for_template.tools.take().as_ref(),
-                style,
-                template.source(),
-            ),
-        };
+        let template = self.template_for(for_template.tools.is_some())?;
         let parse_special = for_template.parse_special_in_content;
-        let request = for_template.request(messages)?;
-        let (mut text, mut segments) = self.render_segments(&request)?;
-        let Some((open, close)) = style.thought() else {
-            let ids = self.encode_prompt(&text, &segments, parse_special)?;
-            return Ok((ids, Thinking::Off));
-        };
-        let end = text.trim_end();
-        let begun = end.ends_with(open);
-        if answer.reasoning == Some(true)
-            && !begun
-            && answer.shapes_text()
-            && request.add_generation_prompt
-        {
-            let start = text.len();
-            text.push_str(open);
-            text.push('\n');
-            segments.push(Segment {
-                text: start..text.len(),
-                template: true,
-            });
-            let ids = self.encode_prompt(&text, &segments, parse_special)?;
-            return Ok((ids, Thinking::Begun));
-        }
-        let thinking = match (begun, template.source().contains(close)) {
-            (true, _) => Thinking::Begun,
-            (false, true) => Thinking::Possible,
-            (false, false) => Thinking::Off,
-        };
-        Ok((
-            self.encode_prompt(&text, &segments, parse_special)?,
-            thinking,
-        ))
+        let render = |request: &RenderRequest| self.render_segments(request);
+        let (text, segments, thinking) =
+            chat_text(template, for_template, messages, answer, style, &render)?;
+        let ids = self.encode_prompt(&text, &segments, parse_special)?;
+        Ok((ids, thinking))
     }
 
     /// A prompt's tokens. Special and other added tokens are such in what the template wrote; in what came out of messages
@@ -480,19 +503,16 @@ impl Model {
             };
             &told
         };
-        match plain_content(&request.messages)? {
-            Some(messages) => template.render_segments(&RenderRequest {
-                messages,
-                ..request.clone()
-            }),
-            None => template.render_segments(request),
-        }
+        render_plain(template, request)
     }
 
-    /// The logits after `ids`, `[vocab]`, or after each of them, `[ids, vocab]`.
-    pub fn logits(&self, ids: &[u32], last_only: bool) -> Result<Vec<f32>> {
-        self.engine
-            .logits(ids.to_vec(), last_only, self.is_long(ids.len()))
+    /// The logits after `ids`, `[vocab]`, or after each of them, `[ids, vocab]`; with an adapter, if one is named.
+    pub fn logits(&self, ids: &[u32], last_only: bool, adapter: Option<&str>) -> Result<Vec<f32>> {
+        let begins = Beginning {
+            long: self.is_long(ids.len()),
+            adapter: self.adapter(adapter)?,
+        };
+        self.engine.logits(ids.to_vec(), last_only, begins)
     }
 
     /// Write what the cache holds of texts that have run to a file; see [`Engine::save_prefixes`]. `identity` tells this
@@ -757,6 +777,7 @@ fn info(
         "quantization": main_type,
         "parameters": parameters,
         "bytes": weights.total_bytes(),
+        "adapters": options.adapters.iter().map(|(name, _)| name).collect::<Vec<_>>(),
         "draft_model": options.draft_model.as_ref().map(|path| path.display().to_string()),
         "kv_cache_bytes": plan.kv_cache_bytes,
         "kv_cache_dtype": match (options.device, options.kv_cache_dtype) {
@@ -893,6 +914,69 @@ impl ForTemplate {
             "messages",
         )?;
         refuse("template_variables", self.variables.is_some(), "messages")
+    }
+}
+
+/// A prompt's text, its parts, and what becomes of thoughts after it; `render` is the template's.
+fn chat_text(
+    template: &ChatTemplate,
+    mut for_template: ForTemplate,
+    messages: Value,
+    answer: &Answer,
+    style: &'static Style,
+    render: &dyn Fn(&RenderRequest) -> Result<(String, Vec<Segment>)>,
+) -> Result<(String, Vec<Segment>, Thinking)> {
+    if let Some(wanted) = answer.reasoning {
+        for_template.switch_thoughts(wanted, template.source())?;
+    }
+    let messages = match template.takes_tools() {
+        true => messages,
+        false => answer::spell_out(
+            &messages,
+            for_template.tools.take().as_ref(),
+            style,
+            template.source(),
+        ),
+    };
+    let request = for_template.request(messages)?;
+    let (mut text, mut segments) = render(&request)?;
+    let Some((open, close)) = style.thought() else {
+        return Ok((text, segments, Thinking::Off));
+    };
+    let begun = text.trim_end().ends_with(open);
+    if answer.reasoning == Some(true)
+        && !begun
+        && answer.shapes_text()
+        && request.add_generation_prompt
+    {
+        let start = text.len();
+        text.push_str(open);
+        text.push('\n');
+        segments.push(Segment {
+            text: start..text.len(),
+            template: true,
+        });
+        return Ok((text, segments, Thinking::Begun));
+    }
+    let thinking = match (begun, template.source().contains(close)) {
+        (true, _) => Thinking::Begun,
+        (false, true) => Thinking::Possible,
+        (false, false) => Thinking::Off,
+    };
+    Ok((text, segments, thinking))
+}
+
+/// Render messages whose content is text, or lists of it.
+fn render_plain(
+    template: &ChatTemplate,
+    request: &RenderRequest,
+) -> Result<(String, Vec<Segment>)> {
+    match plain_content(&request.messages)? {
+        Some(messages) => template.render_segments(&RenderRequest {
+            messages,
+            ..request.clone()
+        }),
+        None => template.render_segments(request),
     }
 }
 

@@ -34,6 +34,7 @@ pub const OPTION_NAMES: &[&str] = &[
     "add_special_tokens",
     "timeout",
     "priority",
+    "adapter",
 ];
 
 /// Stop strings of one request: how many, and how many bytes each may have.
@@ -179,6 +180,8 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// Who has the higher one runs first, and gives its place up last, -100..=100.
     pub priority: i32,
+    /// The name of the adapter that the request runs with, or its path.
+    pub adapter: Option<String>,
 }
 
 impl Default for Options {
@@ -208,6 +211,7 @@ impl Default for Options {
             add_special_tokens: None,
             timeout: None,
             priority: 0,
+            adapter: None,
         }
     }
 }
@@ -259,6 +263,7 @@ impl Options {
                 .number("timeout", AboveTo(0.0, MAX_TIMEOUT_SECONDS))?
                 .map(Duration::from_secs_f64),
             priority: fields.signed("priority", -100..=100)?.unwrap_or(0),
+            adapter: fields.text("adapter")?,
         })
     }
 }
@@ -470,6 +475,14 @@ impl<'a> Fields<'a> {
             return Err(Error::InvalidRequest(message));
         }
         texts.into_iter().map(stop_string).collect()
+    }
+
+    fn text(&self, name: &str) -> Result<Option<String>> {
+        match self.get(name) {
+            None => Ok(None),
+            Some(Value::String(text)) if !text.is_empty() => Ok(Some(text.clone())),
+            Some(other) => Err(wanted(name, "a text that is not empty", other)),
+        }
     }
 
     fn ids(&self, name: &str) -> Result<Vec<u32>> {

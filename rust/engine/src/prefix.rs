@@ -13,9 +13,27 @@ type Tokens = [u32; PAGE];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Place(u32);
 
-/// The two places where requests begin: keys that longrope turned by its long factors are others.
-fn root(long: bool) -> Place {
-    Place(u32::MAX - u32::from(long))
+/// Where requests begin: keys that longrope turned by its long factors are others, and so are those of an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Beginning {
+    pub long: bool,
+    /// Below 2^16.
+    pub adapter: Option<u32>,
+}
+
+impl From<bool> for Beginning {
+    fn from(long: bool) -> Self {
+        Self {
+            long,
+            adapter: None,
+        }
+    }
+}
+
+fn root(from: impl Into<Beginning>) -> Place {
+    let Beginning { long, adapter } = from.into();
+    let adapter = adapter.map_or(0, |n| n + 1);
+    Place(u32::MAX - 2 * adapter - u32::from(long))
 }
 
 #[derive(Debug)]
@@ -82,11 +100,11 @@ impl Prefixes {
 
     /// The pages that hold the beginning of `ids`, all of which must be left to a request's owner to retain. At least one
     /// token stays outside: its logits are wanted.
-    pub fn find(&mut self, ids: &[u32], long: bool) -> Found {
+    pub fn find(&mut self, ids: &[u32], from: impl Into<Beginning>) -> Found {
         self.clock += 1;
         let clock = self.clock;
         let mut found = Found::default();
-        let mut place = root(long);
+        let mut place = root(from);
         for tokens in whole_pages(&ids[..ids.len().saturating_sub(1)]) {
             let Some(child) = self.child(place, tokens) else {
                 break;
@@ -127,13 +145,13 @@ impl Prefixes {
     pub fn enter(
         &mut self,
         ids: &[u32],
-        long: bool,
+        from: impl Into<Beginning>,
         found: usize,
         table: &[u32],
         pages: &mut Pages,
     ) -> Path {
         let mut path = Path {
-            place: root(long),
+            place: root(from),
             pages: 0,
             ready: 0,
         };
@@ -295,7 +313,8 @@ impl Prefixes {
         }
     }
 
-    /// All pages that are filled, each after the one before it, and their numbers.
+    /// All pages that are filled, each after the one before it, and their numbers. Those of adapters are left out: their names
+    /// say nothing in another engine.
     pub fn filled(&self) -> (Vec<SavedPage>, Vec<u32>) {
         let mut below: HashMap<Place, Vec<Place>> = HashMap::new();
         let nodes = (0..).zip(&self.nodes);
@@ -439,8 +458,25 @@ mod tests {
         assert_eq!(cache.run([ids(0, 2), vec![1; 30]].concat()), 2);
         assert_eq!(cache.run(ids(1, 3)), 0);
         assert_eq!((cache.prefixes.len(), cache.pages.used()), (3 + 1 + 3, 0));
-        // Keys turned by other factors are others.
+        // Keys turned by other factors are others, and those of adapters.
         assert!(cache.prefixes.find(&ids(0, 3), true).pages.is_empty());
+        for (long, adapter) in [(false, 0), (true, 0), (false, 65535)] {
+            let from = Beginning {
+                long,
+                adapter: Some(adapter),
+            };
+            assert!(cache.prefixes.find(&ids(0, 3), from).pages.is_empty());
+            let (mut table, pages) = (Vec::new(), &mut cache.pages);
+            assert!(pages.grow(&mut table, 1));
+            let prefixes = &mut cache.prefixes;
+            let mut path = prefixes.enter(&ids(0, 1), from, 0, &table, pages);
+            prefixes.ran(&mut path, &ids(0, 1), PAGE, &table, pages);
+            prefixes.leave(path, pages);
+            pages.release(&mut table);
+            assert_eq!(prefixes.find(&ids(0, 3), from).pages.len(), 1);
+        }
+        let saved = cache.prefixes.filled().0;
+        assert_eq!(saved.len(), 3 + 1 + 3);
     }
 
     #[test]

@@ -28,6 +28,8 @@ const MAX_INDEX: u64 = 64 << 20;
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+pub(crate) const ADAPTER: &str = "adapter_model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Buffers that old checkpoints carry as integers and that no model reads.
@@ -84,6 +86,34 @@ pub fn open(dir: &Path) -> Result<Weights> {
         }
     }
     scheme.gather(&mut weights)?;
+    Ok(weights)
+}
+
+/// Map the PEFT adapter in `dir`: `adapter_config.json`, which becomes `config`, and `adapter_model.safetensors`.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_adapter(dir: &Path) -> Result<Weights> {
+    let config = dir.join(ADAPTER_CONFIG);
+    let Some(config) = object(&config, MAX_CONFIG)? else {
+        let problem = "no such file; an adapter is a directory that PEFT has saved";
+        return Err(file_error(&config, problem));
+    };
+    let mut weights = Weights {
+        path: dir.display().to_string(),
+        files: Vec::new(),
+        tensors: HashMap::new(),
+        packed: HashMap::new(),
+        metadata: HashMap::new(),
+        config: Some(config),
+        generation_config: None,
+    };
+    let file = dir.join(ADAPTER);
+    if !file.exists() {
+        let problem = "no such file; pickled weights (.bin) are not read";
+        return Err(file_error(&file, problem));
+    }
+    add_file(&mut weights, &file)?;
     Ok(weights)
 }
 

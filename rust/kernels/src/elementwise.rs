@@ -208,6 +208,54 @@ pub(crate) unsafe fn gate<S: Simd>(activation: Activation, g: S::F, u: S::F) -> 
     }
 }
 
+/// What the product of a matrix becomes where something was added to it first: `out = activation(x)`, or, of rows with gates
+/// before the rest, `activation(gate) * rest`. The same bits as of [`crate::matmul::gated`].
+///
+/// # Panics
+/// When the lengths do not agree.
+pub fn activate_rows(
+    isa: Isa,
+    pool: &Pool,
+    activation: Activation,
+    gated: bool,
+    x: &[f32],
+    width: usize,
+    out: &mut [f32],
+) {
+    let whole = width * (1 + usize::from(gated));
+    assert_eq!(x.len() * width, out.len() * whole, "rows of {whole}");
+    over_rows(pool, out, width.max(1), |i, out| {
+        let (gates, rest) = x[i * whole..(i + 1) * whole].split_at(width);
+        let rest = gated.then_some(rest);
+        // SAFETY: slices of `width`; `isa` was detected.
+        unsafe { activate_row(isa, activation, gates, rest, out) }
+    });
+}
+
+dispatch! {
+    unsafe fn activate_row<>(activation: Activation, gates: &[f32], rest: Option<&[f32]>, out: &mut [f32]) = activate_body
+}
+
+#[inline(always)]
+unsafe fn activate_body<S: Simd>(
+    activation: Activation,
+    gates: &[f32],
+    rest: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    // SAFETY: `load_part` and `store_part` stay inside their slices, which are equally long.
+    unsafe {
+        for at in (0..out.len()).step_by(LANES) {
+            let g = load_part::<S>(gates, at);
+            let y = match rest {
+                Some(rest) => gate::<S>(activation, g, load_part::<S>(rest, at)),
+                None => activate::<S>(activation, g),
+            };
+            store_part::<S>(out, at, y);
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn at_most<S: Simd>(x: S::F, most: f32) -> S::F {
     unsafe {

@@ -34,7 +34,7 @@ impl Engine {
     #[pyo3(signature = (
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
         kv_cache_bytes = None, kv_cache_dtype = "f16", max_sequences = None, forced_tokens = true,
-        prefix_cache = true, speculation = true, draft_model = None,
+        prefix_cache = true, speculation = true, draft_model = None, adapters = None,
         progress = None
     ))]
     #[expect(
@@ -55,6 +55,7 @@ impl Engine {
         prefix_cache: bool,
         speculation: bool,
         draft_model: Option<&Bound<'_, PyAny>>,
+        adapters: Option<Vec<(String, Bound<'_, PyAny>)>>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
@@ -72,6 +73,11 @@ impl Engine {
             prefix_cache,
             speculation,
             draft_model: draft_model.map(to_path).transpose()?,
+            adapters: adapters
+                .unwrap_or_default()
+                .into_iter()
+                .map(|(name, dir)| Ok((name, to_path(&dir)?)))
+                .collect::<PyResult<_>>()?,
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }
@@ -115,15 +121,16 @@ impl Engine {
     }
 
     /// The model's raw scores after `ids`: shape [vocab], or [tokens, vocab] for every place.
-    #[pyo3(signature = (ids, *, last_only = true))]
+    #[pyo3(signature = (ids, *, last_only = true, adapter = None))]
     fn logits<'py>(
         &self,
         py: Python<'py>,
         ids: &Bound<'py, PyAny>,
         last_only: bool,
+        adapter: Option<&str>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let ids = to_ids(ids, "ids")?;
-        let logits = run(py, || self.model.logits(&ids, last_only))?;
+        let logits = run(py, || self.model.logits(&ids, last_only, adapter))?;
         let width = logits.len() / ids.len().max(1);
         let array = PyArray1::from_vec(py, logits);
         if last_only {
@@ -231,7 +238,7 @@ pub fn reported<T: Send>(
     }
 }
 
-fn to_prompt(object: &Bound<'_, PyAny>) -> PyResult<Prompt> {
+pub fn to_prompt(object: &Bound<'_, PyAny>) -> PyResult<Prompt> {
     if let Ok(text) = object.cast::<PyString>() {
         return to_string(text, "prompt").map(Prompt::Text);
     }
@@ -258,7 +265,7 @@ fn to_prompt(object: &Bound<'_, PyAny>) -> PyResult<Prompt> {
     }
 }
 
-fn to_options(object: &Bound<'_, PyAny>) -> PyResult<Map<String, Value>> {
+pub fn to_options(object: &Bound<'_, PyAny>) -> PyResult<Map<String, Value>> {
     let Ok(options) = object.cast::<PyMapping>() else {
         return to_object(object, Place::request("options")); // says what is wrong
     };

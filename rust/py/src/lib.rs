@@ -12,6 +12,7 @@ mod input;
 mod stream;
 mod template;
 mod tokenizer;
+mod turn;
 
 use hfcore_engine::error::Error;
 use hfcore_engine::files;
@@ -84,6 +85,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<delta::TokenLogprob>()?;
     module.add_class::<delta::Usage>()?;
     module.add_class::<stream::Notifier>()?;
+    module.add_class::<turn::Turn>()?;
     module.add_function(wrap_pyfunction!(limits, module)?)?;
     module.add_function(wrap_pyfunction!(read_tensor, module)?)?;
     module.add_function(wrap_pyfunction!(quantize::quantize, module)?)?;

@@ -14,7 +14,7 @@ use crate::input::Reader;
 /// A compiled chat template: Jinja as transformers runs it.
 #[pyclass(frozen, module = "hfcore._core")]
 pub struct ChatTemplate {
-    inner: Arc<template::ChatTemplate>,
+    pub inner: Arc<template::ChatTemplate>,
 }
 
 impl ChatTemplate {

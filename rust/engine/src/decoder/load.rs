@@ -1,7 +1,7 @@
 //! A model's tensors onto a device: read by their role, checked, each used once. What runs with them is in `decoder.rs`.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use hfcore_kernels::quant::TensorType;
 
@@ -680,6 +680,7 @@ impl<D: Device> Resident<D> {
             layers,
             output_norm,
             output,
+            adapters: RwLock::default(),
         })
     }
 }

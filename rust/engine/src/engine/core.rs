@@ -15,7 +15,7 @@ use crate::constraint::Aside;
 use crate::error::{Error, Result};
 use crate::pace::Pace;
 use crate::pages::Pages;
-use crate::prefix::{Place, Prefixes};
+use crate::prefix::{Beginning, Place, Prefixes};
 use crate::saved::Saved;
 use crate::scheduler::{self, Job};
 
@@ -267,7 +267,7 @@ impl Core {
                         continue;
                     }
                     if self.config.prefix_cache && !task.sequence.wants_all_logits() {
-                        let begun = self.prefixes.find(task.sequence.ids(), task.long);
+                        let begun = self.prefixes.find(task.sequence.ids(), task.begins);
                         task.waits_for = begun.pending;
                         if begun.pending.is_some() {
                             i += 1;
@@ -314,7 +314,7 @@ impl Core {
             add(&self.counters.prefix_hit_tokens, found * PAGE);
             let path = self
                 .prefixes
-                .enter(ids, task.long, found, &task.table, &mut self.pages);
+                .enter(ids, task.begins, found, &task.table, &mut self.pages);
             task.path = Some(path);
         }
         task.sequence.ran(found * PAGE);
@@ -342,8 +342,8 @@ impl Core {
                 task.sequence.ran(shared.len() * PAGE);
                 if self.config.prefix_cache {
                     let ids = task.sequence.ids();
-                    let (long, pages) = (task.long, &mut self.pages);
-                    task.path = Some(self.prefixes.enter(ids, long, full, &shared, pages));
+                    let (begins, pages) = (task.begins, &mut self.pages);
+                    task.path = Some(self.prefixes.enter(ids, begins, full, &shared, pages));
                 }
             }
             self.running.splice(i..i, followers);
@@ -439,7 +439,9 @@ impl Core {
             let task = &mut self.running[place];
             task.sequence.prepare(rows, &mut self.aside);
             let start = task.sequence.next(rows, &mut self.tokens);
-            self.batch.push(&self.tokens, start, &task.table, task.long);
+            let Beginning { long, adapter } = task.begins;
+            self.batch.push(&self.tokens, start, &task.table, long);
+            self.batch.adapt(adapter);
             let end = self.batch.tokens.len() as u32;
             let wanted = task.sequence.rows_wanted(rows) as u32;
             self.batch.outputs.extend(end - wanted..end);
@@ -477,7 +479,8 @@ impl Core {
                     Some(path) => self.prefixes.ran(path, ids, cached, table, pages),
                     // Its pages are new, after a panic.
                     None => {
-                        task.path = Some(self.prefixes.enter(ids, task.long, 0, table, pages));
+                        let path = self.prefixes.enter(ids, task.begins, 0, table, pages);
+                        task.path = Some(path);
                     }
                 }
             }
@@ -498,7 +501,8 @@ impl Core {
         for ids in job.ids.chunks(chunk) {
             let rows = ids.len() as u32;
             self.batch.clear();
-            self.batch.push(ids, start, table, job.long);
+            self.batch.push(ids, start, table, job.begins.long);
+            self.batch.adapt(job.begins.adapter);
             start += ids.len();
             if !job.last_only {
                 self.batch.outputs.extend(0..rows);

@@ -219,7 +219,7 @@ impl Second {
             written.extend(touched);
             left -= rows;
             self.batch
-                .push(&whole[from..to], from, &task.table, task.long);
+                .push(&whole[from..to], from, &task.table, task.begins.long);
             drafting.cached = to.min(task.sequence.len());
             for &page in &task.table[..drafting.cached / PAGE] {
                 self.filled[page as usize] = pages.turn(page);

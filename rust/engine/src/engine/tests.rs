@@ -207,6 +207,7 @@ fn request(ids: Vec<u32>, options: Options) -> Request {
         options,
         text: Box::new(|| (Box::new(Letters) as Box<dyn Text>).into()),
         long: false,
+        adapter: None,
         eos_ids: vec![EOS],
     }
 }
@@ -433,6 +434,8 @@ fn a_grammars_text_is_the_same_whether_what_it_forbids_was_computed_or_not() {
             options,
             text,
             long: false,
+            adapter: None,
+            adapter: None,
             eos_ids: vec![END],
         };
         engine.submit(request).unwrap()

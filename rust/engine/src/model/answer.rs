@@ -105,6 +105,23 @@ impl Answer {
         }
     }
 
+    /// Refuse what only a grammar makes sure of.
+    ///
+    /// # Errors
+    /// `InvalidRequest` that names it.
+    pub fn refuse_bound(&self) -> Result<()> {
+        let forced = matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_));
+        let bound = match &self.source {
+            Some((name, _)) => name,
+            None if forced => "a tool_choice that forces a call",
+            None if self.choice == ToolChoice::Auto && !self.several => "parallel_tool_calls false",
+            None => return Ok(()),
+        };
+        Err(Error::InvalidRequest(format!(
+            "{bound} needs a grammar, which this backend does not make a model follow"
+        )))
+    }
+
     /// Whether anything but plain text may come of it.
     pub fn shapes_text(&self) -> bool {
         !self.tools.is_empty() || self.source.is_some()

@@ -23,6 +23,8 @@ type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
 /// What makes a decoder of weights in memory, and what lets go of them.
 pub struct Loaded {
     pub factory: Factory,
+    /// Makes the adapter in a directory resident; its number.
+    pub adapt: Box<dyn Fn(&Path) -> Result<u32> + Send + Sync>,
     pub release: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -63,7 +65,9 @@ impl Source {
                 (4 * numbers.map(|n| n as u64).sum::<u64>(), page)
             }
         };
-        (resident, page as u64)
+        let adapters = options.adapters.iter();
+        let adapters: u64 = adapters.map(|(_, dir)| adapter_bytes(dir)).sum();
+        (resident + adapters, page as u64)
     }
 
     /// Make the weights resident.
@@ -87,23 +91,33 @@ impl Source {
         pages: usize,
         progress: Progress,
     ) -> Result<Loaded> {
+        let device = Arc::new(device);
         let resident = Resident::load(&device()?, self.arch, self.weights, progress)?;
         let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(Arc::new(resident))));
-        let held = shared.clone();
+        let held = |shared: &Shared<Resident<D>>| {
+            let held = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            held.clone().ok_or(Error::Closed)
+        };
+        let (adapted, its) = (shared.clone(), device.clone());
+        let adapt = move |dir: &Path| held(&adapted)?.adapt(&its()?, dir);
+        let decoded = shared.clone();
         let factory: Factory = Arc::new(move || {
-            let resident = held
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone()
-                .ok_or(Error::Closed)?;
+            let resident = held(&decoded)?;
             Ok(Box::new(Decoder::new(device()?, resident, pages)?) as Box<dyn Forward>)
         });
         let release = move || *shared.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(Loaded {
             factory,
+            adapt: Box::new(adapt),
             release: Box::new(release),
         })
     }
+}
+
+/// What an adapter takes, roughly: gates and inputs, and queries, keys and values, are kept as one matrix each.
+fn adapter_bytes(dir: &Path) -> u64 {
+    let file = std::fs::metadata(dir.join(crate::safetensors::ADAPTER));
+    file.map_or(0, |file| 2 * file.len())
 }
 
 /// Decide the context and the cache before anything is loaded.
