@@ -3,6 +3,7 @@
     session     a run                                   measures    what is measured, in which order
     report      the table and the picture               processes, worker   an engine's own process
     machine     circumstances and limits                model       what a token of a file costs
+    texts       tokenizers and chat templates           textworker  one of these in its own process
 
 A run writes a line of JSON for each measurement; the table and the picture are made from those.
 Here are the command's arguments alone, so that other commands load nothing of it.
@@ -23,6 +24,9 @@ def takes_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="*", type=Path, metavar="MODEL.gguf",
         help="default: the demo models that are there")  # fmt: skip
+    add("--text", action="store_true",
+        help="tokenizers and templates instead: name tokenizer.json files or their folders, .jinja "
+             "templates, and .txt texts or folders of them")  # fmt: skip
     add("--threads", type=_count, default=2, metavar="N", help="default: 2")
     add("--rivals", default="auto", metavar="NAMES",
         help="auto, none, or names with commas; default: auto, all that are known")  # fmt: skip
@@ -55,9 +59,9 @@ def takes_options(parser: ArgumentParser) -> None:
 
 def run(parsed: Namespace) -> None:
     """The command: measure, or report. Raises HfcoreError, OSError."""
-    from . import session
+    from . import session, texts
 
-    session.run(parsed)
+    texts.run(parsed) if parsed.text else session.run(parsed)
 
 
 def _count(text: str) -> int:

@@ -87,9 +87,9 @@ print(json.dumps(found))
 """
 
 
-def installed(python: str) -> dict[str, Reply]:
+def installed(python: str, rivals: Mapping[str, Rival] = RIVALS) -> dict[str, Reply]:
     """For each rival, what this Python lacks of it, and its version. Raises WorkerError."""
-    wanted = json.dumps({rival.name: rival.modules for rival in RIVALS.values()})
+    wanted = json.dumps({rival.name: rival.modules for rival in rivals.values()})
     try:
         run = subprocess.run(  # noqa: S603 - a Python that the user named, our own program
             [python, "-c", _PROBE, wanted], capture_output=True, text=True, timeout=60
@@ -142,9 +142,9 @@ class Worker:
 
     def __init__(
         self, engine: str, mode: Reply, *, python: str, model: Path, threads: int, context: int,
-        cpus: Collection[int] = (),
+        cpus: Collection[int] = (), program: Path = WORKER,
     ) -> None:  # fmt: skip
-        command = [python, str(WORKER), engine, str(model), str(threads), str(context)]
+        command = [python, str(program), engine, str(model), str(threads), str(context)]
         self._model = model
         self.instruction_set: str | None = None  # as it says when it has loaded
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`

@@ -54,7 +54,8 @@ const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 pub struct ChatTemplate {
     name: String,
     source: String,
-    special_tokens: BTreeMap<String, String>,
+    /// The tokens that the program asks for, by name id.
+    special_tokens: Vec<(u32, Value)>,
     program: Program,
 }
 
@@ -108,10 +109,13 @@ impl ChatTemplate {
         special_tokens: &BTreeMap<String, String>,
     ) -> Result<ChatTemplate> {
         let program = lower::compile(name, source).map_err(|fault| template_error(name, *fault))?;
+        let asked_for = |(name, token): (&String, &String)| {
+            Some((program.id(name)?, Value::from(token.as_str())))
+        };
         Ok(ChatTemplate {
             name: name.to_owned(),
             source: source.to_owned(),
-            special_tokens: special_tokens.clone(),
+            special_tokens: special_tokens.iter().filter_map(asked_for).collect(),
             program,
         })
     }
@@ -214,8 +218,8 @@ impl ChatTemplate {
             false => value,
         };
         let mut run = Run::new(&self.program, budget, given.now);
-        for (name, token) in &self.special_tokens {
-            run.define(name, |_| Ok(Value::from(token.as_str())))?;
+        for (id, token) in &self.special_tokens {
+            run.define_id(*id, token.clone());
         }
         for (name, value) in given.variables {
             run.define(&name, |_| Ok(data(value.0)))?;

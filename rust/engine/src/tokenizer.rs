@@ -43,7 +43,7 @@ use decode::Stage;
 use fast::{Fast, Request};
 use library::Library;
 pub use library::{Encoding, Options, Wishes};
-pub(crate) use model::{BpeSource, Model};
+pub(crate) use model::{BpeSource, Model, Tokens};
 use normal::Normal;
 use split::Splitter;
 
@@ -125,19 +125,10 @@ impl Tokenizer {
 
     /// Parse the text of a `tokenizer.json`; `name` is what errors call it.
     pub fn from_bytes(name: &str, bytes: &[u8]) -> Result<Self> {
-        if let Some((file, model)) = json::read(bytes) {
-            let parts = Parts {
-                added_tokens: file.added_tokens.into_iter().map(Into::into).collect(),
-                normalizer: file.normalizer,
-                pre_tokenizer: file.pre_tokenizer,
-                post_processor: file.post_processor,
-                decoder: file.decoder,
-                truncation: file.truncation,
-                padding: file.padding,
-            };
-            if let Some(tokenizer) = Self::of_parts(name, model, parts, Known::default())? {
-                return Ok(tokenizer);
-            }
+        if let Some((parts, model)) = json::read(bytes)
+            && let Some(tokenizer) = Self::of_parts(name, model, parts, Known::default())?
+        {
+            return Ok(tokenizer);
         }
         Self::from_library(name, bytes)
     }
@@ -352,6 +343,14 @@ impl Tokenizer {
                 name: self.path.clone(),
                 supported: "tokenizers whose pipeline is known".to_owned(),
             }),
+        }
+    }
+
+    /// Forget the texts met so far, for tests of what is remembered.
+    #[cfg(test)]
+    fn forget(&self) {
+        if let Some(fast) = &self.fast {
+            fast.forget();
         }
     }
 
@@ -767,7 +766,8 @@ fn bad_file(path: &str, problem: String) -> Error {
 fn read_capped(path: &Path, cap: u64) -> Result<Vec<u8>> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(|e| bad_file(&name, e.to_string()))?;
-    let mut bytes = Vec::new();
+    let size = file.metadata().map_or(0, |known| known.len());
+    let mut bytes = Vec::with_capacity(size.min(cap) as usize + 1);
     file.take(cap + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| bad_file(&name, e.to_string()))?;

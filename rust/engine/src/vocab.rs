@@ -10,7 +10,7 @@ use serde_json::{Value as Json, json};
 use tokenizers::AddedToken;
 
 use crate::error::{Error, Result};
-use crate::tokenizer::{BpeSource, Known, Model, Parts, Tokenizer};
+use crate::tokenizer::{BpeSource, Known, Model, Parts, Tokenizer, Tokens};
 use crate::weights::Value;
 
 /// What errors call the source.
@@ -229,9 +229,8 @@ fn byte_level(source: Source) -> Result<Tokenizer> {
         .map(|merge| pair(merge))
         .collect::<Result<Vec<_>>>()?;
     let model = Model::bpe(BpeSource {
-        tokens: source.with_ids(),
+        tokens: Tokens::new(&source.with_ids(), true),
         merges: merges.iter().map(|&(a, b)| (a.into(), b.into())).collect(),
-        byte_level: true,
         unknown: None,
         fuse_unknown: false,
         byte_fallback: false,
@@ -258,9 +257,8 @@ fn sentencepiece(source: Source) -> Result<Tokenizer> {
         .ok_or_else(|| bad("no tokenizer.ggml.scores".to_owned()))?;
     let merges = merges_by_score(&source, scores);
     let model = Model::bpe(BpeSource {
-        tokens: source.with_ids(),
+        tokens: Tokens::new(&source.with_ids(), false),
         merges: merges.iter().map(|&(a, b)| (a.into(), b.into())).collect(),
-        byte_level: false,
         unknown: source.named.get("unk_token").map(String::as_str),
         fuse_unknown: true,
         byte_fallback: true,

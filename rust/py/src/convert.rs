@@ -41,6 +41,7 @@ pub struct Place<'a> {
 pub enum Step<'a> {
     Root(&'a str),
     Key(&'a str),
+    Name(&'a Bound<'a, PyString>),
     Index(usize),
 }
 
@@ -113,6 +114,7 @@ impl fmt::Display for Place<'_> {
         match self.step {
             Step::Root(name) => f.write_str(name),
             Step::Key(key) => write!(f, ".{key}"),
+            Step::Name(key) => write!(f, ".{}", key.to_cow().unwrap_or_default()),
             Step::Index(index) => write!(f, "[{index}]"),
         }
     }

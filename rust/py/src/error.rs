@@ -24,7 +24,8 @@ pub fn invalid(py: Python<'_>, message: impl Into<String>) -> PyErr {
     to_py(py, Error::InvalidRequest(message.into()))
 }
 
-fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+/// A panic as an error.
+pub fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());

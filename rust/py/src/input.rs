@@ -12,14 +12,25 @@ use crate::convert::{
 };
 use crate::error::{invalid, to_py};
 
-/// Keys that are remembered: messages have the same few.
-const KEYS: usize = 32;
+/// Texts that are remembered, each at the place its object's address says: messages and schemas have the same
+/// few keys and words, and Python mostly one object for each.
+const KNOWN: usize = 64;
+/// Longer ones are not.
+const SHORT: usize = 64;
 
 /// Reads what one render is given.
-#[derive(Default)]
 pub struct Reader<'py> {
     inputs: Inputs,
-    keys: Vec<(Bound<'py, PyString>, Input)>,
+    known: [Option<(Bound<'py, PyString>, Input)>; KNOWN],
+}
+
+impl Default for Reader<'_> {
+    fn default() -> Self {
+        Self {
+            inputs: Inputs::default(),
+            known: [const { None }; KNOWN],
+        }
+    }
 }
 
 impl<'py> Reader<'py> {
@@ -113,10 +124,16 @@ impl<'py> Reader<'py> {
 
     fn dict(&mut self, dict: &Bound<'py, PyDict>, place: &Place<'_>) -> PyResult<Input> {
         let mut entries = Vec::with_capacity(dict.len());
+        let mut texts = true;
         for (key, value) in dict.iter() {
+            // A class of its own may call different texts equal, and equal ones different.
+            texts &= key.is_exact_instance_of::<PyString>();
             entries.push(self.entry(&key, &value, place)?);
         }
-        self.made(dict.as_any(), |inputs| inputs.dict(entries))
+        self.made(dict.as_any(), |inputs| match texts {
+            true => inputs.object(entries),
+            false => inputs.dict(entries),
+        })
     }
 
     fn entry(
@@ -133,29 +150,29 @@ impl<'py> Reader<'py> {
             let problem = format!("keys of {place} must be str, got {}", type_name(key));
             return Err(invalid(key.py(), problem));
         };
-        let known = self.keys.iter().find(|(known, _)| known.is(text));
-        let key = match known.map(|(_, key)| key.clone()) {
-            Some(key) => key,
-            None => {
-                let key = self.text(text, place)?;
-                if self.keys.len() < KEYS {
-                    self.keys.push((text.clone(), key.clone()));
-                }
-                key
-            }
-        };
-        let name = text.to_cow().unwrap_or_default();
-        let value = self.value(value, &place.down(Step::Key(&name)))?;
+        let key = self.text(text, place)?;
+        let value = self.value(value, &place.down(Step::Name(text)))?;
         Ok((key, value))
     }
 
     fn text(&mut self, text: &Bound<'py, PyString>, place: &Place<'_>) -> PyResult<Input> {
+        let at = (text.as_ptr() as usize >> 4) % KNOWN;
+        if let Some((known, input)) = &self.known[at]
+            && known.is(text)
+        {
+            place.spend(text.as_any(), input.bytes())?;
+            return Ok(self.inputs.again(input));
+        }
         let Ok(utf8) = text.to_str() else {
             // Says what is wrong with it.
             return to_text(text, place).map(|text| self.inputs.text(text));
         };
         place.spend(text.as_any(), utf8.len())?;
-        Ok(self.inputs.text(utf8))
+        let input = self.inputs.text(utf8);
+        if utf8.len() <= SHORT {
+            self.known[at] = Some((text.clone(), input.clone()));
+        }
+        Ok(input)
     }
 
     fn integer(&mut self, object: &Bound<'py, PyAny>, place: &Place<'_>) -> PyResult<Input> {

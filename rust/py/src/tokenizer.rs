@@ -3,18 +3,20 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
-use hfcore_engine::error::Result;
+use hfcore_engine::error::{Error, Result};
 use hfcore_engine::gguf;
 use hfcore_engine::tokenizer::{self, Detokenizer, Encoding, Wishes};
 use hfcore_engine::vocab;
 use numpy::PyArray1;
+use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
 use crate::chat::{self, Compiled};
 use crate::convert::{to_ids, to_path};
-use crate::error::{invalid, run, run_here};
+use crate::error::{guarded, invalid, run, run_here};
 use crate::template::{self, ChatTemplate, Flags};
 
 /// Shorter texts are encoded without giving the GIL away.
@@ -42,7 +44,8 @@ impl Tokenizer {
     #[staticmethod]
     fn from_path(py: Python<'_>, path: &Bound<'_, PyAny>) -> PyResult<Self> {
         let path = to_path(path)?;
-        run(py, || open(&path)).map(|inner| Self::new(Arc::new(inner)))
+        let inner = beside_numpy(py, || open(&path))?;
+        Ok(Self::new(Arc::new(inner)))
     }
 
     /// The ids of a text or a pair, shape [tokens].
@@ -426,6 +429,27 @@ fn is_empty(wishes: &Wishes<'_>) -> bool {
     } = wishes;
     let names = [truncation, padding, truncation_side, padding_side];
     names.iter().all(|name| name.is_none()) && max_length.or(*pad_to_multiple_of).is_none()
+}
+
+/// Do `work`; where numpy, which ids come in, is not imported yet, import it meanwhile: that takes as long
+/// as to read a large file.
+fn beside_numpy<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    if py.import("sys")?.getattr("modules")?.contains("numpy")? {
+        return run(py, work);
+    }
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| guarded(work));
+        let numpy = py.import("numpy");
+        let done = run(py, || {
+            let died = |_| Err(Error::Internal("the thread that reads died".to_owned()));
+            worker.join().unwrap_or_else(died)
+        });
+        // Whoever needs it is told that it is not there; a Ctrl-C is for now.
+        match numpy {
+            Err(error) if !error.is_instance_of::<PyImportError>(py) => Err(error),
+            _ => done,
+        }
+    })
 }
 
 /// Few ids are copied, which is quicker than to hand over their memory.

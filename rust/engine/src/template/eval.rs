@@ -24,6 +24,10 @@ impl<'p> Run<'p> {
                 Some(value) => value,
                 None => Value::no_variable(&self.program.names[*name as usize]),
             }),
+            Expr::Attr(..) | Expr::Item(_) => match self.peek(expr) {
+                Some(value) => Ok(value.clone()),
+                None => self.deeper(|run| run.eval_deep(expr)),
+            },
             other => self.deeper(|run| run.eval_deep(other)),
         }
     }

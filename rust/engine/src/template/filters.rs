@@ -1,15 +1,18 @@
 //! Jinja2's filters, with transformers' own in their place: which there are, and the general ones.
 
 mod number;
+mod pretty;
 pub(super) mod sequence;
 mod text;
 mod web;
+
+use std::borrow::Cow;
 
 use super::format::Json;
 use super::methods::{self, Method};
 use super::origin::Text;
 use super::run::{CallArgs, Run};
-use super::value::{Res, Value, fault};
+use super::value::{Budget, Res, Value, fault};
 
 pub(super) use sequence::sort_by;
 
@@ -60,7 +63,7 @@ static FILTERS: &[(&str, Filter)] = &[
     ("map", |r, v, a| sequence::filter(r, "map", v, a)),
     ("max", |r, v, a| sequence::filter(r, "max", v, a)),
     ("min", |r, v, a| sequence::filter(r, "min", v, a)),
-    ("pprint", |r, v, a| web::filter(r, "pprint", &v, a)),
+    ("pprint", pretty::pprint),
     ("random", |r, v, a| sequence::filter(r, "random", v, a)),
     ("reject", |r, v, a| sequence::filter(r, "reject", v, a)),
     ("rejectattr", |r, v, a| {
@@ -131,7 +134,14 @@ fn attr(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
 
 /// transformers' tojson: json.dumps, without HTML escaping.
 fn to_json(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
-    let budget = &mut run.budget;
+    let json = json_options(args, &mut run.budget)?;
+    let mut out = Text::with_capacity(256);
+    json.write(&value, 0, &mut out, &mut run.budget)?;
+    Ok(Value::Str(out.finish(false)))
+}
+
+/// tojson's arguments.
+pub(super) fn json_options(args: CallArgs, budget: &mut Budget) -> Res<Json> {
     let [ascii, indent, separators, sort] = args.bind(
         "tojson",
         ["ensure_ascii", "indent", "separators", "sort_keys"],
@@ -154,23 +164,23 @@ fn to_json(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
         },
     };
     let (item_separator, key_separator) = match separators {
-        None | Some(Value::None) => (
-            (if indent.is_some() { "," } else { ", " }).to_owned(),
-            ": ".to_owned(),
-        ),
+        None | Some(Value::None) => {
+            let item = if indent.is_some() { "," } else { ", " };
+            (Cow::Borrowed(item), Cow::Borrowed(": "))
+        }
         Some(pair) => match &pair.items(budget)?[..] {
-            [Value::Str(item), Value::Str(key)] => (item.text.to_string(), key.text.to_string()),
+            [Value::Str(item), Value::Str(key)] => (
+                Cow::Owned(item.text.to_string()),
+                Cow::Owned(key.text.to_string()),
+            ),
             _ => return fault("separators must be a pair of strings"),
         },
     };
-    let json = Json {
+    Ok(Json {
         indent,
         item_separator,
         key_separator,
         sort_keys: sort.is_some_and(|s| s.truth()),
         ensure_ascii: ascii.is_some_and(|a| a.truth()),
-    };
-    let mut out = Text::default();
-    json.write(&value, 0, &mut out, budget)?;
-    Ok(Value::Str(out.finish(false)))
+    })
 }

@@ -1,5 +1,7 @@
 //! Python's three ways to format: `%`, str.format and format(); and JSON as json.dumps writes it.
 
+use std::borrow::Cow;
+
 use super::eval::index;
 use super::origin::{Origin, Str, Text};
 use super::run::{CallArgs, Run};
@@ -638,8 +640,8 @@ fn format_path(
 /// How `tojson` writes: json.dumps' arguments.
 pub(super) struct Json {
     pub indent: Option<String>,
-    pub item_separator: String,
-    pub key_separator: String,
+    pub item_separator: Cow<'static, str>,
+    pub key_separator: Cow<'static, str>,
     pub sort_keys: bool,
     pub ensure_ascii: bool,
 }
@@ -674,20 +676,17 @@ impl Json {
                     |json, item, out, budget| json.write(item, level + 1, out, budget),
                 )?;
             }
+            Value::Dict(d) if self.sort_keys => {
+                let mut entries: Vec<_> = d.entries.iter().collect();
+                super::filters::sort_by(&mut entries, |a, b| a.0.compare(&b.0, "<", budget))?;
+                self.bracketed(('{', '}'), &entries, level, out, budget, |json, e, out, budget| {
+                    json.entry(e, level, out, budget)
+                })?;
+            }
             Value::Dict(d) => {
-                let entries = self.entries(&d.entries, budget)?;
-                self.bracketed(
-                    ('{', '}'),
-                    &entries,
-                    level,
-                    out,
-                    budget,
-                    |json, (key, value), out, budget| {
-                        json.string(&json_key(key, budget)?, out, budget)?;
-                        out.own(&json.key_separator);
-                        json.write(value, level + 1, out, budget)
-                    },
-                )?;
+                self.bracketed(('{', '}'), &d.entries, level, out, budget, |json, e, out, budget| {
+                    json.entry(e, level, out, budget)
+                })?;
             }
             other => {
                 return fault(format!(
@@ -699,16 +698,19 @@ impl Json {
         Ok(())
     }
 
-    fn entries<'v>(
+    fn entry(
         &self,
-        entries: &'v [(Value, Value)],
+        (key, value): &(Value, Value),
+        level: usize,
+        out: &mut Text,
         budget: &mut Budget,
-    ) -> Res<Vec<&'v (Value, Value)>> {
-        let mut entries: Vec<_> = entries.iter().collect();
-        if self.sort_keys {
-            super::filters::sort_by(&mut entries, |a, b| a.0.compare(&b.0, "<", budget))?;
+    ) -> Res<()> {
+        match key {
+            Value::Str(key) => self.string(key, out, budget)?,
+            key => self.string(&json_key(key, budget)?, out, budget)?,
         }
-        Ok(entries)
+        out.own(&self.key_separator);
+        self.write(value, level + 1, out, budget)
     }
 
     fn bracketed<T>(
@@ -805,7 +807,6 @@ fn json_float(f: f64) -> String {
 
 fn json_key(key: &Value, budget: &Budget) -> Res<Str> {
     let text = match key {
-        Value::Str(s) => return Ok(s.clone()),
         Value::Big(digits) => digits.to_string(),
         Value::None => "null".into(),
         Value::Bool(b) => b.to_string(),

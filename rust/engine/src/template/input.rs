@@ -14,6 +14,16 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct Input(pub(super) Value);
 
+impl Input {
+    /// The bytes of a text; 0 for anything else.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Value::Str(s) => s.text.len(),
+            _ => 0,
+        }
+    }
+}
+
 /// Makes values, and counts what they take.
 pub struct Inputs {
     budget: Budget,
@@ -68,6 +78,14 @@ impl Inputs {
         Input(Value::Float(number))
     }
 
+    /// A text that was made before: it is shared.
+    pub fn again(&mut self, text: &Input) -> Input {
+        if let Value::Str(s) = &text.0 {
+            self.bytes += s.text.len() + 4;
+        }
+        text.clone()
+    }
+
     /// A text.
     pub fn text(&mut self, text: impl Into<Arc<str>>) -> Input {
         let text = text.into();
@@ -103,6 +121,16 @@ impl Inputs {
         self.bytes += 4;
         let entries = entries.into_iter().map(|(k, v)| (k.0, v.0)).collect();
         refused(Value::dict(entries, &mut self.budget))
+    }
+
+    /// A dict whose keys are texts that differ.
+    ///
+    /// # Errors
+    /// As [`list`](Self::list).
+    pub fn object(&mut self, entries: Vec<(Input, Input)>) -> Result<Input> {
+        self.bytes += 4;
+        let entries = entries.into_iter().map(|(k, v)| (k.0, v.0)).collect();
+        refused(Value::object(entries, &mut self.budget))
     }
 
     /// JSON, as Python reads it.

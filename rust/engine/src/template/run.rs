@@ -4,11 +4,11 @@ use std::ops::Range as Span;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::clock::Now;
-use super::filters::sequence;
+use super::filters::{self, sequence};
 use super::globals::Builtin;
 use super::origin::{Str, Text};
 use super::program::{
-    Body, Condition, Enter, Expr, For, Function, Program, Stmt, StmtKind, Target,
+    Args, Body, Condition, Enter, Expr, For, Function, Program, Stmt, StmtKind, Target,
 };
 use super::value::{
     Budget, Closure, Fault, LoopState, Res, Source, Turn, Value, fault, html_escape,
@@ -134,6 +134,11 @@ impl<'p> Run<'p> {
             self.context[id as usize] = Some(value(&mut self.budget)?);
         }
         Ok(())
+    }
+
+    /// Give a variable by its name's id.
+    pub fn define_id(&mut self, id: u32, value: Value) {
+        self.context[id as usize] = Some(value);
     }
 
     /// Run the whole template.
@@ -291,6 +296,9 @@ impl<'p> Run<'p> {
         }
         match expr {
             Expr::Sum(parts) if !self.autoescape => self.emit_sum(parts),
+            Expr::Filter(_, name, input, args) if !self.autoescape && **name == *"tojson" => {
+                self.emit_json(input, args)
+            }
             // Whether put together first or not: the same text.
             Expr::Concat(parts) => {
                 for part in parts {
@@ -303,6 +311,17 @@ impl<'p> Run<'p> {
                 let value = self.eval(expr)?;
                 self.emit(&value)
             }
+        }
+    }
+
+    /// Write `input | tojson` where it is made.
+    fn emit_json(&mut self, input: &'p Expr, args: &'p Args) -> Res<()> {
+        let input = self.eval(input)?;
+        let args = self.args(args)?;
+        let json = filters::json_options(args, &mut self.budget)?;
+        match self.buffers.last_mut() {
+            Some(out) => json.write(&input, 0, out, &mut self.budget),
+            None => Ok(()),
         }
     }
 

@@ -587,10 +587,15 @@ impl Value {
         for (key, value) in map {
             pairs.push((Value::from(key.as_str()), Value::from_json(value, budget)?));
         }
+        Value::object(pairs, budget)
+    }
+
+    /// A dict whose keys are texts that differ.
+    pub fn object(pairs: Vec<(Value, Value)>, budget: &mut Budget) -> Res<Value> {
         if pairs.len() > SCAN {
             return Value::dict(pairs, budget);
         }
-        // JSON keys differ already: no index to build.
+        budget.bytes(pairs.len() * 2 * size_of::<Value>())?;
         let depth = depth_of(pairs.iter().map(|(_, v)| v))?;
         Ok(Value::Dict(Arc::new(Dict {
             entries: pairs,
@@ -1000,7 +1005,7 @@ pub(super) fn float_repr(f: f64) -> String {
 }
 
 /// `repr(str)`, quotes chosen and unprintable characters escaped as Python does.
-fn str_repr(text: &str, out: &mut String) {
+pub(super) fn str_repr(text: &str, out: &mut String) {
     let quote = if text.contains('\'') && !text.contains('"') {
         '"'
     } else {

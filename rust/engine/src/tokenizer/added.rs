@@ -49,6 +49,8 @@ pub(crate) struct Added {
     special: HashSet<String>,
     /// The ids that decoding leaves out when asked to.
     special_ids: HashSet<u32>,
+    /// Those that plain text must not become, in order.
+    control: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -127,6 +129,8 @@ impl Added {
             .iter()
             .filter(|(_, t)| self.special.contains(&t.spelled));
         self.special_ids = own.map(|(&id, _)| id).chain(ids).collect();
+        let control = self.by_id.iter().filter(|(_, token)| token.is_control());
+        self.control = control.map(|(&id, _)| id).collect();
     }
 
     /// The id of a token by its content.
@@ -146,8 +150,12 @@ impl Added {
 
     /// Whether an id is an added token that plain text must not become: a special one, or one of several
     /// characters that are not all white space.
+    #[inline]
     pub fn is_control(&self, id: u32) -> bool {
-        self.by_id.get(&id).is_some_and(Token::is_control)
+        let (Some(first), Some(last)) = (self.control.first(), self.control.last()) else {
+            return false;
+        };
+        (first..=last).contains(&&id) && self.control.binary_search(&id).is_ok()
     }
 
     /// The highest id plus one.

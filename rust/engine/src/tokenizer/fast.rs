@@ -8,11 +8,12 @@ use std::sync::Mutex;
 use super::added::{Added, Finder, Part};
 use super::model::{Model, Work};
 use super::normal::Normal;
-use super::split::{Cuts, Splitter, each_word};
+use super::split::{Cuts, Splitter, Stage, each_word, is_seam};
 use super::table::Seed;
+use super::words::width;
 
 /// Buffers kept for the threads that encode next.
-const MAX_IDLE: usize = 64;
+const MAX_IDLE: usize = 32;
 /// A word's bytes that are kept with its ids: with their length they are one 128-bit number.
 const KEY_BYTES: usize = 15;
 const ENTRY_IDS: usize = 4;
@@ -22,10 +23,14 @@ const MAX_ENTRIES: usize = 1 << 18;
 /// The same for words that do not fit there, of at most this many bytes; all are forgotten when those kept
 /// have more than these in all.
 const LONG_WORD: usize = 512;
-/// Words that are looked up side by side, so that they wait for memory together.
-const BATCH: usize = 16;
 const LONG_BYTES: usize = 4 << 20;
 const MAX_LONG_ENTRIES: usize = 1 << 17;
+/// Words that are looked up side by side, so that they wait for memory together.
+const BATCH: usize = 16;
+/// Stretches of words are remembered as a whole: conversations come again with each turn. They are cut at the
+/// first seam behind so many bytes, and left alone when longer than `LONG_WORD`.
+const STRETCH: usize = 64;
+const STRETCH_BYTES: usize = 8 << 20;
 
 /// The fast pipeline of a tokenizer.
 #[derive(Debug)]
@@ -52,6 +57,7 @@ pub(super) struct Request<'a> {
 struct Scratch {
     cache: Cache,
     long: LongCache,
+    stretches: LongCache,
     work: Work,
     text: String,
 }
@@ -86,6 +92,11 @@ impl Fast {
         })
     }
 
+    #[cfg(test)]
+    pub fn forget(&self) {
+        self.idle.lock().unwrap().clear();
+    }
+
     /// Append the ids of `text`. `None` when it holds what the model cannot encode.
     pub fn encode(&self, text: &str, request: &Request<'_>, ids: &mut Vec<u32>) -> Option<()> {
         let taken = self.idle.lock().ok().and_then(|mut idle| idle.pop());
@@ -96,6 +107,7 @@ impl Fast {
             scratch: &mut scratch,
             ids,
             failed: false,
+            changed: false,
             waiting: [(0, 0); BATCH],
             words_waiting: 0,
         }
@@ -113,7 +125,8 @@ impl Default for Scratch {
     fn default() -> Self {
         Self {
             cache: Cache::new(),
-            long: LongCache::new(),
+            long: LongCache::new(LONG_BYTES),
+            stretches: LongCache::new(STRETCH_BYTES),
             work: Work::default(),
             text: String::new(),
         }
@@ -126,6 +139,8 @@ struct Encoder<'a> {
     scratch: &'a mut Scratch,
     ids: &'a mut Vec<u32>,
     failed: bool,
+    /// Words of late have other ids than elsewhere, to avoid control tokens.
+    changed: bool,
     /// Starts and ends of words of the text at hand.
     waiting: [(usize, usize); BATCH],
     words_waiting: usize,
@@ -195,13 +210,13 @@ impl Encoder<'_> {
         }
         let fast = self.fast;
         match &fast.splitter {
-            Splitter::Whole => self.pieces(text),
+            Splitter::Whole => self.pieces(text.as_bytes()),
             Splitter::Metaspace(meta) => {
                 let mut marked = std::mem::take(&mut self.scratch.text);
                 meta.mark_spaces(text, first, &mut marked);
                 let more = match meta.split {
-                    true => self.marked(&marked, meta.mark()),
-                    false => self.pieces(&marked),
+                    true => self.marked(marked.as_bytes(), meta.mark()),
+                    false => self.pieces(marked.as_bytes()),
                 };
                 self.scratch.text = marked;
                 more
@@ -212,53 +227,129 @@ impl Encoder<'_> {
                     spaced.clear();
                     spaced.push(' ');
                     spaced.push_str(text);
-                    let more = each_word(stages, &spaced, &mut |start, end| {
-                        self.word(&spaced, start, end)
-                    }) && self.flush(&spaced);
+                    let more = self.staged(stages, spaced.as_bytes());
                     self.scratch.text = spaced;
                     return more;
                 }
-                each_word(stages, text, &mut |start, end| self.word(text, start, end))
-                    && self.flush(text)
+                self.staged(stages, text.as_bytes())
             }
         }
+    }
+
+    /// Words that stages cut.
+    fn staged(&mut self, stages: &[Stage], text: &[u8]) -> bool {
+        let seam = |at: usize| is_seam(stages, text, at);
+        self.stretches(text, &seam, &mut |encoder, part, stop| {
+            let (from, mut more) = (part.start, true);
+            each_word(stages, &text[part], &mut |start, end| {
+                let before = from + start < stop;
+                debug_assert!(!before || from + end <= stop, "a word across a seam");
+                more = !before || encoder.word(text, from + start, from + end);
+                before && more
+            });
+            more
+        })
     }
 
     /// Words that begin with a mark each.
-    fn marked(&mut self, text: &str, mark: char) -> bool {
-        let mut start = 0;
-        while start < text.len() {
-            let first = text[start..].chars().next().map_or(1, char::len_utf8);
-            let rest = &text[start + first..];
-            let end = rest.find(mark).map_or(text.len(), |at| start + first + at);
-            if !self.word(text, start, end) {
-                return false;
+    fn marked(&mut self, text: &[u8], mark: char) -> bool {
+        let mut buffer = [0; 4];
+        let mark = mark.encode_utf8(&mut buffer).as_bytes();
+        let seam = |at: usize| text[at] == mark[0] && text[at..].starts_with(mark);
+        self.stretches(text, &seam, &mut |encoder, part, stop| {
+            let mut start = part.start;
+            while start < stop {
+                let mut end = start + width(text[start]);
+                while end < stop && !seam(end) {
+                    end += 1;
+                }
+                if !encoder.word(text, start, end) {
+                    return false;
+                }
+                start = end;
             }
-            start = end;
-        }
-        self.flush(text)
+            true
+        })
     }
 
     /// A text that is one word, in pieces where that is the same.
-    fn pieces(&mut self, text: &str) -> bool {
+    fn pieces(&mut self, text: &[u8]) -> bool {
         let fast = self.fast;
         let Some(cuts) = &fast.cuts else {
             return self.word(text, 0, text.len()) && self.flush(text);
         };
-        let mut start = 0;
-        while start < text.len() {
-            let end = cuts.next(text, start);
-            if !self.word(text, start, end) {
+        let seam = |at: usize| cuts.is_seam(text, at);
+        self.stretches(text, &seam, &mut |encoder, part, stop| {
+            let seen = &text[..part.end];
+            let mut start = part.start;
+            while start < stop {
+                let end = cuts.next(seen, start);
+                if !encoder.word(text, start, end) {
+                    return false;
+                }
+                start = end;
+            }
+            true
+        })
+    }
+
+    /// Go through `text` in stretches that end at seams. `words` takes the words of one: it may look at the text
+    /// of the range, which ends with the first character behind the stretch, and stops at the stretch's end.
+    #[inline]
+    fn stretches(
+        &mut self,
+        text: &[u8],
+        seam: &dyn Fn(usize) -> bool,
+        words: &mut dyn FnMut(&mut Self, Range<usize>, usize) -> bool,
+    ) -> bool {
+        let mut at = 0;
+        while at < text.len() {
+            let end = next_seam(text, at + STRETCH, seam);
+            let seen = text.get(end).map_or(end, |&byte| end + width(byte));
+            // The same bytes at a text's end are another stretch.
+            let key = &text[at..seen];
+            let hash = match key.len() <= LONG_WORD {
+                true => Some(self.scratch.stretches.seed.bytes(key) ^ u64::from(seen > end)),
+                false => None,
+            };
+            if !self.known_stretch(hash, key) {
+                let before = self.ids.len();
+                self.changed = false;
+                if !words(self, at..seen, end) || !self.flush(text) {
+                    return false;
+                }
+                if let (Some(hash), false) = (hash, self.changed || self.failed) {
+                    let ids = &self.ids[before..];
+                    self.scratch.stretches.insert(hash, key, ids);
+                }
+            }
+            if self.ids.len() >= self.request.limit || self.failed {
                 return false;
             }
-            start = end;
+            at = end;
         }
-        self.flush(text)
+        true
+    }
+
+    fn known_stretch(&mut self, hash: Option<u64>, key: &[u8]) -> bool {
+        let known = hash.and_then(|hash| self.scratch.stretches.get(hash, key));
+        let Some(known) = known.filter(|known| self.may_stand(known)) else {
+            return false;
+        };
+        self.ids.extend_from_slice(known);
+        true
+    }
+
+    /// Whether these ids of text are no control tokens, where that matters.
+    #[inline]
+    fn may_stand(&self, ids: &[u32]) -> bool {
+        let Request { trusted, added, .. } = self.request;
+        trusted.is_none() || !ids.iter().any(|&id| added.is_control(id))
     }
 
     /// Take a word; it is looked up when there are some, or by [`flush`](Self::flush).
     #[inline]
-    fn word(&mut self, text: &str, start: usize, end: usize) -> bool {
+    fn word(&mut self, text: &[u8], start: usize, end: usize) -> bool {
         let at = self.words_waiting;
         self.waiting[at] = (start, end);
         self.words_waiting = at + 1;
@@ -266,20 +357,19 @@ impl Encoder<'_> {
     }
 
     /// Append the ids of the words of `text` that wait.
-    fn flush(&mut self, text: &str) -> bool {
+    fn flush(&mut self, text: &[u8]) -> bool {
         let count = std::mem::take(&mut self.words_waiting);
         let waiting = self.waiting;
         let mut keys = [0; BATCH];
         let mut places = [0; BATCH];
-        let plain = self.request.trusted.is_none();
         let mut seen = 0;
         for (at, &(start, end)) in waiting[..count].iter().enumerate() {
-            if plain && end - start <= KEY_BYTES {
-                keys[at] = key(text.as_bytes(), start, end - start);
+            if end - start <= KEY_BYTES {
+                keys[at] = key(text, start, end - start);
                 places[at] = self.scratch.cache.place(keys[at]);
                 seen ^= self.scratch.cache.sets[places[at]].0[0].key as u64;
             } else {
-                let hash = self.scratch.long.seed.bytes(&text.as_bytes()[start..end]);
+                let hash = self.scratch.long.seed.bytes(&text[start..end]);
                 places[at] = hash as usize;
                 seen ^= self.scratch.long.at(hash).hash;
             }
@@ -299,61 +389,82 @@ impl Encoder<'_> {
     }
 
     #[inline]
-    fn short_word(&mut self, word: &str, key: u128, place: usize) -> bool {
+    fn short_word(&mut self, word: &[u8], key: u128, place: usize) -> bool {
+        let before = self.ids.len();
         // The cache may have grown since the place was found: then this one is not there.
         if let Some(known) = self.scratch.cache.get(key, place) {
             push_known(known, self.ids);
-            return self.ids.len() < self.request.limit;
+            if self.may_stand(&self.ids[before..]) {
+                return self.ids.len() < self.request.limit;
+            }
+            self.ids.truncate(before);
         }
-        let before = self.ids.len();
-        let hash = self.scratch.long.seed.bytes(word.as_bytes());
+        let changed = std::mem::take(&mut self.changed);
+        let hash = self.scratch.long.seed.bytes(word);
         let more = self.long_word(word, hash);
         if let Some(new) = self.ids.get(before..)
             && !self.failed
+            && !self.changed
         {
             self.scratch.cache.insert(key, new);
         }
+        self.changed |= changed;
         more
     }
 
     /// A word that the small cache does not hold.
-    fn long_word(&mut self, word: &str, hash: u64) -> bool {
-        let scratch = &mut self.scratch;
-        let plain = self.request.trusted.is_none() && word.len() <= LONG_WORD;
-        let known = if plain {
-            scratch.long.get(hash, word)
-        } else {
-            None
+    fn long_word(&mut self, word: &[u8], hash: u64) -> bool {
+        let rememberable = word.len() <= LONG_WORD;
+        let known = match rememberable {
+            true => self.scratch.long.get(hash, word),
+            false => None,
         };
-        if let Some(known) = known {
+        if let Some(known) = known.filter(|known| self.may_stand(known)) {
             self.ids.extend_from_slice(known);
             return self.ids.len() < self.request.limit;
         }
         let before = self.ids.len();
-        self.encode_word(word);
+        let changed = self.encode_word(word);
         if let Some(new) = self.ids.get(before..)
-            && plain
+            && rememberable
+            && !changed
             && !self.failed
             && (word.len() > KEY_BYTES || new.len() > ENTRY_IDS)
         {
             self.scratch.long.insert(hash, word, new);
         }
+        self.changed |= changed;
         self.ids.len() < self.request.limit && !self.failed
     }
 
-    fn encode_word(&mut self, word: &str) {
+    /// Whether a control token was avoided.
+    fn encode_word(&mut self, word: &[u8]) -> bool {
         let Request { model, added, .. } = self.request;
         let before = self.ids.len();
-        let work = &mut self.scratch.work;
-        let mut done = model.encode(word, work, self.ids);
-        // Merges can make the text of a control token that was not looked for.
-        let control = |&id: &u32| added.is_control(id);
-        if self.request.trusted.is_some() && self.ids[before..].iter().any(control) {
-            self.ids.truncate(before);
-            done = model.encode_without(word, &|id| added.is_control(id), work, self.ids);
-        }
+        let done = model.encode(word, &mut self.scratch.work, self.ids);
         self.failed |= done.is_none();
+        // Merges can make the text of a control token that was not looked for.
+        if self.may_stand(&self.ids[before..]) {
+            return false;
+        }
+        self.ids.truncate(before);
+        let control = |id: u32| added.is_control(id);
+        let done = model.encode_without(word, &control, &mut self.scratch.work, self.ids);
+        self.failed |= done.is_none();
+        true
     }
+}
+
+/// The first seam of a text from `at` on, or its end.
+#[inline]
+fn next_seam(text: &[u8], mut at: usize, seam: &dyn Fn(usize) -> bool) -> usize {
+    while let Some(&byte) = text.get(at) {
+        if byte & 0xc0 != 0x80 && seam(at) {
+            return at;
+        }
+        at += 1;
+    }
+    text.len()
 }
 
 #[inline]
@@ -459,7 +570,7 @@ impl Cache {
     }
 }
 
-/// Longer words and their ids, each at the place its hash says: a new one takes the place of an old.
+/// Longer words, or stretches of them, and their ids, each at the place its hash says: a new one takes the place of an old.
 #[derive(Debug)]
 struct LongCache {
     entries: Vec<LongEntry>,
@@ -467,6 +578,8 @@ struct LongCache {
     ids: Vec<u32>,
     seed: Seed,
     inserted: usize,
+    /// All is forgotten when words and ids have more bytes than these.
+    most: usize,
 }
 
 /// A word's places in `words` and `ids`.
@@ -480,13 +593,14 @@ struct LongEntry {
 }
 
 impl LongCache {
-    fn new() -> Self {
+    fn new(most: usize) -> Self {
         Self {
             entries: vec![LongEntry::default(); MIN_ENTRIES],
             words: Vec::new(),
             ids: Vec::new(),
             seed: Seed::new(),
             inserted: 0,
+            most,
         }
     }
 
@@ -496,22 +610,22 @@ impl LongCache {
     }
 
     #[inline]
-    fn get(&self, hash: u64, word: &str) -> Option<&[u32]> {
+    fn get(&self, hash: u64, word: &[u8]) -> Option<&[u32]> {
         let entry = self.at(hash);
         if entry.hash != hash || entry.length as usize != word.len() {
             return None;
         }
         let start = entry.word as usize;
-        let same = &self.words[start..start + word.len()] == word.as_bytes();
+        let same = self.words[start..start + word.len()] == *word;
         let start = entry.ids as usize;
         same.then(|| &self.ids[start..start + entry.count as usize])
     }
 
-    fn insert(&mut self, hash: u64, word: &str, ids: &[u32]) {
+    fn insert(&mut self, hash: u64, word: &[u8], ids: &[u32]) {
         let (Ok(length), Ok(count)) = (u16::try_from(word.len()), u16::try_from(ids.len())) else {
             return;
         };
-        if self.words.len() + 4 * self.ids.len() > LONG_BYTES {
+        if self.words.len() + 4 * self.ids.len() > self.most {
             self.words.clear();
             self.ids.clear();
             self.entries.fill(LongEntry::default());
@@ -533,7 +647,7 @@ impl LongCache {
             length,
             count,
         };
-        self.words.extend_from_slice(word.as_bytes());
+        self.words.extend_from_slice(word);
         self.ids.extend_from_slice(ids);
     }
 }

@@ -5,45 +5,51 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value as Json;
 use tokenizers::{PaddingParams, TruncationParams};
 
+use super::Parts;
 use super::added::Entry;
-use super::model::{BpeSource, Model};
+use super::model::{BpeSource, Model, Tokens};
 use super::split::is_byte_level;
 
-/// The file, but for its model's tables.
+/// Files from so many bytes on are read by two threads.
+const LARGE: usize = 1 << 20;
+
+/// The file, but for its model's tables. `M` reads the merges.
 #[derive(Debug, Deserialize)]
-pub(super) struct File<'a> {
+#[serde(bound(deserialize = "M: Deserialize<'de>"))]
+struct File<'a, M> {
     #[serde(default, borrow)]
-    pub version: Option<Cow<'a, str>>,
+    version: Option<Cow<'a, str>>,
     #[serde(default)]
-    pub truncation: Option<TruncationParams>,
+    truncation: Option<TruncationParams>,
     #[serde(default)]
-    pub padding: Option<PaddingParams>,
+    padding: Option<PaddingParams>,
     #[serde(default)]
-    pub added_tokens: Vec<Entry>,
+    added_tokens: Vec<Entry>,
     #[serde(default)]
-    pub normalizer: Json,
+    normalizer: Json,
     #[serde(default)]
-    pub pre_tokenizer: Json,
+    pre_tokenizer: Json,
     #[serde(default)]
-    pub post_processor: Json,
+    post_processor: Json,
     #[serde(default)]
-    pub decoder: Json,
+    decoder: Json,
     #[serde(borrow)]
-    model: ModelFile<'a>,
+    model: ModelFile<'a, M>,
 }
 
 #[derive(Debug, Deserialize)]
-struct ModelFile<'a> {
+#[serde(bound(deserialize = "M: Deserialize<'de>"))]
+struct ModelFile<'a, M> {
     #[serde(rename = "type", borrow)]
     kind: Cow<'a, str>,
     #[serde(borrow)]
     vocab: Vocab<'a>,
-    #[serde(default, borrow)]
-    merges: Option<Merges<'a>>,
+    #[serde(default = "none")]
+    merges: Option<M>,
     #[serde(default)]
     dropout: Option<f32>,
     #[serde(default, borrow)]
@@ -64,51 +70,103 @@ struct ModelFile<'a> {
     unk_id: Option<u32>,
 }
 
+fn none<M>() -> Option<M> {
+    None
+}
+
+/// The merges alone.
+#[derive(Debug, Deserialize)]
+struct Second<'a> {
+    #[serde(borrow)]
+    model: SecondModel<'a>,
+}
+
+#[derive(Debug, Deserialize)]
+struct SecondModel<'a> {
+    #[serde(default, borrow)]
+    merges: Option<Merges<'a>>,
+}
+
 #[derive(Debug)]
 enum Vocab<'a> {
     Ids(Vec<(Cow<'a, str>, u32)>),
     Scores(Vec<(Cow<'a, str>, f64)>),
 }
 
+/// A vocabulary, read.
+enum Tables<'a> {
+    Bpe(Tokens),
+    Other(Vocab<'a>),
+}
+
 /// Merges as pairs: of the older form, which has the halves in one string, too.
 #[derive(Debug)]
 struct Merges<'a>(Vec<(Cow<'a, str>, Cow<'a, str>)>);
 
-/// Read a file; `None` for one that is left to the library.
-pub(super) fn read(bytes: &[u8]) -> Option<(File<'_>, Model)> {
+/// Read a file; `None` for one that is left to the library. Of a large one the merges are read beside the rest.
+pub(super) fn read(bytes: &[u8]) -> Option<(Parts, Model)> {
     let text = std::str::from_utf8(bytes).ok()?;
-    let mut file: File<'_> = serde_json::from_str(text).ok()?;
-    if file
-        .version
-        .as_ref()
-        .is_some_and(|version| version != "1.0")
-    {
+    let several = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+    if bytes.len() < LARGE || !several {
+        let (mut file, tables) = first::<Merges<'_>>(text)?;
+        let merges = file.model.merges.take();
+        let model = model(&file.model, tables, merges)?;
+        return Some((file.into_parts(), model));
+    }
+    std::thread::scope(|scope| {
+        let merges = scope.spawn(|| serde_json::from_str::<Second<'_>>(text).ok());
+        let (file, tables) = first::<IgnoredAny>(text)?;
+        let merges = merges.join().ok()??.model.merges;
+        let model = model(&file.model, tables, merges)?;
+        Some((file.into_parts(), model))
+    })
+}
+
+/// All but the merges, with what was made of the vocabulary.
+fn first<'a, M: Deserialize<'a>>(text: &'a str) -> Option<(File<'a, M>, Tables<'a>)> {
+    let mut file: File<'a, M> = serde_json::from_str(text).ok()?;
+    if file.version.as_ref().is_some_and(|version| version != "1.0") {
         return None;
     }
     let vocab = std::mem::replace(&mut file.model.vocab, Vocab::Ids(Vec::new()));
-    let merges = file.model.merges.take();
-    let byte_level = is_byte_level(&file.pre_tokenizer);
-    let model = model(&file.model, vocab, merges, byte_level)?;
-    Some((file, model))
+    let tables = match (file.model.kind.as_ref(), vocab) {
+        ("BPE", Vocab::Ids(tokens)) => {
+            Tables::Bpe(Tokens::new(&tokens, is_byte_level(&file.pre_tokenizer))?)
+        }
+        (_, vocab) => Tables::Other(vocab),
+    };
+    Some((file, tables))
 }
 
-fn model(
-    file: &ModelFile<'_>,
-    vocab: Vocab<'_>,
+impl<M> File<'_, M> {
+    fn into_parts(self) -> Parts {
+        Parts {
+            added_tokens: self.added_tokens.into_iter().map(Into::into).collect(),
+            normalizer: self.normalizer,
+            pre_tokenizer: self.pre_tokenizer,
+            post_processor: self.post_processor,
+            decoder: self.decoder,
+            truncation: self.truncation,
+            padding: self.padding,
+        }
+    }
+}
+
+fn model<M>(
+    file: &ModelFile<'_, M>,
+    tables: Tables<'_>,
     merges: Option<Merges<'_>>,
-    byte_level: bool,
 ) -> Option<Model> {
     let unknown = file.unk_token.as_deref();
-    match (file.kind.as_ref(), vocab) {
-        ("BPE", Vocab::Ids(tokens)) => {
+    match (file.kind.as_ref(), tables) {
+        ("BPE", Tables::Bpe(tokens)) => {
             let empty = |text: &Option<String>| text.as_ref().is_none_or(String::is_empty);
             let plain = empty(&file.continuing_subword_prefix)
                 && empty(&file.end_of_word_suffix)
                 && file.dropout.is_none_or(|dropout| dropout == 0.0);
             let source = BpeSource {
-                tokens,
+                tokens: Some(tokens),
                 merges: merges?.0,
-                byte_level,
                 unknown,
                 fuse_unknown: file.fuse_unk.unwrap_or(false),
                 byte_fallback: file.byte_fallback.unwrap_or(false),
@@ -116,7 +174,7 @@ fn model(
             };
             plain.then(|| Model::bpe(source))?
         }
-        ("WordPiece", Vocab::Ids(tokens)) => {
+        ("WordPiece", Tables::Other(Vocab::Ids(tokens))) => {
             let prefix = file.continuing_subword_prefix.clone()?;
             Model::words(
                 &tokens,
@@ -125,8 +183,10 @@ fn model(
                 file.max_input_chars_per_word?,
             )
         }
-        ("WordLevel", Vocab::Ids(tokens)) => Model::words(&tokens, unknown?, None, 0),
-        ("Unigram", Vocab::Scores(tokens)) => {
+        ("WordLevel", Tables::Other(Vocab::Ids(tokens))) => {
+            Model::words(&tokens, unknown?, None, 0)
+        }
+        ("Unigram", Tables::Other(Vocab::Scores(tokens))) => {
             Model::unigram(&tokens, file.unk_id, file.byte_fallback.unwrap_or(false))
         }
         _ => None,

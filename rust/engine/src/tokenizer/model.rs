@@ -43,11 +43,22 @@ pub(super) struct Work {
     bytes: Vec<u8>,
 }
 
+/// Two tokens that are merged, as the file spells them.
+pub(crate) type Merge<'a> = (Cow<'a, str>, Cow<'a, str>);
+
+/// The tokens of a BPE vocabulary.
+#[derive(Debug)]
+pub(crate) struct Tokens {
+    table: Table,
+    odd: Odd,
+    byte_level: bool,
+}
+
 /// What a BPE model is made of; tokens and merges as the file spells them.
 pub(crate) struct BpeSource<'a> {
-    pub tokens: Vec<(Cow<'a, str>, u32)>,
-    pub merges: Vec<(Cow<'a, str>, Cow<'a, str>)>,
-    pub byte_level: bool,
+    /// `None`: they cannot be held here.
+    pub tokens: Option<Tokens>,
+    pub merges: Vec<Merge<'a>>,
     pub unknown: Option<&'a str>,
     pub fuse_unknown: bool,
     pub byte_fallback: bool,
@@ -57,66 +68,35 @@ pub(crate) struct BpeSource<'a> {
 impl Model {
     /// `None` where the tokens or merges are more, other or less plain than ours hold.
     pub fn bpe(source: BpeSource<'_>) -> Option<Self> {
-        if source.tokens.len() > MAX_IDS / 2 || source.merges.len() > MAX_MERGES {
-            return None;
-        }
-        let size = source.tokens.iter().map(|(token, _)| token.len()).sum();
-        let mut tokens = Table::with_capacity(source.tokens.len(), size);
-        let mut odd = Odd::default();
-        let mut batch = Batch::default();
-        for some in source.tokens.chunks(BATCH) {
-            batch.clear();
-            for (token, id) in some {
-                if token.is_empty() {
-                    return None;
-                }
-                if !batch.push(token, source.byte_level, &tokens) {
-                    odd.insert(token, *id)?;
-                }
-            }
-            tokens.warm(&batch.hashes);
-            for (at, (_, id)) in some.iter().enumerate() {
-                if let Some((hash, token)) = batch.get(at) {
-                    tokens.insert_hashed(hash, token, *id)?;
-                }
-            }
-        }
-        let clash = |&id: &u32| tokens.bytes(id).is_some();
-        if odd.tokens.keys().any(clash) {
-            return None;
-        }
-        let pairs = pairs(&source, &tokens, &odd)?;
-        let id_of = |token: &str| match source.byte_level {
-            true => {
-                let mut bytes = Vec::new();
-                match alphabet_bytes(token, &mut bytes) {
-                    true => tokens.get(&bytes),
-                    false => odd.ids.get(token).copied(),
-                }
-            }
-            false => tokens.get(token.as_bytes()),
-        };
+        let vocabulary = source.tokens?;
+        let pairs = vocabulary.pairs(&source.merges)?;
+        let id_of = |token: &str| vocabulary.id(token);
         // An unknown token that is not there is an error at the first unknown character.
         let unknown = match source.unknown {
             Some(token) => Some(id_of(token)?),
             None => None,
         };
         let fallback = source.byte_fallback.then(|| fallback(id_of));
+        let Tokens {
+            table: tokens,
+            odd,
+            byte_level,
+        } = vocabulary;
         let mut bytes = [NONE; 256];
         for (byte, id) in bytes.iter_mut().enumerate() {
-            if source.byte_level || byte < 128 {
+            if byte_level || byte < 128 {
                 *id = tokens.get(&[byte as u8]).unwrap_or(NONE);
             }
         }
         let mut pairs = pairs;
-        if source.byte_level {
+        if byte_level {
             pairs.note_bytes(&bytes);
         }
         let model = Box::new(Bpe {
             mark: tokens.get("\u{2581}".as_bytes()),
             tokens,
             pairs,
-            byte_level: source.byte_level,
+            byte_level,
             bytes,
             fallback,
             unknown,
@@ -240,9 +220,9 @@ impl Model {
     }
 
     /// Append the ids of a word, in bytes of text. `None`: it holds what the model cannot encode.
-    pub(super) fn encode(&self, word: &str, work: &mut Work, ids: &mut Vec<u32>) -> Option<()> {
+    pub(super) fn encode(&self, word: &[u8], work: &mut Work, ids: &mut Vec<u32>) -> Option<()> {
         match self {
-            Self::Bpe { model, .. } => model.encode(word.as_bytes(), &mut work.bpe, ids),
+            Self::Bpe { model, .. } => model.encode(word, &mut work.bpe, ids),
             Self::WordPiece(model) => model.encode(word, &mut work.bytes, |id, _| ids.push(id)),
             Self::Unigram(model) => {
                 model.encode(word, &|_| false, &mut work.unigram, |id, _| ids.push(id))?;
@@ -255,14 +235,14 @@ impl Model {
     /// Append the ids of a word, of which none is `banned` where the model has another way to say it.
     pub(super) fn encode_without(
         &self,
-        word: &str,
+        word: &[u8],
         banned: &dyn Fn(u32) -> bool,
         work: &mut Work,
         ids: &mut Vec<u32>,
     ) -> Option<()> {
         match self {
             Self::Bpe { model, .. } => {
-                model.encode_without(word.as_bytes(), banned, &mut work.bpe, ids);
+                model.encode_without(word, banned, &mut work.bpe, ids);
             }
             Self::WordPiece(model) => {
                 let unknown = model.unknown;
@@ -358,57 +338,116 @@ impl Batch {
     }
 }
 
-/// Resolve the merges. `None` when one names a token that is not there.
-fn pairs(source: &BpeSource<'_>, tokens: &Table, odd: &Odd) -> Option<Pairs> {
-    let mut pairs = Pairs::with_capacity(source.merges.len());
-    let mut batch = Batch::default();
-    let mut found = Vec::new();
-    // Files list merges in order of what they make, so the next is mostly known without a search.
-    let mut last = 0;
-    for some in source.merges.chunks(BATCH / 2) {
-        batch.clear();
-        for (a, b) in some {
-            batch.push(a, source.byte_level, tokens);
-            batch.push(b, source.byte_level, tokens);
-        }
-        tokens.warm(&batch.hashes);
-        found.clear();
-        for (at, (a, b)) in some.iter().enumerate() {
-            let (Some((left, first)), Some((right, second))) =
-                (batch.get(2 * at), batch.get(2 * at + 1))
-            else {
-                let id = |token: &str| odd_or_plain(token, source.byte_level, tokens, odd);
-                found.push((id(a)?, id(b)?, id(&format!("{a}{b}"))?));
-                continue;
-            };
-            let joined = &batch.bytes[batch.range(2 * at).start..batch.range(2 * at + 1).end];
-            let near = [last, last + 1]
-                .into_iter()
-                .find(|&id| tokens.bytes(id) == Some(joined));
-            last = match near {
-                Some(id) => id,
-                None => tokens.get(joined)?,
-            };
-            let left = tokens.get_hashed(left, first)?;
-            found.push((left, tokens.get_hashed(right, second)?, last));
-        }
-        let keys = found.iter().map(|&(left, right, _)| (left, right));
-        pairs.warm(&keys.collect::<Vec<_>>());
-        for &(left, right, merged) in &found {
-            pairs.push(left, right, merged)?;
-        }
-    }
-    Some(pairs)
-}
+/// Merges are resolved on two threads from so many on.
+const MANY_MERGES: usize = 1 << 15;
 
-fn odd_or_plain(token: &str, byte_level: bool, tokens: &Table, odd: &Odd) -> Option<u32> {
-    if !byte_level {
-        return tokens.get(token.as_bytes());
+impl Tokens {
+    /// Tokens as the file spells them, with their ids. `None` where they are more, or less plain, than is held here.
+    pub fn new(source: &[(Cow<'_, str>, u32)], byte_level: bool) -> Option<Self> {
+        if source.len() > MAX_IDS / 2 {
+            return None;
+        }
+        let size = source.iter().map(|(token, _)| token.len()).sum();
+        let mut table = Table::with_capacity(source.len(), size);
+        let mut odd = Odd::default();
+        let mut batch = Batch::default();
+        for some in source.chunks(BATCH) {
+            batch.clear();
+            for (token, id) in some {
+                if token.is_empty() {
+                    return None;
+                }
+                if !batch.push(token, byte_level, &table) {
+                    odd.insert(token, *id)?;
+                }
+            }
+            table.warm(&batch.hashes);
+            for (at, (_, id)) in some.iter().enumerate() {
+                if let Some((hash, token)) = batch.get(at) {
+                    table.insert_hashed(hash, token, *id)?;
+                }
+            }
+        }
+        let clash = |&id: &u32| table.bytes(id).is_some();
+        (!odd.tokens.keys().any(clash)).then_some(Self {
+            table,
+            odd,
+            byte_level,
+        })
     }
-    let mut bytes = Vec::new();
-    match alphabet_bytes(token, &mut bytes) {
-        true => tokens.get(&bytes),
-        false => odd.ids.get(token).copied(),
+
+    fn id(&self, token: &str) -> Option<u32> {
+        if !self.byte_level {
+            return self.table.get(token.as_bytes());
+        }
+        let mut bytes = Vec::new();
+        match alphabet_bytes(token, &mut bytes) {
+            true => self.table.get(&bytes),
+            false => self.odd.ids.get(token).copied(),
+        }
+    }
+
+    /// The merges by the ids of their tokens. `None` when one names a token that is not there.
+    fn pairs(&self, merges: &[Merge<'_>]) -> Option<Pairs> {
+        if merges.len() > MAX_MERGES {
+            return None;
+        }
+        let several = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+        let (first, second) = match several && merges.len() > MANY_MERGES {
+            true => merges.split_at(merges.len() / 2),
+            false => (merges, &[][..]),
+        };
+        let (first, second) = std::thread::scope(|scope| {
+            let second = (!second.is_empty()).then(|| scope.spawn(|| self.resolve(second)));
+            let first = self.resolve(first);
+            (first, second.map_or(Some(Vec::new()), |second| second.join().ok()?))
+        });
+        let mut pairs = Pairs::with_capacity(merges.len());
+        for found in [first?, second?] {
+            for some in found.chunks(BATCH / 2) {
+                pairs.warm(some);
+                for &(left, right, merged) in some {
+                    pairs.push(left, right, merged)?;
+                }
+            }
+        }
+        Some(pairs)
+    }
+
+    /// The ids of both tokens of each merge, and of what they make.
+    fn resolve(&self, merges: &[Merge<'_>]) -> Option<Vec<(u32, u32, u32)>> {
+        let tokens = &self.table;
+        let mut batch = Batch::default();
+        let mut found = Vec::with_capacity(merges.len());
+        // Files list merges in order of what they make, so the next is mostly known without a search.
+        let mut last = 0;
+        for some in merges.chunks(BATCH / 2) {
+            batch.clear();
+            for (a, b) in some {
+                batch.push(a, self.byte_level, tokens);
+                batch.push(b, self.byte_level, tokens);
+            }
+            tokens.warm(&batch.hashes);
+            for (at, (a, b)) in some.iter().enumerate() {
+                let (Some((left, first)), Some((right, second))) =
+                    (batch.get(2 * at), batch.get(2 * at + 1))
+                else {
+                    found.push((self.id(a)?, self.id(b)?, self.id(&format!("{a}{b}"))?));
+                    continue;
+                };
+                let joined = &batch.bytes[batch.range(2 * at).start..batch.range(2 * at + 1).end];
+                let near = [last, last + 1]
+                    .into_iter()
+                    .find(|&id| tokens.bytes(id) == Some(joined));
+                last = match near {
+                    Some(id) => id,
+                    None => tokens.get(joined)?,
+                };
+                let left = tokens.get_hashed(left, first)?;
+                found.push((left, tokens.get_hashed(right, second)?, last));
+            }
+        }
+        Some(found)
     }
 }
 
@@ -502,8 +541,10 @@ impl Shared {
                     start = end;
                 }
             }
-            Model::WordPiece(model) => model.encode(text, &mut work.bytes, add),
-            Model::Unigram(model) => model.encode(text, &|_| false, &mut work.unigram, add)?,
+            Model::WordPiece(model) => model.encode(text.as_bytes(), &mut work.bytes, add),
+            Model::Unigram(model) => {
+                model.encode(text.as_bytes(), &|_| false, &mut work.unigram, add)?;
+            }
             Model::Library(_) => return None,
         }
         Some(tokens)

@@ -3,10 +3,13 @@
 
 use std::collections::HashSet;
 
+use regex_syntax::hir::{ClassUnicode, ClassUnicodeRange};
 use serde_json::Value as Json;
+use unicode_categories::UnicodeCategories;
 
 use super::bpe::Bpe;
-use super::words::{Pattern, character, width};
+use super::model::alphabet_char;
+use super::words::{Pattern, character, class, width};
 
 /// GPT-2's split, which a byte-level pre-tokenizer does by itself.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -32,8 +35,24 @@ pub(super) enum Stage {
         matches: bool,
         gaps: bool,
     },
+    /// Matches and gaps, some of them joined.
+    Joined {
+        pattern: Box<Pattern>,
+        join: Join,
+        /// Gaps count as matches, and matches as gaps.
+        invert: bool,
+    },
     /// Numeric characters from others.
     Digits { individual: bool },
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Join {
+    /// Those of a kind that lie side by side.
+    Alike,
+    /// A match to the gap before it, or to the one behind.
+    Before,
+    Behind,
 }
 
 /// Spaces become a mark, and each mark begins a word.
@@ -43,6 +62,8 @@ pub(super) struct Metaspace {
     prepend: Prepend,
     /// Cut before each mark.
     pub split: bool,
+    /// White space is dropped first, and each word between marked.
+    words: bool,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -66,7 +87,13 @@ impl Splitter {
         if let [part] = parts.as_slice()
             && of_type(part, "Metaspace")
         {
-            return Metaspace::new(part).map(Self::Metaspace);
+            return Metaspace::new(part, false).map(Self::Metaspace);
+        }
+        if let [first, part] = parts.as_slice()
+            && of_type(first, "WhitespaceSplit")
+            && of_type(part, "Metaspace")
+        {
+            return Metaspace::new(part, true).map(Self::Metaspace);
         }
         let (mut stages, mut space) = (Vec::new(), false);
         let mut byte_level = false;
@@ -75,11 +102,8 @@ impl Splitter {
                 None => default,
                 Some(value) => value.as_bool(),
             };
-            if byte_level {
-                return None;
-            }
             match part.get("type")?.as_str()? {
-                "ByteLevel" => {
+                "ByteLevel" if !byte_level => {
                     byte_level = true;
                     flag("trim_offsets", None)?;
                     if flag("add_prefix_space", None)? {
@@ -87,36 +111,62 @@ impl Splitter {
                         space = stages.is_empty().then_some(true)?;
                     }
                     if flag("use_regex", Some(true))? {
-                        stages.push(pattern(GPT2, true, true)?);
+                        stages.push(isolated(Pattern::new(GPT2)?));
                     }
                 }
+                // What comes behind sees bytes as characters.
+                "Digits" if byte_level => {
+                    let regex = match flag("individual_digits", None)? {
+                        true => r"\p{N}",
+                        false => r"\p{N}+",
+                    };
+                    stages.push(isolated(Pattern::of_bytes(regex, alphabet_char)?));
+                }
+                "Split" if byte_level => {
+                    let regex = part.get("pattern")?.get("Regex")?.as_str()?;
+                    let pattern = Pattern::of_bytes(regex, alphabet_char)?;
+                    let behavior = part.get("behavior")?.as_str()?;
+                    stages.push(Stage::new(pattern, behavior, flag("invert", None)?)?);
+                }
+                _ if byte_level => return None,
                 "Digits" => stages.push(Stage::Digits {
                     individual: flag("individual_digits", None)?,
                 }),
+                "Whitespace" => {
+                    let pattern = Pattern::of_library(r"\w+|[^\w\s]+")?;
+                    stages.push(Stage::new(pattern, "Removed", true)?);
+                }
+                "WhitespaceSplit" => stages.push(white_space()?),
+                "BertPreTokenizer" => {
+                    stages.push(white_space()?);
+                    stages.push(isolated(Pattern::of_class(punctuation()?)?));
+                }
+                "Punctuation" => {
+                    let behavior = part.get("behavior").map_or(Some("Isolated"), Json::as_str)?;
+                    let pattern = Pattern::of_class(punctuation()?)?;
+                    stages.push(Stage::new(pattern, behavior, false)?);
+                }
+                "CharDelimiterSplit" => {
+                    let delimiter = part.get("delimiter")?.as_str()?;
+                    let one = delimiter.chars().count() == 1;
+                    let pattern = one.then(|| Pattern::new(&escaped(delimiter)))??;
+                    stages.push(Stage::new(pattern, "Removed", false)?);
+                }
                 "Split" => {
                     let invert = flag("invert", None)?;
                     let what = part.get("pattern")?;
                     let behavior = part.get("behavior")?.as_str()?;
-                    if no_spaces
-                        && what.get("String").and_then(Json::as_str) == Some(" ")
-                        && !invert
-                    {
-                        let known = [
-                            "MergedWithPrevious",
-                            "MergedWithNext",
-                            "Isolated",
-                            "Removed",
-                        ];
-                        known.contains(&behavior).then_some(())?;
+                    let text = what.get("String").and_then(Json::as_str);
+                    if no_spaces && text == Some(" ") && !invert {
+                        JOINS_AND_CUTS.contains(&behavior).then_some(())?;
                         continue;
                     }
-                    let (matches, gaps) = match (behavior, invert) {
-                        ("Isolated", _) => (true, true),
-                        ("Removed", true) => (true, false),
-                        ("Removed", false) => (false, true),
-                        _ => return None,
+                    let pattern = match text {
+                        Some("") => return None,
+                        Some(text) => Pattern::new(&escaped(text))?,
+                        None => Pattern::new(what.get("Regex")?.as_str()?)?,
                     };
-                    stages.push(pattern(what.get("Regex")?.as_str()?, matches, gaps)?);
+                    stages.push(Stage::new(pattern, behavior, invert)?);
                 }
                 _ => return None,
             }
@@ -163,18 +213,86 @@ fn flatten<'j>(json: &'j Json, parts: &mut Vec<&'j Json>) -> Option<()> {
     }
 }
 
-fn pattern(regex: &str, matches: bool, gaps: bool) -> Option<Stage> {
-    Some(Stage::Pattern {
-        pattern: Box::new(Pattern::new(regex)?),
-        matches,
-        gaps,
-    })
+/// What is done to the matches of a split, but for those alike that are joined.
+const JOINS_AND_CUTS: [&str; 4] = [
+    "MergedWithPrevious",
+    "MergedWithNext",
+    "Isolated",
+    "Removed",
+];
+
+fn isolated(pattern: Pattern) -> Stage {
+    Stage::Pattern {
+        pattern: Box::new(pattern),
+        matches: true,
+        gaps: true,
+    }
+}
+
+/// Words between white space.
+fn white_space() -> Option<Stage> {
+    Stage::new(Pattern::new(r"\s+")?, "Removed", false)
+}
+
+/// A text as the regular expression that finds it.
+fn escaped(text: &str) -> String {
+    let mut regex = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        match c {
+            '\n' => regex.push_str("\\n"),
+            '\r' => regex.push_str("\\r"),
+            '\t' => regex.push_str("\\t"),
+            _ => {
+                if c.is_ascii_punctuation() {
+                    regex.push('\\');
+                }
+                regex.push(c);
+            }
+        }
+    }
+    regex
+}
+
+/// Punctuation to the crate: ASCII's, and what was punctuation in the Unicode of its tables.
+pub(super) fn punctuation() -> Option<ClassUnicode> {
+    let mut known = class(r"[\p{P}\p{S}]", false)?;
+    known.push(ClassUnicodeRange::new('!', '~'));
+    let is = |c: char| c.is_ascii_punctuation() || c.is_punctuation();
+    let all = known.ranges().iter();
+    let found = all.flat_map(|range| (range.start()..=range.end()).filter(|&c| is(c)));
+    Some(ClassUnicode::new(
+        found.map(|c| ClassUnicodeRange::new(c, c)),
+    ))
 }
 
 impl Stage {
+    /// What a split of this behaviour does; `invert`: gaps count as matches.
+    fn new(pattern: Pattern, behavior: &str, invert: bool) -> Option<Self> {
+        let pattern = Box::new(pattern);
+        let join = match behavior {
+            "Isolated" => return Some(isolated(*pattern)),
+            "Removed" => {
+                return Some(Self::Pattern {
+                    pattern,
+                    matches: invert,
+                    gaps: !invert,
+                });
+            }
+            "Contiguous" => Join::Alike,
+            "MergedWithPrevious" => Join::Before,
+            "MergedWithNext" => Join::Behind,
+            _ => return None,
+        };
+        Some(Self::Joined {
+            pattern,
+            join,
+            invert,
+        })
+    }
+
     /// The next piece of `text` at `at`, which is below its length, and whether it is kept.
     #[inline]
-    fn next(&self, text: &str, at: usize) -> (usize, bool) {
+    fn next(&self, text: &[u8], at: usize) -> (usize, bool) {
         match self {
             Self::Pattern {
                 pattern,
@@ -184,14 +302,44 @@ impl Stage {
                 let (end, matched) = pattern.next(text, at);
                 (end, if matched { *matches } else { *gaps })
             }
+            Self::Joined {
+                pattern,
+                join,
+                invert,
+            } => {
+                let piece = |at: usize| {
+                    let (end, matched) = pattern.next(text, at);
+                    (end, matched != *invert)
+                };
+                let (mut end, matched) = piece(at);
+                let wanted = match join {
+                    Join::Alike => Some(matched),
+                    Join::Before => (!matched).then_some(true),
+                    Join::Behind => matched.then_some(false),
+                };
+                while end < text.len()
+                    && let (next, kind) = piece(end)
+                    && Some(kind) == wanted
+                {
+                    end = next;
+                    if !matches!(join, Join::Alike) {
+                        break;
+                    }
+                }
+                (end, true)
+            }
             Self::Digits { individual } => {
-                let mut chars = text[at..].chars();
-                let first = chars.next().unwrap_or_default();
-                let numeric = first.is_numeric();
-                let mut end = at + first.len_utf8();
-                if !(numeric && *individual) {
-                    let same = chars.take_while(|c| c.is_numeric() == numeric);
-                    end += same.map(char::len_utf8).sum::<usize>();
+                let numeric = |at: usize| {
+                    let (c, width) = character(text, at);
+                    (char::from_u32(c).is_some_and(char::is_numeric), at + width)
+                };
+                let (kind, mut end) = numeric(at);
+                while !(kind && *individual)
+                    && end < text.len()
+                    && let (next, after) = numeric(end)
+                    && next == kind
+                {
+                    end = after;
                 }
                 (end, true)
             }
@@ -203,7 +351,7 @@ impl Stage {
 #[inline]
 pub(super) fn each_word(
     stages: &[Stage],
-    text: &str,
+    text: &[u8],
     word: &mut impl FnMut(usize, usize) -> bool,
 ) -> bool {
     match stages {
@@ -223,9 +371,31 @@ pub(super) fn each_word(
     }
 }
 
+/// Whether a text can be cut at `at`, between two characters: a word ends there whatever stands around, and the
+/// words before depend on no more than the character at `at`.
+#[inline]
+pub(super) fn is_seam(stages: &[Stage], text: &[u8], at: usize) -> bool {
+    let mut certain = false;
+    for stage in stages {
+        match stage {
+            Stage::Pattern { pattern, .. } => {
+                let (apart, in_match) = pattern.parts(text, at);
+                if !apart {
+                    return false;
+                }
+                certain |= in_match;
+            }
+            Stage::Joined { .. } => return false,
+            // A run that goes on behind `at` is cut there by who is certain, and goes on alike.
+            Stage::Digits { .. } => {}
+        }
+    }
+    certain
+}
+
 fn each_of(
     stages: &[Stage],
-    text: &str,
+    text: &[u8],
     offset: usize,
     word: &mut dyn FnMut(usize, usize) -> bool,
 ) -> bool {
@@ -244,7 +414,7 @@ fn each_of(
 }
 
 impl Metaspace {
-    fn new(json: &Json) -> Option<Self> {
+    fn new(json: &Json, words: bool) -> Option<Self> {
         let text = |key: &str| json.get(key).and_then(Json::as_str);
         let flag = |key: &str| {
             json.get(key)
@@ -264,10 +434,14 @@ impl Metaspace {
             return None;
         }
         let split = flag("split").unwrap_or(Some(true))?;
+        if words && !(split && prepend == Prepend::Always) {
+            return None;
+        }
         Some(Self {
             mark,
             prepend,
             split,
+            words,
         })
     }
 
@@ -284,6 +458,15 @@ impl Metaspace {
     /// The text with marks for spaces, into `marked`; `first`: it begins the whole text.
     pub fn mark_spaces(&self, text: &str, first: bool, marked: &mut String) {
         marked.clear();
+        if self.words {
+            for word in text.split(char::is_whitespace).filter(|word| !word.is_empty()) {
+                if !word.starts_with(self.mark) {
+                    marked.push(self.mark);
+                }
+                marked.push_str(word);
+            }
+            return;
+        }
         let prepend = match self.prepend {
             Prepend::Always => true,
             Prepend::First => first,
@@ -387,8 +570,7 @@ impl Cuts {
 
     /// The end of the piece of `text` that begins at `at`.
     #[inline]
-    pub fn next(&self, text: &str, at: usize) -> usize {
-        let bytes = text.as_bytes();
+    pub fn next(&self, bytes: &[u8], at: usize) -> usize {
         let mut buffer = [0; 4];
         let mark = self.mark.encode_utf8(&mut buffer).as_bytes();
         let mut end = at + width(bytes[at]);
@@ -408,6 +590,12 @@ impl Cuts {
             end += width(byte);
         }
         bytes.len()
+    }
+
+    /// Whether a text is always cut at `at`: there is a mark, and no token goes on across.
+    #[inline]
+    pub fn is_seam(&self, bytes: &[u8], at: usize) -> bool {
+        bytes[at] >= 0x80 && character(bytes, at).0 == self.mark as u32 && !self.joins(bytes, at)
     }
 
     /// Whether no token has the characters before and after `end` side by side, both beyond ASCII.

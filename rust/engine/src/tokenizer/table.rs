@@ -237,10 +237,10 @@ impl Pairs {
         self.seed.word(key, key) as usize & (self.slots.len() - 1)
     }
 
-    /// Bring the places of these pairs into the caches.
-    pub fn warm(&self, pairs: &[(u32, u32)]) {
-        let slot = |&(left, right): &(u32, u32)| self.slots[self.start(Self::key(left, right))];
-        std::hint::black_box(pairs.iter().fold(0, |seen, pair| seen ^ slot(pair)));
+    /// Bring the places of these merges' pairs into the caches.
+    pub fn warm(&self, merges: &[(u32, u32, u32)]) {
+        let slot = |&(left, right, _): &(u32, u32, u32)| self.slots[self.start(Self::key(left, right))];
+        std::hint::black_box(merges.iter().fold(0, |seen, merge| seen ^ slot(merge)));
     }
 
     /// Add the next merge: of a pair that is there already, the later rank counts. `None` when full.

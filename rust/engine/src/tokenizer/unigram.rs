@@ -70,14 +70,14 @@ impl Unigram {
     /// characters. `None` when a character is unknown and there is no unknown token.
     pub fn encode(
         &self,
-        text: &str,
+        text: &[u8],
         banned: &dyn Fn(u32) -> bool,
         work: &mut Work,
         mut add: impl FnMut(u32, (usize, usize)),
     ) -> Option<()> {
         self.split(text, banned, work)?;
         for piece in work.pieces.iter().rev() {
-            let bytes = &text.as_bytes()[piece.start..piece.end];
+            let bytes = &text[piece.start..piece.end];
             let span = (piece.start, piece.end);
             if Some(piece.id) != self.unknown {
                 add(piece.id, span);
@@ -95,9 +95,8 @@ impl Unigram {
     }
 
     /// Fill `work.pieces`, last first; unknown characters side by side are one piece.
-    fn split(&self, text: &str, banned: &dyn Fn(u32) -> bool, work: &mut Work) -> Option<()> {
+    fn split(&self, bytes: &[u8], banned: &dyn Fn(u32) -> bool, work: &mut Work) -> Option<()> {
         let Work { nodes, pieces } = work;
-        let bytes = text.as_bytes();
         nodes.clear();
         let nowhere = Node {
             id: 0,

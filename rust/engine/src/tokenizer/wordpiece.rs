@@ -17,19 +17,21 @@ impl WordPiece {
     /// Call `add` with each id of a word and its bytes of it.
     pub fn encode(
         &self,
-        word: &str,
+        word: &[u8],
         buffer: &mut Vec<u8>,
         mut add: impl FnMut(u32, (usize, usize)),
     ) {
         let whole = (0, word.len());
         let Some(prefix) = &self.prefix else {
             add(
-                self.tokens.get(word.as_bytes()).unwrap_or(self.unknown),
+                self.tokens.get(word).unwrap_or(self.unknown),
                 whole,
             );
             return;
         };
-        if word.len() > self.longest && word.chars().count() > self.longest {
+        let begins = |at: usize| word.get(at).is_none_or(|byte| byte & 0xc0 != 0x80);
+        if word.len() > self.longest && (0..word.len()).filter(|&at| begins(at)).count() > self.longest
+        {
             return add(self.unknown, whole);
         }
         let mut found = Vec::new();
@@ -40,7 +42,7 @@ impl WordPiece {
                 buffer.extend_from_slice(prefix.as_bytes());
             }
             let before = buffer.len();
-            buffer.extend_from_slice(&word.as_bytes()[start..]);
+            buffer.extend_from_slice(&word[start..]);
             let mut length = word.len() - start;
             let id = loop {
                 if length == 0 {
@@ -50,7 +52,7 @@ impl WordPiece {
                     break id;
                 }
                 length -= 1;
-                while !word.is_char_boundary(start + length) {
+                while !begins(start + length) {
                     length -= 1;
                 }
             };

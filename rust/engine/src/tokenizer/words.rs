@@ -18,6 +18,10 @@ pub(super) struct Pattern {
     branches: Vec<Branch>,
     /// The branches that can begin with an ASCII character.
     ascii: Vec<u32>,
+    /// By set: the sets of what a match may have behind a character of it, on any way that is tried.
+    follow: [u32; MAX_SETS],
+    /// The same of ASCII characters, and whether each is a match even if alone.
+    edges: Vec<(u32, bool)>,
 }
 
 #[derive(Debug)]
@@ -25,6 +29,8 @@ struct Branch {
     items: Vec<Item>,
     /// The sets its first character may be of.
     first: u32,
+    /// A set of which one character is a match, unless it is of the other set too.
+    alone: Option<(u32, u32)>,
 }
 
 #[derive(Debug, Clone)]
@@ -57,25 +63,67 @@ struct Then<'a> {
 impl Pattern {
     /// Read a regular expression; `None` for one that holds more than this file knows.
     pub fn new(regex: &str) -> Option<Self> {
+        Self::with(regex, false, Sets::new)
+    }
+
+    /// The same of an expression that no file holds, but the `tokenizers` crate.
+    pub fn of_library(regex: &str) -> Option<Self> {
+        Self::with(regex, true, Sets::new)
+    }
+
+    /// The same for text whose bytes count as the characters that `char_of` gives them.
+    pub fn of_bytes(regex: &str, char_of: fn(u8) -> char) -> Option<Self> {
+        Self::with(regex, false, |classes| Sets::of_bytes(classes, char_of))
+    }
+
+    /// One character of a class.
+    pub fn of_class(class: ClassUnicode) -> Option<Self> {
+        let item = Item::Run {
+            set: 1,
+            min: 1,
+            max: 1,
+            possessive: false,
+        };
+        Self::of(vec![vec![item]], Sets::new(&[class]))
+    }
+
+    fn with(
+        regex: &str,
+        own: bool,
+        sets: impl FnOnce(&[ClassUnicode]) -> Sets,
+    ) -> Option<Self> {
         if regex.len() > MAX_PATTERN {
             return None;
         }
         let mut parser = Parser {
             rest: regex,
             sets: Vec::new(),
+            own,
         };
         let parsed = parser.alternatives(false, 0)?;
         if !parser.rest.is_empty() || parsed.len() > MAX_BRANCHES {
             return None;
         }
+        Self::of(parsed, sets(&parser.sets))
+    }
+
+    fn of(parsed: Vec<Vec<Item>>, sets: Sets) -> Option<Self> {
         let branches: Vec<Branch> = parsed
             .into_iter()
             .map(|items| {
                 let (first, empty) = first_of(&items);
-                (!empty && steady(&items)).then_some(Branch { items, first })
+                let alone = alone(&items);
+                (!empty && steady(&items)).then_some(Branch {
+                    items,
+                    first,
+                    alone,
+                })
             })
             .collect::<Option<_>>()?;
-        let sets = Sets::new(&parser.sets);
+        let mut follow = [0; MAX_SETS];
+        for branch in &branches {
+            note_follow(&branch.items, 0, &mut follow);
+        }
         let begins = |c: &u32| {
             let can = branches
                 .iter()
@@ -84,11 +132,46 @@ impl Pattern {
             can.fold(0, |bits, (i, _)| bits | 1 << i)
         };
         let ascii = sets.ascii.iter().map(begins).collect();
-        Some(Self {
+        let mut pattern = Self {
             sets,
             branches,
             ascii,
-        })
+            follow,
+            edges: Vec::new(),
+        };
+        let edges = pattern.sets.ascii.iter().map(|&sets| pattern.edge_of(sets));
+        pattern.edges = edges.collect();
+        Some(pattern)
+    }
+
+    fn edge_of(&self, sets: u32) -> (u32, bool) {
+        let of_sets = (0..MAX_SETS).filter(|bit| sets >> bit & 1 == 1);
+        let follow = of_sets.fold(0, |follow, bit| follow | self.follow[bit]);
+        let alone = self.branches.iter().filter_map(|branch| branch.alone);
+        let begins = alone.into_iter().any(|(set, but)| sets & set != 0 && sets & but == 0);
+        (follow, begins)
+    }
+
+    #[inline]
+    fn edge(&self, text: &[u8], at: usize) -> (u32, bool) {
+        match self.edges.get(text[at] as usize) {
+            Some(&edge) => edge,
+            None => self.edge_of(self.sets.of(text, at).0),
+        }
+    }
+
+    /// Whether a word always ends at `at`, and what comes before depends on no character behind the one there:
+    /// no match, nor any way that is tried on the way to one, has the characters around `at` side by side.
+    /// The second value: one of them is always in a match, so that no gap goes on there.
+    #[inline]
+    pub fn parts(&self, text: &[u8], at: usize) -> (bool, bool) {
+        let mut before = at - 1;
+        while self.sets.bytes.is_none() && before > 0 && text[before] & 0xc0 == 0x80 {
+            before -= 1;
+        }
+        let (follow, in_match) = self.edge(text, before);
+        let apart = follow & self.sets.of(text, at).0 == 0;
+        (apart, in_match || self.edge(text, at).1)
     }
 
     /// The end of the match at `at`, if there is one. A match is never empty.
@@ -116,8 +199,7 @@ impl Pattern {
 
     /// The next word at `at`: a match, or the gap before one (`false`). `at` is below the text's length.
     #[inline]
-    pub fn next(&self, text: &str, at: usize) -> (usize, bool) {
-        let bytes = text.as_bytes();
+    pub fn next(&self, bytes: &[u8], at: usize) -> (usize, bool) {
         if let Some(end) = self.match_at(bytes, at) {
             return (end, true);
         }
@@ -147,7 +229,7 @@ impl Pattern {
             if found {
                 return (end, false);
             }
-            end += width(bytes[end]);
+            end += self.sets.width(bytes[end]);
         }
     }
 
@@ -188,7 +270,7 @@ impl Pattern {
                     }
                     count -= 1;
                     end -= 1;
-                    while text[end] & 0xc0 == 0x80 {
+                    while self.sets.bytes.is_none() && text[end] & 0xc0 == 0x80 {
                         end -= 1;
                     }
                 }
@@ -267,6 +349,59 @@ fn first_of(items: &[Item]) -> (u32, bool) {
     (first, true)
 }
 
+/// Note which sets can follow which, behind a character of the sets `last`; returns those of the last character.
+fn note_follow(items: &[Item], mut last: u32, follow: &mut [u32; MAX_SETS]) -> u32 {
+    let note = |mut last: u32, next: u32, follow: &mut [u32; MAX_SETS]| {
+        while last != 0 {
+            follow[last.trailing_zeros() as usize] |= next;
+            last &= last - 1;
+        }
+    };
+    for item in items {
+        match item {
+            Item::Run { set, min, max, .. } => {
+                note(last, *set, follow);
+                if *max > 1 {
+                    note(*set, *set, follow);
+                }
+                last = if *min == 0 { last | set } else { *set };
+            }
+            Item::Group { branches, optional } => {
+                let before = last;
+                last = if *optional { before } else { 0 };
+                for branch in branches {
+                    last |= note_follow(branch, before, follow);
+                }
+            }
+            Item::Ahead { .. } | Item::End => {}
+        }
+    }
+    last
+}
+
+/// The set of which one character is all that the items need, and those that something before takes for good.
+fn alone(items: &[Item]) -> Option<(u32, u32)> {
+    let (mut needed, mut taken) = (None, 0);
+    for item in items {
+        match item {
+            Item::Run { set, min: 1, .. } if needed.is_none() => needed = Some(*set),
+            Item::Run {
+                set,
+                min: 0,
+                possessive,
+                ..
+            } => {
+                if *possessive && needed.is_none() {
+                    taken |= set;
+                }
+            }
+            Item::Group { optional: true, .. } => {}
+            _ => return None,
+        }
+    }
+    needed.map(|set| (set, taken))
+}
+
 /// Whether trying the items costs no more than some passes over the text: at most two unbounded repeats can
 /// be taken back, and nothing after the second can fail.
 fn steady(items: &[Item]) -> bool {
@@ -305,9 +440,41 @@ struct Sets {
     /// Block of each 256 characters.
     index: Vec<u16>,
     blocks: Vec<[u32; 256]>,
+    /// Where each byte is a character.
+    bytes: Option<Box<[u32; 256]>>,
 }
 
 impl Sets {
+    fn of_bytes(classes: &[ClassUnicode], char_of: fn(u8) -> char) -> Self {
+        let mut bytes = Box::new([0; 256]);
+        for (byte, sets) in (0..=255).zip(bytes.iter_mut()) {
+            let c = char_of(byte);
+            let holds = |class: &ClassUnicode| {
+                let ranges = class.ranges();
+                let at = ranges.partition_point(|range| range.end() < c);
+                ranges.get(at).is_some_and(|range| range.start() <= c)
+            };
+            let of = classes.iter().enumerate().filter(|(_, class)| holds(class));
+            *sets = of.fold(0, |sets, (bit, _)| sets | 1 << bit);
+        }
+        let mut ascii = [0; 128];
+        ascii.copy_from_slice(&bytes[..128]);
+        Self {
+            ascii,
+            index: Vec::new(),
+            blocks: Vec::new(),
+            bytes: Some(bytes),
+        }
+    }
+
+    #[inline]
+    fn width(&self, first: u8) -> usize {
+        match self.bytes {
+            Some(_) => 1,
+            None => width(first),
+        }
+    }
+
     fn new(classes: &[ClassUnicode]) -> Self {
         let mut index = vec![0u16; 0x1100];
         let mut blocks = vec![[0u32; 256]];
@@ -365,6 +532,7 @@ impl Sets {
             ascii,
             index,
             blocks,
+            bytes: None,
         }
     }
 
@@ -373,6 +541,9 @@ impl Sets {
     fn of(&self, text: &[u8], at: usize) -> (u32, usize) {
         if let Some(&sets) = self.ascii.get(text[at] as usize) {
             return (sets, 1);
+        }
+        if let Some(bytes) = &self.bytes {
+            return (bytes[text[at] as usize], 1);
         }
         let (c, width) = character(text, at);
         let block = self.index.get((c >> 8) as usize).copied().unwrap_or(0);
@@ -403,6 +574,8 @@ impl Sets {
 struct Parser<'a> {
     rest: &'a str,
     sets: Vec<ClassUnicode>,
+    /// The expression is the `tokenizers` crate's own, which is of the regex crate's dialect: `\w` is known.
+    own: bool,
 }
 
 impl Parser<'_> {
@@ -513,6 +686,7 @@ impl Parser<'_> {
                     self.rest.find('}').map(|end| end + 1)
                 }
                 's' | 'S' | 'r' | 'n' | 't' => Some(2),
+                'w' if self.own => Some(2),
                 c if c.is_ascii_punctuation() => Some(2),
                 _ => None,
             },
@@ -528,7 +702,8 @@ impl Parser<'_> {
             match c {
                 _ if escaped => {
                     escaped = false;
-                    if !("pPsSrnt".contains(c) || c.is_ascii_punctuation()) {
+                    let own = self.own && c == 'w';
+                    if !(own || "pPsSrnt".contains(c) || c.is_ascii_punctuation()) {
                         return None;
                     }
                 }

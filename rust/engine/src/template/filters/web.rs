@@ -29,10 +29,6 @@ pub(super) fn filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArg
             markup: false,
             ..s.made_into(strip_tags(&s.text))
         })),
-        "pprint" => {
-            let text = value.repr(budget)?;
-            Ok(Value::made(text, budget))
-        }
         "urlize" => urlize(run, &s, args),
         "urlencode" => url_encode(run, value),
         _ => {

@@ -134,8 +134,17 @@ fn compare(name: &str, json: &[u8], rounds: usize, seed: u64) {
         .collect();
     tokens.sort();
     let mut random = Random(seed);
+    let mut before = String::new();
     for round in 0..rounds {
-        let text = text(&mut random, &tokens);
+        // What was met before comes again, and goes on otherwise.
+        let mut text = text(&mut random, &tokens);
+        if random.below(2) == 0 {
+            text = format!("{before}{text}");
+        }
+        before.clear();
+        if text.len() < 2000 {
+            before.push_str(&text);
+        }
         let special = round % 2 == 0;
         let expected = guarded(|| theirs.encode_char_offsets(text.as_str(), special));
         let Ok(expected) = expected else {
@@ -288,6 +297,17 @@ fn byte_level_files() -> Vec<Json> {
             json!({"type": "Punctuation", "behavior": "Contiguous"}),
             bytes(false, true),
         ]),
+        several(vec![
+            json!({"type": "Punctuation", "behavior": "Contiguous"}),
+            bytes(false, true),
+            digits(false),
+            split("[0-9][0-9][0-9]", "Isolated", false),
+        ]),
+        several(vec![
+            bytes(true, true),
+            digits(true),
+            split(r"\p{L}+|\S", "MergedWithNext", false),
+        ]),
     ];
     let normal = [
         Json::Null,
@@ -408,6 +428,11 @@ fn other_files() -> Vec<Json> {
             "model": {"type": "Unigram", "vocab": pieces, "unk_id": 0, "byte_fallback": fallback}
         }));
     }
+    files.push(json!({
+        "version": "1.0", "added_tokens": added(3, true), "normalizer": null,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, meta]},
+        "decoder": meta, "model": {"type": "Unigram", "vocab": pieces, "unk_id": 0}
+    }));
     let words = [
         "[UNK]", "[CLS]", "[SEP]", "the", "hello", "##lo", "hel", "can", "'", "t", "!", "?",
         "world", "日", "12", "##34", "##5", "i", "m", "naive", "e", "##s",
@@ -430,7 +455,100 @@ fn other_files() -> Vec<Json> {
             "max_input_chars_per_word": 20}
         }));
     }
+    for (round, pre) in splits().iter().enumerate() {
+        let (kind, prefix) = match round % 2 {
+            0 => ("WordLevel", Json::Null),
+            _ => ("WordPiece", Json::from("##")),
+        };
+        files.push(json!({
+            "version": "1.0", "added_tokens": added(round, false), "normalizer": null, "pre_tokenizer": pre,
+            "decoder": null, "post_processor": null,
+            "model": {"type": kind, "vocab": vocab, "unk_token": "[UNK]",
+            "continuing_subword_prefix": prefix, "max_input_chars_per_word": 20}
+        }));
+    }
     files
+}
+
+/// Every pre-tokenizer that cuts by characters, in every behaviour.
+fn splits() -> Vec<Json> {
+    let mut all = vec![
+        json!({"type": "Whitespace"}),
+        json!({"type": "WhitespaceSplit"}),
+        json!({"type": "BertPreTokenizer"}),
+        json!({"type": "Punctuation"}),
+        json!({"type": "CharDelimiterSplit", "delimiter": "e"}),
+        json!({"type": "CharDelimiterSplit", "delimiter": "!"}),
+        json!({"type": "Sequence", "pretokenizers": [{"type": "Whitespace"},
+            {"type": "Digits", "individual_digits": true}]}),
+    ];
+    for behavior in [
+        "Removed",
+        "Isolated",
+        "Contiguous",
+        "MergedWithPrevious",
+        "MergedWithNext",
+    ] {
+        all.push(json!({"type": "Punctuation", "behavior": behavior}));
+        for invert in [false, true] {
+            for pattern in [
+                json!({"String": " "}),
+                json!({"String": "l?"}),
+                json!({"Regex": r"\s|e"}),
+                json!({"Regex": "[a-z]+[0-9]?"}),
+            ] {
+                all.push(json!({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert}));
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn splits_by_characters_are_fast_and_give_the_crates_ids() {
+    let files = other_files();
+    let of_splits = &files[files.len() - splits().len()..];
+    for file in of_splits {
+        let bytes = file.to_string();
+        let tokenizer = Tokenizer::from_bytes("test", bytes.as_bytes()).unwrap();
+        assert!(tokenizer.fast.is_some(), "{}", shown(file));
+        compare(&shown(file), bytes.as_bytes(), 60, 5);
+    }
+}
+
+#[test]
+fn punctuation_is_what_the_crate_takes_for_it() {
+    use unicode_categories::UnicodeCategories as _;
+    let class = split::punctuation().unwrap();
+    let mut known = class.ranges().iter().flat_map(|range| range.start()..=range.end());
+    let mut next = known.next();
+    for c in '\0'..=char::MAX {
+        let is = c.is_ascii_punctuation() || c.is_punctuation();
+        assert_eq!(is, next == Some(c), "{c:?}");
+        if is {
+            next = known.next();
+        }
+    }
+}
+
+#[test]
+fn stretches_that_come_again_are_known_and_the_same() {
+    let mut random = Random(23);
+    for file in [byte_level_files(), sentencepiece_files(), other_files()].concat() {
+        let bytes = file.to_string();
+        let tokenizer = Tokenizer::from_bytes("test", bytes.as_bytes()).unwrap();
+        let again = Tokenizer::from_bytes("test", bytes.as_bytes()).unwrap();
+        let mut conversation = String::new();
+        for _ in 0..6 {
+            conversation.push_str(&text(&mut random, &["<a>".to_owned(), "ab".to_owned()]));
+            conversation.push_str(" the world can hello, it's the world.\nThe 12345 ");
+            let ids = tokenizer.encode(&conversation, false).map_err(|e| e.to_string());
+            // One that has met nothing else.
+            again.forget();
+            let fresh = again.encode(&conversation, false).map_err(|e| e.to_string());
+            assert_eq!(ids, fresh, "{} {conversation:?}", shown(&file));
+        }
+    }
 }
 
 #[test]
