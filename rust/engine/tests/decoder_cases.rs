@@ -39,9 +39,13 @@ fn cases() -> Option<PathBuf> {
 
 /// (model, golden) of every case of this issue.
 fn models(dir: &Path) -> Vec<(PathBuf, PathBuf)> {
+    let quantised = quantised(dir).into_iter();
     let mut all: Vec<_> = FAMILIES
         .iter()
-        .map(|f| (dir.join(f), dir.join(f).join("golden.json")))
+        .map(|f| dir.join(f))
+        .chain(quantised)
+        .map(|model| (model.clone(), model.join("golden.json")))
+        .filter(|(_, golden)| golden.exists())
         .collect();
     for entry in std::fs::read_dir(dir.join("gguf")).unwrap() {
         let path = entry.unwrap().path();
@@ -51,6 +55,41 @@ fn models(dir: &Path) -> Vec<(PathBuf, PathBuf)> {
     }
     all.sort();
     all
+}
+
+/// Every quantised checkpoint.
+fn quantised(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir.join("quant")).unwrap();
+    let mut all: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    all.sort();
+    all
+}
+
+/// The numbers of a NumPy file of little-endian f32.
+fn npy(path: &Path) -> Vec<f32> {
+    let bytes = std::fs::read(path).unwrap();
+    let start = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+    let header = String::from_utf8_lossy(&bytes[10..start]);
+    assert!(
+        header.contains("'<f4'") && header.contains("'fortran_order': False"),
+        "{header}"
+    );
+    let numbers = bytes[start..].as_chunks().0.iter();
+    numbers.map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+#[test]
+fn quantised_matrices_are_the_numbers_of_their_libraries() {
+    let Some(dir) = cases() else { return };
+    for model in quantised(&dir) {
+        let text = std::fs::read(model.join("golden.json")).unwrap();
+        let golden: Json = serde_json::from_slice(&text).unwrap();
+        for tensor in golden["weights"].as_array().into_iter().flatten() {
+            let want = npy(&model.join(tensor["file"].as_str().unwrap()));
+            let (_, got) = files::numbers(&model, tensor["name"].as_str().unwrap()).unwrap();
+            assert!(got == want, "{}", model.display());
+        }
+    }
 }
 
 fn decoder<D: Device>(device: impl Fn() -> D, path: &Path) -> Decoder<D> {
