@@ -12,8 +12,9 @@ use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
 use crate::device::{Device, KvType};
 use crate::engine::Factory;
 use crate::error::{Error, Result};
+use crate::recipe::AtLoad;
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use crate::weights::{TensorInfo, Weights};
 use crate::{files, vocab};
 
 /// The weights, until they are let go of.
@@ -29,6 +30,8 @@ pub struct Loaded {
 pub struct Source {
     pub weights: Arc<Weights>,
     pub arch: Arch,
+    /// What its matrices become as they are made resident.
+    pub at_load: Option<AtLoad>,
 }
 
 /// What a model will take.
@@ -45,7 +48,7 @@ impl Source {
         let (resident, page) = match options.device {
             // Tiles are at most 4 % larger than the file's blocks.
             DeviceKind::Cpu => (
-                self.weights.total_bytes() / 100 * 104,
+                self.resident_bytes() / 100 * 104,
                 Cpu::page_bytes(options.kv_cache_dtype, &shapes),
             ),
             DeviceKind::Reference => {
@@ -56,6 +59,46 @@ impl Source {
             }
         };
         (resident, page as u64)
+    }
+
+    /// Bytes of all tensors as they will be.
+    fn resident_bytes(&self) -> u64 {
+        let Some(at_load) = &self.at_load else {
+            return self.weights.total_bytes();
+        };
+        let model = (self.arch.layers.len(), self.arch.tied);
+        let bytes = |(name, info): (&String, &TensorInfo)| {
+            let names = (&name[..], &name[..]);
+            let target = at_load.target(names, info.tensor_type, &info.shape, model);
+            let target = target.filter(|_| info.shape.len() > 1);
+            let cols = info.shape.last().copied().unwrap_or(1);
+            let rows = info.shape.iter().product::<usize>() / cols.max(1);
+            match target.and_then(|target| target.tensor_type.row_bytes(cols)) {
+                Some(row) => (rows * row) as u64,
+                None => info.bytes.len() as u64,
+            }
+        };
+        self.weights.tensors.iter().map(bytes).sum()
+    }
+
+    /// # Errors
+    /// `InvalidRequest` where the model is quantised as it is, and is to be so again.
+    pub fn check(&self) -> Result<()> {
+        let Some(at_load) = &self.at_load else {
+            return Ok(());
+        };
+        let tensors = self.weights.tensors.iter();
+        let made = tensors.filter(|(_, info)| info.tensor_type.block_len() > 1);
+        let first = made.min_by_key(|(name, _)| *name);
+        let first = first.map(|(name, info)| format!("{name} is {}", info.tensor_type.name()));
+        let packed = self.weights.packed.keys().min();
+        match first.or(packed.map(|name| format!("{name} is packed"))) {
+            None => Ok(()),
+            Some(found) => Err(Error::InvalidRequest(format!(
+                "quantization {} wants a model in F32, F16 or BF16; this one is quantised already: {found}",
+                at_load.recipe.name
+            ))),
+        }
     }
 
     /// Make the weights resident.
@@ -74,7 +117,8 @@ impl Source {
         pages: usize,
         progress: Progress,
     ) -> Result<Loaded> {
-        let resident = Resident::load(&device()?, self.arch, self.weights, progress)?;
+        let at_load = self.at_load.as_ref();
+        let resident = Resident::load(&device()?, self.arch, self.weights, at_load, progress)?;
         let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(Arc::new(resident))));
         let held = shared.clone();
         let factory: Factory = Arc::new(move || {
@@ -171,6 +215,7 @@ impl Draft {
             source: Source {
                 weights: Arc::new(weights),
                 arch,
+                at_load: None,
             },
             tokenizer,
             name: path.display().to_string(),
