@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::options::{Defaults, Options, nearest};
 use crate::prefix::Beginning;
+use crate::recipe::AtLoad;
 use crate::response::{Parser, Style, Thinking};
 use crate::sequence::{Parts, Text};
 use crate::stream::Stream;
@@ -101,6 +102,8 @@ pub struct ModelOptions {
     pub draft_model: Option<PathBuf>,
     /// Directories of LoRA adapters, under the names by which requests ask for them. See [`Model::submit`].
     pub adapters: Vec<(String, PathBuf)>,
+    /// What a model in F32, F16 or BF16 is quantised to while it is loaded.
+    pub quantization: Option<AtLoad>,
 }
 
 impl Default for ModelOptions {
@@ -118,6 +121,7 @@ impl Default for ModelOptions {
             speculation: true,
             draft_model: None,
             adapters: Vec::new(),
+            quantization: None,
         }
     }
 }
@@ -230,7 +234,9 @@ impl Model {
         let source = Source {
             weights: weights.clone(),
             arch,
+            at_load: options.quantization.clone(),
         };
+        source.check()?;
         let draft_source = draft.as_ref().map(|draft| &draft.source);
         let plan = plan_memory(&source, draft_source, options, memory::available())?;
         let arch = &source.arch;
@@ -774,7 +780,7 @@ fn info(
         "trained_context_size": arch.context_size,
         "layers": arch.layers.len(),
         "hidden_size": arch.hidden_size,
-        "quantization": main_type,
+        "quantization": options.quantization.as_ref().map_or(main_type, |q| Some(q.recipe.name)),
         "parameters": parameters,
         "bytes": weights.total_bytes(),
         "adapters": options.adapters.iter().map(|(name, _)| name).collect::<Vec<_>>(),
