@@ -99,11 +99,13 @@ pub fn open_adapter(dir: &Path) -> Result<Weights> {
         let problem = "no such file; an adapter is a directory that PEFT has saved";
         return Err(file_error(&config, problem));
     };
+    let scheme = Scheme::of(&config)?;
     let mut weights = Weights {
         path: dir.display().to_string(),
         files: Vec::new(),
         tensors: HashMap::new(),
         packed: HashMap::new(),
+        quantised: HashMap::new(),
         metadata: HashMap::new(),
         config: Some(config),
         generation_config: None,
@@ -114,6 +116,7 @@ pub fn open_adapter(dir: &Path) -> Result<Weights> {
         return Err(file_error(&file, problem));
     }
     add_file(&mut weights, &file)?;
+    scheme.gather(&mut weights)?;
     Ok(weights)
 }
 

@@ -102,7 +102,11 @@ impl Source {
         let made = tensors.filter(|(_, info)| info.tensor_type.block_len() > 1);
         let first = made.min_by_key(|(name, _)| *name);
         let first = first.map(|(name, info)| format!("{name} is {}", info.tensor_type.name()));
-        let packed = self.weights.packed.keys().chain(self.weights.quantised.keys());
+        let packed = self
+            .weights
+            .packed
+            .keys()
+            .chain(self.weights.quantised.keys());
         let packed = packed.min();
         match first.or(packed.map(|name| format!("{name} is packed"))) {
             None => Ok(()),

@@ -679,14 +679,24 @@ impl Json {
             Value::Dict(d) if self.sort_keys => {
                 let mut entries: Vec<_> = d.entries.iter().collect();
                 super::filters::sort_by(&mut entries, |a, b| a.0.compare(&b.0, "<", budget))?;
-                self.bracketed(('{', '}'), &entries, level, out, budget, |json, e, out, budget| {
-                    json.entry(e, level, out, budget)
-                })?;
+                self.bracketed(
+                    ('{', '}'),
+                    &entries,
+                    level,
+                    out,
+                    budget,
+                    |json, e, out, budget| json.entry(e, level, out, budget),
+                )?;
             }
             Value::Dict(d) => {
-                self.bracketed(('{', '}'), &d.entries, level, out, budget, |json, e, out, budget| {
-                    json.entry(e, level, out, budget)
-                })?;
+                self.bracketed(
+                    ('{', '}'),
+                    &d.entries,
+                    level,
+                    out,
+                    budget,
+                    |json, e, out, budget| json.entry(e, level, out, budget),
+                )?;
             }
             other => {
                 return fault(format!(

@@ -142,7 +142,9 @@ impl Splitter {
                     stages.push(isolated(Pattern::of_class(punctuation()?)?));
                 }
                 "Punctuation" => {
-                    let behavior = part.get("behavior").map_or(Some("Isolated"), Json::as_str)?;
+                    let behavior = part
+                        .get("behavior")
+                        .map_or(Some("Isolated"), Json::as_str)?;
                     let pattern = Pattern::of_class(punctuation()?)?;
                     stages.push(Stage::new(pattern, behavior, false)?);
                 }
@@ -459,7 +461,10 @@ impl Metaspace {
     pub fn mark_spaces(&self, text: &str, first: bool, marked: &mut String) {
         marked.clear();
         if self.words {
-            for word in text.split(char::is_whitespace).filter(|word| !word.is_empty()) {
+            for word in text
+                .split(char::is_whitespace)
+                .filter(|word| !word.is_empty())
+            {
                 if !word.starts_with(self.mark) {
                     marked.push(self.mark);
                 }
