@@ -114,7 +114,7 @@ def test_progress_is_told_and_may_end_the_work(folder: Path) -> None:
     ("name", "content", "error", "words"),
     [
         ("config.json", {"model_type": "mpnet"}, UnsupportedModelError, "mpnet.*roberta"),
-        ("config.json", {"model_type": "bert"}, ModelFileError, "vocab_size"),
+        ("config.json", {"model_type": "bert"}, ModelFileError, "hidden_size"),
         ("modules.json", [{"type": "a.Dense", "path": "2_Dense"}], UnsupportedModelError, "Dense"),
         ("modules.json", {"type": "x"}, ModelFileError, "list of objects"),
         ("modules.json", [{"type": "a.Pooling", "path": "../x"}], ModelFileError, "below"),

@@ -84,7 +84,8 @@ def tiny_encoder(directory: str | os.PathLike[str], *, seed: int = 0) -> Path:
                  "normalized": False, "special": True}
                 for i, name in enumerate(names[:4])
             ],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+                              "trim_offsets": True, "use_regex": False},
             "post_processor": {
                 "type": "TemplateProcessing", "pair": [],
                 "single": [around[0], {"Sequence": {"id": "A", "type_id": 0}}, around[1]],
