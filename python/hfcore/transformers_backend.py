@@ -79,10 +79,10 @@ class Transformers:
     _templates: dict[str, _core.ChatTemplate] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require()
         self._given = self.pipeline is not None
         if self._given:
             _check(self.pipeline)
+        require()
 
     @property
     def model_name(self) -> str:
