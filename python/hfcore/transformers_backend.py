@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import queue
+import re
 import threading
 import time
 import uuid
@@ -47,6 +48,8 @@ _DEFAULTS = (
     "max_new_tokens", "eos_token_id",
 )  # fmt: skip
 """What is taken from a generation config where a request says nothing."""
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 _turn = threading.Lock()
 
@@ -483,6 +486,9 @@ class _Text:
         if token in self._hidden:
             return ""
         self._ids.append(token)
+        # Bytes that SentencePiece falls back on are read together, when the last of them is there.
+        if _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
+            return ""
         piece = self.rest()
         if piece.endswith("\ufffd"):
             return ""
