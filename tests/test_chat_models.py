@@ -150,7 +150,7 @@ OPTIONS: dict[str, Any] = {
     "repetition_penalty": 1.1, "frequency_penalty": 0.5, "presence_penalty": 0.5,
     "logit_bias": {5: 1.0}, "seed": 3, "do_sample": True, "stop": ["x"], "ignore_eos": True,
     "logprobs": True, "top_logprobs": 2, "min_tokens": 2, "stop_token_ids": [4],
-    "skip_special_tokens": False, "template_variables": {"a": 1}, "timeout": 5.0,
+    "skip_special_tokens": False, "template_variables": {"a": 1}, "timeout": 5.0, "adapter": "a",
     "parse_special_in_content": True,
     "response_format": {"type": "json_object"}, "regex": "a+", "choice": ["a", "b"],
     "grammar": 'start: "a"', "parallel_tool_calls": False, "reasoning": True,

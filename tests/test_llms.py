@@ -168,7 +168,7 @@ def test_the_constructor_opens_nothing() -> None:
     [
         ({}, InvalidRequestError, "model_id is needed"),
         ({"model": "a.gguf", "model_id": "b.gguf"}, InvalidRequestError, "with different values"),
-        ({"model": "m", "pipeline": object()}, InvalidRequestError, "needs torch"),
+        ({"model": "m", "pipeline": object()}, InvalidRequestError, "a transformers pipeline"),
         ({"model": "m", "task": "summarization"}, InvalidRequestError, "must be one of text-gen"),
         ({"model": "m", "batch_size": 0}, InvalidRequestError, "batch_size: .*, got 0"),
         ({"model": "m", "batchsize": 2}, UnknownOptionError, "did you mean 'batch_size'"),
@@ -195,8 +195,8 @@ def test_what_cannot_act_is_refused_by_the_constructor(
         HuggingFacePipeline(**kwargs)
 
 
-def test_only_the_default_backend_is_there() -> None:
-    with pytest.raises(InvalidRequestError, match="backend must be 'default', got 'openvino'"):
+def test_a_backend_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InvalidRequestError, match="one of default, transformers, got 'openvino'"):
         HuggingFacePipeline.from_model_id("m", "text-generation", backend="openvino")
 
 

@@ -11,7 +11,7 @@ from hfcore.errors import InvalidRequestError, UnknownOptionError, UnsupportedMo
 
 
 def test_the_engine_knows_every_sampling_option() -> None:
-    elsewhere = {"n", "prompt_logprobs", "add_special_tokens", "timeout", "priority"}
+    elsewhere = {"n", "prompt_logprobs", "add_special_tokens", "timeout", "priority", "adapter"}
     assert set(options.SAMPLING) == set(_core.OPTION_NAMES) - elsewhere
 
 

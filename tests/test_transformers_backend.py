@@ -214,17 +214,19 @@ def test_seeds_repeat_and_leave_torch_alone(llm: HuggingFacePipeline) -> None:
 def test_every_option_acts(base: Path, llm: HuggingFacePipeline) -> None:
     plain: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True}
     own = HuggingFacePipeline(model_id=str(base), model_kwargs={"device": "reference"})
-    for options in [
+    changes: list[dict[str, Any]] = [
         {"repetition_penalty": 1.5},
         {"frequency_penalty": 1.5},
         {"presence_penalty": 2.0},
         {"logit_bias": {65: 100}},
-    ]:
+    ]
+    for options in changes:
         got = llm.invoke("Hello", **plain, **options)
         assert got == own.invoke("Hello", **plain, **options) != llm.invoke("Hello", **plain)
     drawn: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.5, "seed": 1}
     drawn["ignore_eos"] = True
-    for options in [{"top_k": 1}, {"top_p": 0.001}, {"min_p": 1.0}]:
+    changes = [{"top_k": 1}, {"top_p": 0.001}, {"min_p": 1.0}]
+    for options in changes:
         assert llm.invoke("Hello", **drawn, **options) == llm.invoke("Hello", **plain)
     assert llm.invoke("Hello", **drawn, typical_p=0.1) != llm.invoke("Hello", **drawn)
     ended = list(llm.backend.stream("Hello", None, {"logit_bias": {VOCAB - 1: 100}}))

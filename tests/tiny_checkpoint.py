@@ -46,7 +46,8 @@ def weights(model_type: str = "llama", seed: int = 0) -> Tensors:
 
     def noise(rows: int, columns: int) -> NDArray[np.float32]:
         scale = np.float32(columns**-0.5)
-        return random.standard_normal((rows, columns), np.float32) * scale
+        matrix: NDArray[np.float32] = random.standard_normal((rows, columns), np.float32) * scale
+        return matrix
 
     tensors: Tensors = {
         "model.embed_tokens.weight": noise(VOCAB, WIDTH) * 4,

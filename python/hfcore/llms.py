@@ -103,7 +103,8 @@ class HuggingFacePipeline(BaseLLM):
 
     def _on_transformers(self, given: dict[str, Any]) -> None:
         """As `__init__`, for a model that transformers runs."""
-        pipeline, placed = given.get("pipeline"), {}
+        pipeline = given.get("pipeline")
+        placed: dict[str, Any] = {}
         for name in ("device", "device_map"):
             value = given.pop(name, None)
             placed |= {} if value is None else {name: value}

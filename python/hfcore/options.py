@@ -366,6 +366,7 @@ def adapters(value: object) -> tuple[tuple[str, str], ...]:
     >>> [name for name, _ in adapters({"legal": "/models/legal"})]
     ['legal']
     """
+    pairs: list[Any]
     if isinstance(value, Mapping):
         pairs = list(value.items())
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import queue
+import re
 import threading
 import time
 import uuid
@@ -48,6 +49,8 @@ _DEFAULTS = (
 )  # fmt: skip
 """What is taken from a generation config where a request says nothing."""
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
 _turn = threading.Lock()
 
 
@@ -79,10 +82,10 @@ class Transformers:
     _templates: dict[str, _core.ChatTemplate] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require()
         self._given = self.pipeline is not None
         if self._given:
             _check(self.pipeline)
+        require()
 
     @property
     def model_name(self) -> str:
@@ -483,6 +486,9 @@ class _Text:
         if token in self._hidden:
             return ""
         self._ids.append(token)
+        # Bytes that SentencePiece falls back on are read together, when the last of them is there.
+        if _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
+            return ""
         piece = self.rest()
         if piece.endswith("\ufffd"):
             return ""

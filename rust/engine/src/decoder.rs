@@ -129,6 +129,7 @@ const MAX_ADAPTERS: usize = 1024;
 /// What the adapters of a step add to its matrices.
 struct Additions<'a, D: Device> {
     adapters: &'a [(Arc<Adapter<D>>, Adapted)],
+    batch: &'a Batch,
     layer: usize,
     /// The rows are those of the outputs alone.
     outputs_only: bool,
@@ -150,13 +151,19 @@ impl<D: Device> Additions<'_, D> {
         thin: &mut Thin<D>,
     ) -> Result<()> {
         for (adapter, adapted) in self.adapters {
-            let rows = match self.outputs_only && site != Site::Qkv {
-                true => &adapted.outputs,
-                false => &adapted.rows,
+            let (rows, all) = match self.outputs_only && site != Site::Qkv {
+                true => (&adapted.outputs, self.batch.outputs.len()),
+                false => (&adapted.rows, self.batch.tokens.len()),
             };
             let Some(pair) = adapter.pair(self.layer, site).filter(|_| !rows.is_empty()) else {
                 continue;
             };
+            if rows.len() == all {
+                device.linear(&pair.a, x, &mut thin.low)?;
+                device.linear(&pair.b, &thin.low, &mut thin.high)?;
+                device.add(y, &thin.high, 1.0)?;
+                continue;
+            }
             thin.to.clear();
             thin.to.extend(rows.iter().map(|row| (*row, 1.0)));
             device.rows(x, rows, &mut thin.rows)?;
@@ -282,6 +289,7 @@ impl<D: Device> Forward for Decoder<D> {
             let last = i + 1 == model.layers.len();
             let more = Additions {
                 adapters: &adapters,
+                batch,
                 layer: i,
                 outputs_only: last,
             };

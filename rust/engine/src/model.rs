@@ -36,7 +36,7 @@ mod turn;
 pub use turn::Turn;
 
 use answer::Answer;
-use load::{Draft, MemoryPlan, Source, plan_memory};
+use load::{Adapt, Draft, MemoryPlan, Source, plan_memory};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,7 +128,7 @@ impl Default for ModelOptions {
 
 /// The adapters of a model, which loads those that requests name by their path.
 struct Adapters {
-    adapt: Box<dyn Fn(&Path) -> Result<u32> + Send + Sync>,
+    adapt: Adapt,
     known: Mutex<Vec<(String, u32)>>,
 }
 
@@ -923,6 +923,9 @@ impl ForTemplate {
     }
 }
 
+/// A template's rendering: the text, and its parts.
+type Render<'a> = dyn Fn(&RenderRequest) -> Result<(String, Vec<Segment>)> + 'a;
+
 /// A prompt's text, its parts, and what becomes of thoughts after it; `render` is the template's.
 fn chat_text(
     template: &ChatTemplate,
@@ -930,7 +933,7 @@ fn chat_text(
     messages: Value,
     answer: &Answer,
     style: &'static Style,
-    render: &dyn Fn(&RenderRequest) -> Result<(String, Vec<Segment>)>,
+    render: &Render,
 ) -> Result<(String, Vec<Segment>, Thinking)> {
     if let Some(wanted) = answer.reasoning {
         for_template.switch_thoughts(wanted, template.source())?;

@@ -660,7 +660,7 @@ mod tests {
             "frequency_penalty": -1.5, "presence_penalty": 2, "logit_bias": {"5": -100, "6": 1.5},
             "seed": u64::MAX, "stop": ["a", "bc"], "stop_token_ids": [3], "ignore_eos": true,
             "n": 3, "logprobs": true, "top_logprobs": 4, "prompt_logprobs": true, "skip_special_tokens": false,
-            "add_special_tokens": false, "timeout": 1.5, "priority": -3,
+            "add_special_tokens": false, "timeout": 1.5, "priority": -3, "adapter": "legal",
         });
         assert_eq!(all.as_object().unwrap().len(), OPTION_NAMES.len());
         let wanted = Options {
@@ -688,6 +688,7 @@ mod tests {
             add_special_tokens: Some(false),
             timeout: Some(Duration::from_millis(1500)),
             priority: -3,
+            adapter: Some("legal".into()),
         };
         assert_eq!(parse(all).unwrap(), wanted);
     }

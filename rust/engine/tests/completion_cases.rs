@@ -80,7 +80,7 @@ fn a_prompts_logprobs_are_those_of_its_logits_whatever_runs_beside_it() {
         let beside = model.submit(Prompt::Ids(prompt(33)), busy).unwrap();
         assert_eq!(ask(&model, 100, options), alone);
         drop(beside);
-        let logits = model.logits(&ids, false).unwrap();
+        let logits = model.logits(&ids, false, None).unwrap();
         let rows = logits.chunks_exact(logits.len() / ids.len());
         let judged = alone.prompt.unwrap();
         assert_eq!(judged.len(), 99);

@@ -435,7 +435,6 @@ fn a_grammars_text_is_the_same_whether_what_it_forbids_was_computed_or_not() {
             text,
             long: false,
             adapter: None,
-            adapter: None,
             eos_ids: vec![END],
         };
         engine.submit(request).unwrap()

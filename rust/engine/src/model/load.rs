@@ -21,11 +21,13 @@ use crate::{files, vocab};
 /// The weights, until they are let go of.
 type Shared<T> = Arc<Mutex<Option<Arc<T>>>>;
 
+/// Makes the adapter in a directory resident; its number.
+pub type Adapt = Box<dyn Fn(&Path) -> Result<u32> + Send + Sync>;
+
 /// What makes a decoder of weights in memory, and what lets go of them.
 pub struct Loaded {
     pub factory: Factory,
-    /// Makes the adapter in a directory resident; its number.
-    pub adapt: Box<dyn Fn(&Path) -> Result<u32> + Send + Sync>,
+    pub adapt: Adapt,
     pub release: Box<dyn Fn() + Send + Sync>,
 }
 
