@@ -360,7 +360,10 @@ class Engine:
 
     @functools.cached_property
     def _digest(self) -> str:
-        return hub.digest(self.path)
+        files = hub.digest(self.path)
+        wish = self._opening.get("quantization")
+        # The same files, quantised otherwise, are another model.
+        return hub.digest_of(files, wish) if isinstance(wish, at_load.AtLoad) else files
 
     @property
     def tokenizer(self) -> _core.Tokenizer:

@@ -124,6 +124,11 @@ def digest(path: Path) -> str:
     return whole.hexdigest()
 
 
+def digest_of(*parts: object) -> str:
+    """SHA-256 of some values as they are written, hexadecimal."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _parts(path: Path) -> list[str]:
     """The names of all parts of a split GGUF file; one that is not split is its only part."""
     split = _SPLIT.search(path.name)
