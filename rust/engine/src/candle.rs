@@ -25,9 +25,12 @@ struct Step {
     rotations: Vec<Rotation>,
     /// Where each row's keys and values go, `[rows, 1]`.
     slots: Option<Tensor>,
-    /// The spans' views for every window met so far, and whether both ways.
-    views: Vec<((Option<usize>, bool), Vec<View>)>,
+    /// The spans' views for all that layers have seen so far.
+    views: Vec<(Sees, Vec<View>)>,
 }
+
+/// A window, and whether queries see both ways.
+type Sees = (Option<usize>, bool);
 
 /// One rope's angles.
 #[derive(Clone)]

@@ -151,7 +151,7 @@ pub fn tq1_0(b: &[u8; 54], y: &mut [f32; 256]) {
         let (first, count, number) = parts[usize::from(i >= 160) + usize::from(i >= 240)];
         let (digit, at) = ((i - number) / count, (i - number) % count);
         let shifted = u16::from(b[first + at].wrapping_mul(POWERS[digit]));
-        *y = d * (f32::from(shifted * 3 >> 8) - 1.0);
+        *y = d * (f32::from((shifted * 3) >> 8) - 1.0);
     }
 }
 

@@ -587,13 +587,13 @@ mod tests {
         for (ty, values) in [(TensorType::NF4, NF4_VALUES), (TensorType::FP4, FP4_VALUES)] {
             assert_eq!(ty.id(), None);
             let y = block(ty, &[&3.0f32.to_le_bytes()[..], &codes].concat());
-            for i in 0..64 {
+            for (i, y) in y.iter().enumerate() {
                 let code = if i % 2 == 0 {
                     i / 2 % 16
                 } else {
                     15 - i / 2 % 16
                 };
-                assert_eq!(y[i], values[code] * 3.0);
+                assert_eq!(*y, values[code] * 3.0);
             }
         }
         assert_eq!((FP4_VALUES[3], FP4_VALUES[13]), (1.0, -0.5));

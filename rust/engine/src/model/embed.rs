@@ -122,11 +122,11 @@ struct Runner<D: Device> {
 impl<D: Device> Run for Runner<D> {
     fn forward(&mut self, sequences: &[&[u32]], out: &mut Vec<f32>) -> Result<()> {
         let here = process::id();
-        let encoder = match self.encoder.take_if(|(made_in, _)| *made_in == here) {
-            Some((_, encoder)) => encoder,
-            None => {
+        let encoder = match self.encoder.take() {
+            Some((made_in, encoder)) if made_in == here => encoder,
+            left => {
                 // What a parent left is not dropped: its threads are not here to be joined.
-                self.encoder.take().map(std::mem::forget);
+                std::mem::forget(left);
                 Encoder::new((self.device)(), self.resident.clone(), self.pages)?
             }
         };
