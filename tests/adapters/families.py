@@ -13,6 +13,7 @@ from hfcore import _core
 
 DEVICE = os.environ.get("HFCORE_CASE_DEVICE", "cpu")
 
+
 class Model:
     """One checkpoint."""
 

@@ -82,7 +82,9 @@ class _Run:
         self._texts = [path for path in files if path.suffix == ".txt"]
         self._tokenizers = [path for path in files if path.suffix == ".json"]
         if not self._tokenizers and not self._templates:
-            raise InvalidRequestError("--text wants a tokenizer.json or a .jinja template, got none")
+            raise InvalidRequestError(
+                "--text wants a tokenizer.json or a .jinja template, got none"
+            )
         if self._tokenizers and not self._texts:
             raise InvalidRequestError("--text wants .txt files for the tokenizers, got none")
         self._rounds = parsed.rounds
@@ -274,7 +276,10 @@ def table(lines: Sequence[Line]) -> str:
     first = lines[0] if lines else {}
     if first:
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        parts += [f"{first['cpu']}, Python {first['python']}, commit {first['commit']}; {versions}.", ""]
+        parts += [
+            f"{first['cpu']}, Python {first['python']}, commit {first['commit']}; {versions}.",
+            "",
+        ]
     for line in lines:
         if line["kind"] == "absent":
             parts.append(f"- {line['engine']}: {line['reason']}")
@@ -307,7 +312,10 @@ def _token_table(lines: Sequence[Line]) -> list[str]:
         cells = [file, engine, f"{any_line.get('wrong', '?')} of {any_line.get('texts', '?')}"]
         for what in ("first", "again"):
             cells += [_speed(theirs[what]), _ratio(mine[what], theirs[what], engine)]
-        cells += [_middle(theirs["message"], 1e6), _ratio(mine["message"], theirs["message"], engine)]
+        cells += [
+            _middle(theirs["message"], 1e6),
+            _ratio(mine["message"], theirs["message"], engine),
+        ]
         cells += [_middle(theirs["load"], 1e3), _middle(theirs["batch"], 1, "{:.2f}")]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
