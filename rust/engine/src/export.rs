@@ -85,7 +85,7 @@ impl Export {
             )));
         }
         let tokenizer = Tokenizer::from_dir(dir)?;
-        let mut metadata = model_keys(weights, &arch, dir)?;
+        let mut metadata = model_keys(&arch, dir);
         let mut tensors = tensors(weights, &arch)?;
         rope_keys(weights, &arch, &mut metadata, &mut tensors)?;
         metadata.extend(vocabulary(&tokenizer, dir, arch.vocab_size)?);
@@ -265,7 +265,7 @@ fn number(x: f32) -> Value {
 }
 
 /// The model's sizes.
-fn model_keys(weights: &Weights, arch: &Arch, dir: &Path) -> Result<Vec<(String, Value)>> {
+fn model_keys(arch: &Arch, dir: &Path) -> Vec<(String, Value)> {
     let family = arch.family;
     let name = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
     let name = name.file_name().unwrap_or_default().to_string_lossy();
@@ -305,8 +305,7 @@ fn model_keys(weights: &Weights, arch: &Arch, dir: &Path) -> Result<Vec<(String,
         put("attention.scale", number(arch.attention_scale));
         put("logit_scale", number(1.0 / arch.logit_scale));
     }
-    let _ = weights;
-    Ok(keys)
+    keys
 }
 
 /// Positions: the base, and what is not as the base alone says as factors, by which angles are divided.
