@@ -229,7 +229,7 @@ def bitsandbytes(
 def llm_int8(method: str | None = "bitsandbytes") -> Case:
     weight = random().integers(-127, 128, (48, 96), dtype=np.int8)
     scb = scales(48) * np.float32(20)
-    numbers = weight * scb[:, None] * np.float32(7.874015718698502e-3)
+    numbers = weight * scb[:, None] / np.float32(127)
     parts = {
         "weight": Stored(weight),
         "SCB": Stored(scb),

@@ -282,8 +282,8 @@ pub enum Scales {
         part: Part,
         /// Groups are the outer dimension, outputs the inner one.
         transposed: bool,
-        /// Multiplies every number after its scale.
-        factor: f32,
+        /// What every number is divided by after its scale.
+        divisor: f32,
     },
     /// Quantised themselves: a byte each into `values`, times the scale that `each` of them share, plus `offset`.
     Nested {
@@ -488,7 +488,7 @@ struct Open<'a> {
     table: Option<[f32; 256]>,
     /// Outputs (or blocks of them) by groups.
     scales: Vec<f32>,
-    factor: f32,
+    divisor: f32,
     /// One for each scale; or one.
     zeros: Vec<i16>,
     per_row: usize,
@@ -497,13 +497,13 @@ struct Open<'a> {
 impl<'a> Open<'a> {
     fn new(of: &'a Quantised, files: &'a [Mapped]) -> Self {
         let grid = of.grid();
-        let (scales, factor) = scales(&of.scales, grid, files);
+        let (scales, divisor) = scales(&of.scales, grid, files);
         Self {
             of,
             codes: of.codes.bytes(files),
             table: of.values.table(),
             scales,
-            factor,
+            divisor,
             zeros: zeros(&of.zeros, grid, files),
             per_row: grid[1],
         }
@@ -517,7 +517,7 @@ impl<'a> Open<'a> {
     }
 
     fn scale(&self, group: usize) -> f32 {
-        self.scales[group] * self.factor
+        self.scales[group] / self.divisor
     }
 
     /// Call `f(columns, group)` for what shares a scale in a row, in order.
@@ -568,9 +568,9 @@ impl<'a> Open<'a> {
                         None => f32::from(i16::from(*code) - zero),
                     };
                     *x = value * scale;
-                    // Apart, and not at all where there is none: an infinite number times 1 is itself, but why ask.
-                    if self.factor != 1.0 {
-                        *x *= self.factor;
+                    // Apart, so that it rounds as it does there.
+                    if self.divisor != 1.0 {
+                        *x /= self.divisor;
                     }
                 }
             });
@@ -682,20 +682,20 @@ fn block(form: Form, codes: &[u8; BLOCK], scale: f32, zero: i16, out: &mut [u8])
     }
 }
 
-/// Every scale in the order of the grid, and what multiplies the numbers after it.
+/// Every scale in the order of the grid, and what the numbers are divided by after it.
 fn scales(of: &Scales, [rows, cols]: [usize; 2], files: &[Mapped]) -> (Vec<f32>, f32) {
     match of {
         Scales::Plain {
             part,
             transposed,
-            factor,
+            divisor,
         } => {
             let stored = part.floats(files);
             let scales = match transposed {
                 true => transpose(&stored, cols, rows),
                 false => stored,
             };
-            (scales, *factor)
+            (scales, *divisor)
         }
         Scales::Nested {
             codes,
@@ -857,7 +857,7 @@ mod tests {
             scales: Scales::Plain {
                 part: nothing(),
                 transposed: false,
-                factor: 1.0,
+                divisor: 1.0,
             },
             zeros: Zeros::Fixed(0),
             groups,

@@ -6,10 +6,6 @@ use super::{FLOATS, Parts, unsupported};
 use crate::error::Result;
 use crate::quantised::{Dtype, Groups, Layout, Part, Quantised, Scales, Values, Zeros};
 
-/// 1 / 127 as the library writes it.
-#[expect(clippy::excessive_precision, reason = "the library's own digits")]
-const INT8_STEP: f32 = 7.874_015_718_698_502e-3;
-
 pub(super) fn gather(parts: &mut Parts) -> Result<()> {
     for (end, kind, values) in [
         (".quant_state.bitsandbytes__nf4", "NF4", Values::Nf4),
@@ -78,7 +74,7 @@ fn four_bits(
         _ => Scales::Plain {
             part: absmax,
             transposed: false,
-            factor: 1.0,
+            divisor: 1.0,
         },
     };
     Ok(Quantised {
@@ -143,7 +139,7 @@ fn eight_bits(parts: &mut Parts, module: &str) -> Result<Quantised> {
         scales: Scales::Plain {
             part: scales,
             transposed: false,
-            factor: INT8_STEP,
+            divisor: 127.0,
         },
         zeros: Zeros::Fixed(128),
         groups: Groups::Blocks([1, shape[1]]),

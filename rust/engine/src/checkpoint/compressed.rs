@@ -225,7 +225,7 @@ fn scales(
     let scales = Scales::Plain {
         part,
         transposed: false,
-        factor: 1.0,
+        divisor: 1.0,
     };
     Ok((scales, groups, grid))
 }

@@ -63,7 +63,7 @@ pub(super) fn matrix(
         scales: Scales::Plain {
             part: scales,
             transposed: false,
-            factor: 1.0,
+            divisor: 1.0,
         },
         zeros: Zeros::Fixed(0),
         groups,

@@ -85,7 +85,7 @@ fn matrix(parts: &mut Parts, module: &str, options: &Options) -> Result<Quantise
         scales: Scales::Plain {
             part: scales,
             transposed: true,
-            factor: 1.0,
+            divisor: 1.0,
         },
         zeros: Zeros::Each {
             part: zeros,
