@@ -102,9 +102,9 @@ fn packed(parts: &mut Parts, module: &str, options: &Options) -> Result<Quantise
         let of = |inputs: &usize| inputs.checked_mul(*bits).map(|n| n.div_ceil(32));
         sizes.get(1).and_then(of) == Some(words)
     };
-    let known = [2, 4, 8].into_iter().filter(fits);
+    let mut known = [2, 4, 8].into_iter().filter(fits);
     let bits = known.clone().find(|bits| options.bits.contains(bits));
-    let (Some(bits), &[outputs, inputs]) = (bits.or(known.last()), &sizes[..]) else {
+    let (Some(bits), &[outputs, inputs]) = (bits.or(known.next_back()), &sizes[..]) else {
         let got = &codes.shape;
         return Err(parts.problem(format!(
             "{module:?} has codes {got:?} for {sizes:?}: not of 2, 4 or 8 bits"
