@@ -16,8 +16,8 @@ PACKAGE = ROOT / "python" / "hfcore"
 
 # A file may use only what stands before it. `__init__` and `__main__` gather, so they come last.
 PYTHON_LADDER = (
-    "errors", "schemas", "metrics", "fetch", "options", "_core", "hub", "loops", "engine",
-    "quantization",
+    "errors", "schemas", "metrics", "fetch", "at_load", "options", "_core", "hub", "loops",
+    "engine", "quantization",
     "backends", "testing", "messages", "tools", "structured", "llms", "chat_models", "embeddings",
     "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip

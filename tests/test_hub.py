@@ -231,8 +231,9 @@ def test_a_safetensors_directory_is_taken_whole(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
     assert hub.resolve(tmp_path) == tmp_path
-    with pytest.raises(ModelNotFoundError, match=r"no \.gguf files"):
-        hub.resolve(tmp_path, quantization="Q8_0")
+    # There is nothing to choose by it: it is made as the model is loaded.
+    assert hub.resolve(tmp_path, quantization="Q8_0") == tmp_path
+    assert hub.left_to_make(tmp_path, tmp_path, "Q8_0") == "Q8_0"
 
 
 def test_an_empty_directory_says_what_it_lacks(tmp_path: Path) -> None:

@@ -101,6 +101,30 @@ def test_the_command_says_what_it_wrote_and_what_it_cost(
     assert main(["quantize", str(source), "--to", "q9", "-o", str(small)]) == 1
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_a_checkpoint_becomes_a_file_that_says_the_same(
+    family: str, cases: Path, tmp_path: Path
+) -> None:
+    source = cases / "families" / family
+    made = hfcore.quantize(source, "f32", tmp_path / "made.gguf").path
+    with Engine(source, device="reference") as before, Engine(made, device="reference") as after:
+        a, b = (engine.logits([1, 2, 3, 4, 5]) for engine in (before, after))
+        assert np.abs(a - b).max() < 1e-4
+        text = "It's 2024, isn't it?"
+        assert list(after.tokenizer.encode(text)) == list(before.tokenizer.encode(text))
+
+
+def test_a_checkpoint_that_a_file_cannot_say_is_refused(cases: Path, tmp_path: Path) -> None:
+    families = cases / "families"
+    with pytest.raises(UnsupportedModelError, match="scale of attention scores"):
+        hfcore.quantize(families / "gemma2", "q8_0", tmp_path / "no.gguf")
+    with pytest.raises(UnsupportedModelError, match="qwen3moe"):
+        hfcore.quantize(families / "qwen3_moe", "q8_0", tmp_path / "no.gguf")
+    with pytest.raises(UnsupportedModelError, match="NF4"):
+        hfcore.quantize(families / "llama", "nf4", tmp_path / "no.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_real_model_loses_little(smollm2: Path, tmp_path: Path) -> None:
     whole = hfcore.quantize(smollm2, "f16", tmp_path / "f16.gguf", allow_requantize=True).path
     small = hfcore.quantize(whole, "q4_k_m", tmp_path / "q4.gguf").path

@@ -488,6 +488,7 @@ class Engine:
         prefix_cache: bool = True,
         speculation: bool = True,
         draft_model: str | os.PathLike[str] | None = None,
+        quantization: tuple[str, bool, list[str]] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine:
         """Load the model at `path`: a `.gguf` file, or a directory with safetensors.
@@ -505,6 +506,8 @@ class Engine:
             prefix_cache: Whether requests that begin alike share what has run.
             speculation: Whether tokens are guessed from the text so far, where that is faster.
             draft_model: A smaller model of the same vocabulary that guesses too.
+            quantization: What a model in F32, F16 or BF16 is quantised to while it is loaded: a
+                mixture, whether bitsandbytes' double quantisation is wanted, modules to leave.
             forced_tokens: Whether tokens that a grammar forces run as one step.
             max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's

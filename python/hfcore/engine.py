@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import _core, hub, loops, metrics, options
+from . import _core, at_load, hub, loops, metrics, options
 from .errors import EngineClosedError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -197,7 +197,15 @@ class Engine:
             where that is faster. It changes no token.
         draft_model: a smaller model of the same vocabulary, named as `model` is, that guesses too
             where the text so far does not; as long as that pays. It changes no token.
-        quantization, revision, cache_dir, token, local_files_only: which files of the hub.
+        quantization: of GGUF files which one: "Q4_K_M". A safetensors checkpoint, or a GGUF file
+            in F32, F16 or BF16, is quantised to it while it is loaded: a mixture of
+            `hfcore quantize` ("q4_k_m", "q8_0", ...), "nf4" or "fp4".
+        quantization_config: the same as transformers says it: a BitsAndBytesConfig or an equal
+            dict. Blocks of nf4 and fp4 are bitsandbytes' to the bit; load_in_8bit is q8_0. What
+            llm_int8_skip_modules does not name is quantised; without it, all but the head.
+            bnb_4bit_compute_dtype changes nothing: weights are multiplied by inputs of 8 bits and
+            summed up in float32. What cannot act raises.
+        revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
             the loading. None: a bar on a terminal, if loading takes long.
         others: aliases of these (n_ctx, n_threads, ...).
@@ -239,7 +247,8 @@ class Engine:
         prefix_cache: bool = True,
         speculation: bool = True,
         draft_model: str | os.PathLike[str] | None = None,
-        quantization: str | None = None,
+        quantization: str | at_load.AtLoad | None = None,
+        quantization_config: Any = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: Any = None,
@@ -251,7 +260,8 @@ class Engine:
             "context_size": context_size, "threads": threads, "chat_template": chat_template,
             "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
             "prefix_cache": prefix_cache, "speculation": speculation,
-            "draft_model": draft_model, "quantization": quantization, "revision": revision,
+            "draft_model": draft_model, "quantization": quantization,
+            "quantization_config": quantization_config, "revision": revision,
             "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
@@ -259,9 +269,10 @@ class Engine:
         rest |= {"device": options.device(device), "max_sequences": max_sequences}
         self._closed = False
         with contextlib.closing(LoadBar()) as bar:
-            self._core = _core.Engine(path, progress=progress or bar.shown(), **rest)
+            self._core = _core.Engine(path, progress=progress or bar.shown(), **_plain(rest))
         self.model = os.fspath(model)
         self.path = path
+        opening.pop("quantization_config", None)  # it is in `rest`, as it was understood
         self._opening = {n: v for n, v in (opening | rest).items() if n != "token"}
 
     def stream(self, prompt: Prompt, **request: Any) -> Stream:
@@ -340,7 +351,10 @@ class Engine:
 
     @functools.cached_property
     def _digest(self) -> str:
-        return hub.digest(self.path)
+        files = hub.digest(self.path)
+        wish = self._opening.get("quantization")
+        # The same files, quantised otherwise, are another model.
+        return hub.digest_of(files, wish) if isinstance(wish, at_load.AtLoad) else files
 
     @property
     def tokenizer(self) -> _core.Tokenizer:
@@ -419,7 +433,8 @@ def _reopened(kind: type[Engine], model: str, path: Path, opening: dict[str, Any
     """The engine of a pickle: of the same files where they are here, else of the same name."""
     if not path.exists():
         return kind(model, **opening)
-    engine = kind(path, **{n: v for n, v in opening.items() if n not in _HUB})
+    kept = {n: v for n, v in opening.items() if n not in _HUB or isinstance(v, at_load.AtLoad)}
+    engine = kind(path, **kept)
     engine.model, engine._opening = model, opening
     return engine
 
@@ -430,11 +445,25 @@ def _located(
     """The files of a model, and how to open it where they and those of its draft model are."""
     place = {n: v for n, v in opening.items() if n in _HUB}
     rest = {n: v for n, v in opening.items() if n not in _HUB}
+    wish = place.get("quantization")
+    wanted = at_load.wanted(wish, rest.pop("quantization_config", None))
+    if isinstance(wish, at_load.AtLoad):
+        del place["quantization"]
     if "draft_model" in rest:
         # Which of its files the model takes says nothing of another model's.
         other = {n: v for n, v in place.items() if n not in {"quantization", "revision"}}
         rest["draft_model"] = hub.resolve(rest["draft_model"], **other).absolute()
-    return hub.resolve(model, **place), rest
+    path = hub.resolve(model, **place)
+    if wanted is None or isinstance(wish, str):
+        left = hub.left_to_make(model, path, wish)
+        wanted = None if left is None else at_load.AtLoad(left)
+    return path, rest | ({} if wanted is None else {"quantization": wanted})
+
+
+def _plain(rest: Mapping[str, Any]) -> dict[str, Any]:
+    """How to open a model, as the compiled engine takes it."""
+    wish = rest.get("quantization")
+    return {**rest, "quantization": wish and (wish.name, wish.nested, list(wish.skip))}
 
 
 class LoadBar:
@@ -519,7 +548,9 @@ class SharedEngine:
         return {"model": self.model, "options": self.options, "_engine": None, "_pid": 0}
 
 
-_SHAPES_ANSWERS = ("device", "context_size", "chat_template", "kv_cache_dtype")
+_SHAPES_ANSWERS = (
+    "device", "context_size", "chat_template", "kv_cache_dtype", "quantization_config",
+)  # fmt: skip
 
 
 def shared_engine(model: str | os.PathLike[str], **opening: Any) -> SharedEngine:

@@ -45,7 +45,8 @@ def resolve(
     """The local .gguf file or directory of a model, downloaded if it has to be.
 
     `model`: a .gguf path, a directory, "owner/name", or "owner/name:Q4_K_M". `quantization` says
-    the same as the part after the colon. `token` may be a SecretStr; it is never printed.
+    the same as the part after the colon; of safetensors there is nothing to choose by it, see
+    `left_to_make`. `token` may be a SecretStr; it is never printed.
 
     Raises ModelNotFoundError when there is no such thing, or it may not be read.
     """
@@ -74,6 +75,16 @@ def resolve(
         token=_plain_token(token),
         offline=_offline() if local_files_only is None else local_files_only,
     )
+
+
+def left_to_make(model: str | os.PathLike[str], path: Path, quantization: str | None) -> str | None:
+    """The quantisation that was asked for, if it is not what the file at `path` was chosen by."""
+    name = os.fspath(model)
+    base, _, tail = name.rpartition(":")
+    suffix = tail if base and not Path(name).expanduser().exists() and "/" not in tail else None
+    asked = _one_quantization(quantization, suffix)
+    chosen = path.is_file() and asked is not None and _quantization(path.name) == asked.upper()
+    return None if chosen else asked
 
 
 def looks_local(name: str) -> bool:
@@ -112,6 +123,11 @@ def digest(path: Path) -> str:
     return whole.hexdigest()
 
 
+def digest_of(*parts: object) -> str:
+    """SHA-256 of some values as they are written, hexadecimal."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _parts(path: Path) -> list[str]:
     """The names of all parts of a split GGUF file; one that is not split is its only part."""
     split = _SPLIT.search(path.name)
@@ -131,10 +147,6 @@ def choose(files: Iterable[str], quantization: str | None, model: str) -> list[s
     groups = _gguf_groups(names)
     if groups:
         return _whole(_choose_gguf(groups, quantization, model), model)
-    if quantization is not None:
-        raise ModelNotFoundError(
-            f"{model} has no .gguf files, so no quantization {quantization!r}", path=model
-        )
     weights = _safetensors(names)
     if not weights:
         seen = ", ".join(names[:8]) or "nothing"
@@ -149,7 +161,9 @@ def _choose_local(path: Path, quantization: str | None) -> Path:
     if path.is_file():
         return path
     names = [f.name for f in path.iterdir() if f.is_file()]
-    if quantization is None and (path / "config.json").exists() and _safetensors(names):
+    stated = {_quantization(name) for name in names if name.lower().endswith(".gguf")}
+    asked = quantization is not None and quantization.upper() in stated
+    if not asked and (path / "config.json").exists() and _safetensors(names):
         return path
     return _root(path, choose(names, quantization, str(path)))
 

@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from . import at_load
 from .errors import InvalidRequestError, UnknownOptionError, UnsupportedModelError
 
 CHOOSING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -54,8 +55,8 @@ has the higher one runs first, -100 to 100, 0 by itself."""
 
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
-    "max_sequences", "prefix_cache", "speculation", "draft_model", "quantization", "revision",
-    "cache_dir", "token", "local_files_only",
+    "max_sequences", "prefix_cache", "speculation", "draft_model", "quantization",
+    "quantization_config", "revision", "cache_dir", "token", "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 
@@ -95,8 +96,10 @@ _PROCESSOR = "custom Python processors do not run inside the engine"
 _MASKS = "this processor is not supported; logit_bias can forbid or favour single tokens"
 _FREE_OF_PAD = "nothing is ever padded, so no pad token is needed: leave it out"
 _OWN_TYPES = (
-    "weights are used in the types of their file; choose another file, e.g. owner/name:Q8_0"
+    "weights are used in the types of their file; choose another file, e.g. owner/name:Q8_0, or"
+    " quantization"
 )
+_CONFIG = "give quantization_config, or quantization"
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": ((), "use tools"),
@@ -153,9 +156,8 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_dict_in_generate": ((False,), "completions are text"),
     "torch_dtype": (("auto",), _OWN_TYPES),
     "dtype": (("auto",), _OWN_TYPES),
-    "quantization_config": ((), _OWN_TYPES),
-    "load_in_8bit": ((False,), _OWN_TYPES),
-    "load_in_4bit": ((False,), _OWN_TYPES),
+    "load_in_8bit": ((False,), _CONFIG),
+    "load_in_4bit": ((False,), _CONFIG),
     "trust_remote_code": ((False,), "code that comes with a model is never run"),
     "attn_implementation": ((), "there is one implementation"),
     "low_cpu_mem_usage": ((True, False), "files are memory-mapped"),
@@ -193,6 +195,7 @@ def canonical(options: Mapping[str, Any], known: Iterable[str] = REQUEST) -> dic
             continue
         value = _stops(value) if option == "stop" else value
         value = kv_cache_dtype(value) if option == "kv_cache_dtype" else value
+        value = at_load.config(value) if option == "quantization_config" else value
         if option in result and not _same(result[option], value):
             raise InvalidRequestError(
                 f"{given_as[option]}={result[option]!r} and {name}={value!r}"

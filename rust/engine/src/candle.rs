@@ -3,9 +3,11 @@
 
 use candle_core::{D, DType, Device as Place, Tensor};
 use hfcore_kernels::elementwise::{Activation, Pairing, SWISH_ALPHA, SWISH_LIMIT};
+use hfcore_kernels::pool::Pool;
 
 use crate::arch::Rope;
 use crate::batch::{Batch, PAGE, Span};
+use crate::conversion::Conversion;
 use crate::device::{Angles, AttentionLayer, AttentionShape, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
 use crate::weights;
@@ -112,7 +114,13 @@ impl Device for Candle {
     type Cache = Vec<KvLayer>;
 
     fn matrix(&self, parts: &[weights::Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
-        let values: Vec<f32> = parts.iter().flat_map(|part| part.dequantize()).collect();
+        let mut values = Vec::new();
+        for part in parts {
+            values.extend(match part.target {
+                Some(target) => Conversion::new(&Pool::new(1), *part, target)?.numbers(),
+                None => part.dequantize(),
+            });
+        }
         let cols = parts.first().map_or(0, |part| part.cols());
         let rows = parts.iter().map(|part| part.rows()).sum::<usize>();
         let weight = Tensor::from_vec(values, (rows, cols), &self.device);

@@ -11,6 +11,7 @@ use hfcore_kernels::tile::{BLOCK, Tiles};
 
 use crate::arch::Rope;
 use crate::batch::{Batch, Span};
+use crate::conversion::Conversion;
 use crate::device::{Angles, AttentionLayer, AttentionShape, Device, Norm};
 use crate::error::Result;
 use crate::weights::Tensor;
@@ -146,6 +147,35 @@ fn activations<'a>(
 }
 
 impl Cpu {
+    /// A part of a matrix, quantised on the way where that is wanted.
+    fn tiles(&self, part: &Tensor) -> Result<Tiles> {
+        let (arena, pool) = (&self.arena, &self.pool);
+        let (rows, cols) = (part.rows(), part.cols());
+        let Some(target) = part.target else {
+            let forget = |bytes| part.forget(bytes);
+            let (tensor_type, data) = (part.tensor_type, part.data);
+            return Ok(Tiles::pack_in(
+                arena,
+                tensor_type,
+                rows,
+                cols,
+                data,
+                pool,
+                forget,
+            ));
+        };
+        let conversion = Conversion::new(pool, *part, target)?;
+        let bytes = part.data.len() / rows.max(1);
+        Ok(Tiles::pack_made(
+            arena,
+            target.tensor_type,
+            (rows, cols),
+            pool,
+            |row, out| conversion.row(row, None, out),
+            |rows| part.forget(rows.start * bytes..rows.end * bytes),
+        ))
+    }
+
     fn multiply(
         &mut self,
         matrix: &Matrix,
@@ -171,15 +201,8 @@ impl Device for Cpu {
     }
 
     fn matrix(&self, parts: &[Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
-        let pack = |t: &Tensor| {
-            let (arena, pool) = (&self.arena, &self.pool);
-            let (rows, cols) = (t.rows(), t.cols());
-            Tiles::pack_in(arena, t.tensor_type, rows, cols, t.data, pool, |bytes| {
-                t.forget(bytes)
-            })
-        };
-        let tiles = parts.iter().map(pack).collect();
-        Ok(Matrix::new(tiles, bias))
+        let tiles: Result<_> = parts.iter().map(|part| self.tiles(part)).collect();
+        Ok(Matrix::new(tiles?, bias))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {

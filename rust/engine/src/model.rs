@@ -18,6 +18,7 @@ use crate::engine::{Engine, EngineConfig, Request};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::options::{Defaults, Options};
+use crate::recipe::AtLoad;
 use crate::response::{Parser, Style, Thinking};
 use crate::sequence::{Parts, Text};
 use crate::stream::Stream;
@@ -94,6 +95,8 @@ pub struct ModelOptions {
     pub speculation: bool,
     /// A smaller model of the same vocabulary that guesses for this one.
     pub draft_model: Option<PathBuf>,
+    /// What a model in F32, F16 or BF16 is quantised to while it is loaded.
+    pub quantization: Option<AtLoad>,
 }
 
 impl Default for ModelOptions {
@@ -110,6 +113,7 @@ impl Default for ModelOptions {
             prefix_cache: true,
             speculation: true,
             draft_model: None,
+            quantization: None,
         }
     }
 }
@@ -186,7 +190,9 @@ impl Model {
         let source = Source {
             weights: weights.clone(),
             arch,
+            at_load: options.quantization.clone(),
         };
+        source.check()?;
         let draft_source = draft.as_ref().map(|draft| &draft.source);
         let plan = plan_memory(&source, draft_source, options, memory::available())?;
         let arch = &source.arch;
@@ -753,7 +759,7 @@ fn info(
         "trained_context_size": arch.context_size,
         "layers": arch.layers.len(),
         "hidden_size": arch.hidden_size,
-        "quantization": main_type,
+        "quantization": options.quantization.as_ref().map_or(main_type, |q| Some(q.recipe.name)),
         "parameters": parameters,
         "bytes": weights.total_bytes(),
         "draft_model": options.draft_model.as_ref().map(|path| path.display().to_string()),

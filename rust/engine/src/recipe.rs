@@ -6,10 +6,11 @@
 use hfcore_kernels::quant::TensorType;
 
 use crate::error::{Error, Result};
+use crate::weights::Target;
 
 use TensorType::{
-    BF16, F16, F32, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K,
-    Q8_0,
+    BF16, F16, F32, FP4, IQ4_NL, IQ4_XS, MXFP4, NF4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1,
+    Q5_K, Q6_K, Q8_0,
 };
 
 /// A mixture of types.
@@ -17,8 +18,8 @@ use TensorType::{
 pub struct Recipe {
     /// As files are named: `Q4_K_M`.
     pub name: &'static str,
-    /// GGUF's `general.file_type`.
-    pub file_type: u32,
+    /// GGUF's `general.file_type`; none where no GGUF file can hold it.
+    pub file_type: Option<u32>,
     base: TensorType,
     more: More,
 }
@@ -43,13 +44,22 @@ enum More {
 const fn recipe(name: &'static str, file_type: u32, base: TensorType, more: More) -> Recipe {
     Recipe {
         name,
-        file_type,
+        file_type: Some(file_type),
         base,
         more,
     }
 }
 
-const RECIPES: [Recipe; 21] = [
+const fn bitsandbytes(name: &'static str, base: TensorType) -> Recipe {
+    Recipe {
+        name,
+        file_type: None,
+        base,
+        more: More::Nothing,
+    }
+}
+
+const RECIPES: [Recipe; 23] = [
     recipe("F32", 0, F32, More::Nothing),
     recipe("F16", 1, F16, More::Nothing),
     recipe("BF16", 32, BF16, More::Nothing),
@@ -66,6 +76,8 @@ const RECIPES: [Recipe; 21] = [
     recipe("IQ4_NL", 25, IQ4_NL, More::First(Q5_K)),
     recipe("IQ4_XS", 30, IQ4_XS, More::First(Q5_K)),
     recipe("MXFP4", 38, MXFP4, More::Nothing),
+    bitsandbytes("NF4", NF4),
+    bitsandbytes("FP4", FP4),
     recipe(
         "Q3_K_L",
         13,
@@ -160,8 +172,7 @@ impl Recipe {
             return F32;
         }
         let layer = parts.find_map(|part| part.parse::<usize>().ok());
-        let role = ROLES.iter().find(|(_, names)| names.contains(&own));
-        let role = role.map_or(Role::Other, |(role, _)| *role);
+        let role = role_of(name);
         fitting(self.of_role(role, layer.unwrap_or(0), layers, tied), cols)
     }
 
@@ -186,13 +197,86 @@ fn often(layer: usize, layers: usize) -> bool {
     layer < eighth || layer >= 7 * layers / 8 || (layer - eighth) % 3 == 2
 }
 
+/// What becomes of a model's matrices while they are made resident.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AtLoad {
+    pub recipe: Recipe,
+    /// See [`Target`].
+    pub nested: bool,
+    /// Modules that stay as they are, by the checkpoint's names: whole names that one begins with, or its end, as
+    /// transformers has it. `lm_head` is the output.
+    pub skip: Vec<String>,
+}
+
+impl AtLoad {
+    /// By a mixture alone.
+    ///
+    /// # Errors
+    /// As [`Recipe::parse`].
+    pub fn parse(name: &str) -> Result<Self> {
+        Ok(Self {
+            recipe: Recipe::parse(name)?,
+            nested: false,
+            skip: Vec::new(),
+        })
+    }
+
+    /// What the matrix `name` of this shape becomes, whose blocks now are of `from`: see [`Recipe::tensor_type`]. `own` is
+    /// the name that its file gives it. None: it stays as it is.
+    pub fn target(
+        &self,
+        (name, own): (&str, &str),
+        from: TensorType,
+        shape: &[usize],
+        (layers, tied): (usize, bool),
+    ) -> Option<Target> {
+        let tensor_type = self.recipe.tensor_type(name, shape, layers, tied);
+        let head = is_output(name) || tied && is_embedding(name);
+        let kept = head && self.skip.iter().any(|skip| skip == "lm_head")
+            || self.skip.iter().any(|skip| matches(own, skip));
+        // What fits no blocks stays as exact as it is.
+        let unfit = tensor_type.block_len() == 1 && self.recipe.base.block_len() > 1;
+        if kept || unfit || tensor_type == from || tensor_type == F32 && self.recipe.base != F32 {
+            return None;
+        }
+        let nested = self.nested;
+        Some(Target {
+            tensor_type,
+            nested,
+        })
+    }
+}
+
+fn is_output(name: &str) -> bool {
+    role_of(name) == Role::Output
+}
+
+fn is_embedding(name: &str) -> bool {
+    role_of(name) == Role::Embedding
+}
+
+fn role_of(name: &str) -> Role {
+    let name = name.strip_suffix(".weight").unwrap_or(name);
+    let own = name.rsplit('.').next().unwrap_or_default();
+    let role = ROLES.iter().find(|(_, names)| names.contains(&own));
+    role.map_or(Role::Other, |(role, _)| *role)
+}
+
+/// Whether a tensor belongs to the module, or modules, that are called so.
+fn matches(own: &str, module: &str) -> bool {
+    let own = own.strip_suffix(".weight").unwrap_or(own);
+    let rest = own.strip_prefix(module);
+    let begins = |rest: &str| rest.is_empty() || rest.starts_with('.') || module.ends_with('.');
+    rest.is_some_and(begins) || own.ends_with(module)
+}
+
 /// The type nearest to `wanted` whose blocks rows of `cols` numbers are made of.
 fn fitting(wanted: TensorType, cols: usize) -> TensorType {
     let smaller = match wanted {
         Q2_K | Q3_K | IQ4_XS => IQ4_NL,
         Q4_K => Q5_0,
         Q5_K => Q5_1,
-        Q6_K => Q8_0,
+        Q6_K | NF4 | FP4 => Q8_0,
         other => other,
     };
     let fits = |ty: &TensorType| cols.is_multiple_of(ty.block_len());
@@ -252,6 +336,34 @@ mod tests {
                 assert_eq!(of(&gguf, false), of(&hf, false), "{gguf} {hf}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_skipped_or_fits_no_blocks_stays_as_it_is() {
+        let at_load = AtLoad {
+            skip: ["lm_head", "layers.1.", "k_proj"].map(String::from).into(),
+            ..AtLoad::parse("nf4").unwrap()
+        };
+        let of = |name: &str, cols, tied| {
+            let target = at_load.target((name, name), BF16, &[512, cols], (4, tied));
+            target.map(|target| target.tensor_type)
+        };
+        let at = |i: usize, module: &str| format!("model.layers.{i}.self_attn.{module}.weight");
+        assert_eq!(of(&at(0, "q_proj"), 512, false), Some(NF4));
+        assert_eq!(of(&at(0, "q_proj"), 96, false), Some(Q8_0));
+        assert_eq!(of(&at(0, "q_proj"), 50, false), None);
+        assert_eq!(of(&at(0, "k_proj"), 512, false), None);
+        assert_eq!(of("lm_head.weight", 512, false), None);
+        assert_eq!(of("model.embed_tokens.weight", 512, true), None);
+        let plain = AtLoad::parse("q4_k_m").unwrap();
+        let of = |name: &str, from| {
+            let target = plain.target((name, name), from, &[512, 512], (4, true));
+            target.map(|target| target.tensor_type)
+        };
+        assert_eq!(of("model.embed_tokens.weight", BF16), Some(Q6_K));
+        assert_eq!(of("blk.2.attn_q.weight", F32), Some(Q4_K));
+        assert_eq!(of("blk.2.attn_q.weight", Q4_K), None);
+        assert_eq!(of("blk.2.attn_norm.weight", F16), Some(Q4_K));
     }
 
     #[test]

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use hfcore_kernels::pool::Pool;
-use hfcore_kernels::quant::{TensorType, dequantize};
-use hfcore_kernels::quantize::quantize;
+use hfcore_kernels::quant::TensorType;
 
+use crate::conversion::Conversion;
 use crate::error::{Error, Result};
-use crate::gguf::write::{Planned, Writer};
+use crate::export::{Export, Exported};
+use crate::gguf::write::{Planned, Writer, copied, entry, own_entries};
 use crate::recipe::Recipe;
-use crate::weights::{Tensor, Weights};
+use crate::weights::{Target, Tensor, Weights};
 use crate::{files, gguf};
 
 /// Types that hold a model as it was made: others have lost something already.
@@ -86,19 +87,15 @@ pub fn tensor(
     to: TensorType,
     importance: &Importance,
 ) -> Result<Vec<u8>> {
-    let (rows, cols) = (from.rows(), from.cols());
-    let row_bytes = to
-        .row_bytes(cols)
-        .filter(|n| *n > 0)
-        .ok_or_else(|| Error::ModelFile {
-            path: from.name.to_owned(),
-            problem: format!("rows of {cols} numbers are no blocks of {}", to.name()),
-        })?;
-    let mut out = vec![0; rows * row_bytes];
+    let target = Target {
+        tensor_type: to,
+        nested: false,
+    };
+    let conversion = Conversion::new(pool, *from, target)?;
+    let row_bytes = conversion.row_bytes();
+    let mut out = vec![0; from.rows() * row_bytes];
     pool.rows(&mut out, row_bytes, |row, out| {
-        let mut numbers = vec![0.0; cols];
-        dequantize(from.tensor_type, from.row(row), &mut numbers);
-        quantize(to, &numbers, importance.of(from, row), out);
+        conversion.row(row, importance.of(from, row), out);
     });
     Ok(out)
 }
@@ -120,12 +117,12 @@ pub struct Requantized {
     pub bytes: u64,
 }
 
-/// Write the GGUF model at `source` as `wanted` says to `out`, whole or not at all. `progress(done, total)` is told in bytes
-/// of the source; false stops it with `Closed`.
+/// Write the model at `source` as `wanted` says to the GGUF file `out`, whole or not at all. `progress(done, total)` is told
+/// in bytes of the source; false stops it with `Closed`.
 ///
 /// # Errors
-/// [`Error::ModelFile`] where a file cannot be read or written; [`Error::Unsupported`] for a source that is no GGUF file, or
-/// that is quantised already.
+/// [`Error::ModelFile`] where a file cannot be read or written; [`Error::Unsupported`] for a source that is quantised
+/// already, or a checkpoint that cannot be said in a GGUF file: see [`Export`].
 pub fn file(
     source: &Path,
     wanted: &Wanted,
@@ -134,16 +131,17 @@ pub fn file(
     progress: &dyn Fn(u64, u64) -> bool,
 ) -> Result<Requantized> {
     let weights = files::open(source)?;
-    if weights.config.is_some() {
-        return Err(Error::Unsupported {
-            what: "source",
-            name: weights.path,
-            supported: "GGUF files in F32, F16, BF16 or Q8_0".into(),
-        });
-    }
+    let export = match weights.config {
+        Some(_) => Some(Export::new(&weights, source)?),
+        None => None,
+    };
     let name = out.file_name().unwrap_or_default().to_string_lossy();
     let part = out.with_file_name(format!(".{name}.{}.part", std::process::id()));
-    let made = write(&weights, wanted, &part, threads, progress).and_then(|made| {
+    let made = write(&weights, export.as_ref(), wanted, &part, threads, progress);
+    let made = made.and_then(|made| {
+        if let Some(export) = &export {
+            export.check(&mut gguf::open(&part)?)?;
+        }
         std::fs::rename(&part, out).map_err(|e| Error::ModelFile {
             path: out.display().to_string(),
             problem: e.to_string(),
@@ -156,45 +154,93 @@ pub fn file(
     made
 }
 
+/// A tensor that will be written: as its source has it, or made for the file.
+struct Item<'a> {
+    name: &'a str,
+    shape: &'a [usize],
+    from: TensorType,
+    exported: Option<&'a Exported>,
+}
+
+fn items<'a>(weights: &'a Weights, export: Option<&'a Export>) -> Result<Vec<Item<'a>>> {
+    if let Some(export) = export {
+        let item = |exported: &'a Exported| Item {
+            name: &exported.name,
+            shape: &exported.shape,
+            from: exported.tensor_type,
+            exported: Some(exported),
+        };
+        return Ok(export.tensors.iter().map(item).collect());
+    }
+    let mut names: Vec<&String> = weights.tensors.keys().collect();
+    names.sort_by_key(|name| weights.tensors.get(*name).map(|t| (t.file, t.bytes.start)));
+    let item = |name: &'a String| {
+        let tensor = weights.require(name)?;
+        Ok(Item {
+            name: tensor.name,
+            shape: tensor.shape,
+            from: tensor.tensor_type,
+            exported: None,
+        })
+    };
+    names.into_iter().map(item).collect()
+}
+
 fn write(
     weights: &Weights,
+    export: Option<&Export>,
     wanted: &Wanted,
     part: &Path,
     threads: Option<usize>,
     progress: &dyn Fn(u64, u64) -> bool,
 ) -> Result<Requantized> {
-    let mut names: Vec<&String> = weights.tensors.keys().collect();
-    names.sort_by_key(|name| weights.tensors.get(*name).map(|t| (t.file, t.bytes.start)));
-    let tied = !weights.tensors.contains_key("output.weight");
-    let architecture = weights.get_str("general.architecture")?.unwrap_or_default();
-    let layers = weights
-        .get_usize(&format!("{architecture}.block_count"))?
-        .unwrap_or(0);
-    let planned: Vec<Planned> = names
+    let file_type = wanted.recipe.file_type.ok_or_else(|| Error::Unsupported {
+        what: "type of a GGUF file",
+        name: wanted.recipe.name.into(),
+        supported: "Q4_K_M, Q4_0, Q8_0 and others; this one a model can be while it is loaded"
+            .into(),
+    })?;
+    let items = items(weights, export)?;
+    let model = match export {
+        Some(export) => export.shape(),
+        None => gguf_shape(weights)?,
+    };
+    let planned: Vec<Planned> = items
         .iter()
-        .map(|name| plan(weights, name, wanted, layers, tied))
+        .map(|item| plan(item, wanted, model))
         .collect::<Result<_>>()?;
-    let mut writer = Writer::begin(part, weights, wanted.recipe.file_type, &planned)?;
+    let mut metadata = match export {
+        Some(export) => {
+            let keys = export.metadata.iter();
+            keys.map(|(key, value)| entry(key, value)).collect()
+        }
+        None => copied(weights)?,
+    };
+    metadata.extend(own_entries(file_type));
+    let mut writer = Writer::begin(part, &metadata, &planned)?;
     let pool = Pool::new(threads.unwrap_or_else(Pool::available));
     let (total, mut done) = (weights.total_bytes(), 0);
-    for tensor_plan in &planned {
-        let from = weights.require(tensor_plan.name)?;
-        match tensor_plan.tensor_type == from.tensor_type {
+    for (item, planned) in items.iter().zip(&planned) {
+        let mut own = Vec::new();
+        let from = match item.exported {
+            Some(exported) => exported.read(weights, &mut own)?,
+            None => weights.require(item.name)?,
+        };
+        match planned.tensor_type == from.tensor_type {
             true => writer.tensor(from.data)?,
-            false => writer.tensor(&tensor(
-                &pool,
-                &from,
-                tensor_plan.tensor_type,
-                &wanted.importance,
-            )?)?,
+            false => {
+                let importance = &wanted.importance;
+                writer.tensor(&tensor(&pool, &from, planned.tensor_type, importance)?)?;
+            }
         }
         from.forget(0..from.data.len());
-        done += from.data.len() as u64;
+        done = total.min(done + from.data.len() as u64);
         if !progress(done, total) {
             return Err(Error::Closed);
         }
     }
     writer.end()?;
+    progress(total, total);
     Ok(Requantized {
         tensors: planned.len(),
         bytes_before: total,
@@ -202,30 +248,36 @@ fn write(
     })
 }
 
+/// Layers of a GGUF model, and whether its embedding is its output too.
+fn gguf_shape(weights: &Weights) -> Result<(usize, bool)> {
+    let tied = !weights.tensors.contains_key("output.weight");
+    let architecture = weights.get_str("general.architecture")?.unwrap_or_default();
+    let layers = weights.get_usize(&format!("{architecture}.block_count"))?;
+    Ok((layers.unwrap_or(0), tied))
+}
+
 fn plan<'a>(
-    weights: &'a Weights,
-    name: &str,
+    item: &Item<'a>,
     wanted: &Wanted,
-    layers: usize,
-    tied: bool,
+    (layers, tied): (usize, bool),
 ) -> Result<Planned<'a>> {
-    let tensor = weights.require(name)?;
-    if !wanted.again && !WHOLE.contains(&tensor.tensor_type) {
+    if !wanted.again && !WHOLE.contains(&item.from) {
         return Err(Error::Unsupported {
             what: "source type",
-            name: format!("{} of {name}", tensor.tensor_type.name()),
+            name: format!("{} of {}", item.from.name(), item.name),
             supported: WHOLE.map(TensorType::name).join(", "),
         });
     }
-    let tensor_type = match tensor.shape {
-        [_] | [] => tensor.tensor_type,
-        shape => wanted.recipe.tensor_type(name, shape, layers, tied),
+    let tensor_type = match item.shape {
+        [_] | [] => item.from,
+        shape => wanted.recipe.tensor_type(item.name, shape, layers, tied),
     };
-    let bytes = tensor_type.row_bytes(tensor.cols()).unwrap_or(0) * tensor.rows();
+    let cols = item.shape.last().copied().unwrap_or(1);
+    let rows = item.shape.iter().product::<usize>() / cols.max(1);
     Ok(Planned {
-        name: tensor.name,
+        name: item.name,
         tensor_type,
-        shape: tensor.shape,
-        bytes,
+        shape: item.shape,
+        bytes: tensor_type.row_bytes(cols).unwrap_or(0) * rows,
     })
 }

@@ -42,10 +42,22 @@ pub struct Tensor<'a> {
     pub tensor_type: TensorType,
     pub shape: &'a [usize],
     pub data: &'a [u8],
+    /// What it is to be made of where it becomes resident; none: as it is.
+    pub target: Option<Target>,
     /// Its rows, over all outer dimensions together, unless it is a part.
     rows: usize,
+    /// Of a part of a matrix, all its bytes and the part's first row.
+    pub outer: Option<(&'a [u8], usize)>,
     /// The file that `data` lies in, and where.
     place: Option<(&'a Mapped, usize)>,
+}
+
+/// What a tensor is quantised to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    pub tensor_type: TensorType,
+    /// The largest numbers of NF4's and FP4's blocks are quantised too: bitsandbytes' double quantisation.
+    pub nested: bool,
 }
 
 fn rows_of(shape: &[usize]) -> usize {
@@ -80,6 +92,8 @@ impl Weights {
             name,
             tensor_type: info.tensor_type,
             shape: &info.shape,
+            target: None,
+            outer: None,
             rows: rows_of(&info.shape),
             data: file.get(info.bytes.clone())?,
             place: Some((file, info.bytes.start)),
@@ -286,9 +300,21 @@ impl<'a> Tensor<'a> {
             tensor_type,
             shape,
             data,
+            target: None,
+            outer: None,
             rows: rows_of(shape),
             place: None,
         }
+    }
+
+    /// The same under another name.
+    pub fn named(self, name: &'a str) -> Self {
+        Self { name, ..self }
+    }
+
+    /// The same, to be quantised so.
+    pub fn aimed(self, target: Option<Target>) -> Self {
+        Self { target, ..self }
     }
 
     /// `count` of its rows, from `first` on.
@@ -297,9 +323,11 @@ impl<'a> Tensor<'a> {
     /// Where there are fewer: a defect of the caller.
     pub fn slice(&self, first: usize, count: usize) -> Self {
         let bytes = self.data.len().checked_div(self.rows).unwrap_or(0);
+        let (whole, before) = self.outer.unwrap_or((self.data, 0));
         Self {
             data: &self.data[first * bytes..(first + count) * bytes],
             rows: count,
+            outer: (self.shape.len() == 2).then_some((whole, before + first)),
             place: self
                 .place
                 .map(|(file, start)| (file, start + first * bytes)),
@@ -586,6 +614,8 @@ mod tests {
             name: "t",
             tensor_type: TensorType::F32,
             shape: &[2, 3, 2],
+            target: None,
+            outer: None,
             rows: rows_of(&[2, 3, 2]),
             data: &data,
             place: None,

@@ -495,30 +495,67 @@ impl Tiles {
         pool: &Pool,
         packed: impl Fn(Range<usize>),
     ) -> Self {
-        let row_bytes = tensor_type
-            .row_bytes(inputs)
-            .expect("inputs are whole blocks");
+        let row_bytes = row_bytes(tensor_type, inputs);
         assert_eq!(
             data.len(),
             rows * row_bytes,
             "bytes of a {rows} x {inputs} {tensor_type:?} matrix"
         );
+        let tile = |rows: Range<usize>, out: &mut [u8]| {
+            let data = &data[rows.start * row_bytes..rows.end * row_bytes];
+            pack_tile(tensor_type, data, row_bytes, out);
+        };
+        let packed = |rows: Range<usize>| packed(rows.start * row_bytes..rows.end * row_bytes);
+        Self::new_in(arena, tensor_type, (rows, inputs), pool, tile, packed)
+    }
+
+    /// The same of blocks that are made as they are packed: `row(i, out)` writes those of row `i`. `packed` is told which
+    /// rows are done.
+    ///
+    /// # Panics
+    /// When rows of `inputs` are no whole blocks, and when there is no memory.
+    pub fn pack_made(
+        arena: &Arena,
+        tensor_type: TensorType,
+        (rows, inputs): (usize, usize),
+        pool: &Pool,
+        row: impl Fn(usize, &mut [u8]) + Sync,
+        packed: impl Fn(Range<usize>),
+    ) -> Self {
+        let row_bytes = row_bytes(tensor_type, inputs);
+        let tile = |rows: Range<usize>, out: &mut [u8]| {
+            let mut data = vec![0; rows.len() * row_bytes];
+            for (i, data) in rows.zip(data.chunks_exact_mut(row_bytes)) {
+                row(i, data);
+            }
+            pack_tile(tensor_type, &data, row_bytes, out);
+        };
+        Self::new_in(arena, tensor_type, (rows, inputs), pool, tile, packed)
+    }
+
+    /// Fill tiles in parallel: `tile(rows, out)`.
+    fn new_in(
+        arena: &Arena,
+        tensor_type: TensorType,
+        (rows, inputs): (usize, usize),
+        pool: &Pool,
+        tile: impl Fn(Range<usize>, &mut [u8]) + Sync,
+        packed: impl Fn(Range<usize>),
+    ) -> Self {
         let (step, bytes) = geometry(tensor_type);
         let tile_bytes = (inputs.div_ceil(step) * bytes).next_multiple_of(64);
         let size = rows.div_ceil(LANES) * tile_bytes;
         let mut memory = arena
             .take(size)
             .unwrap_or_else(|e| panic!("no memory for {size} bytes of weights: {e}"));
-        let tile_data = LANES * row_bytes;
-        let slice = (SLICE / tile_data.max(1)).max(1);
+        let slice = (SLICE / tile_bytes.max(1)).max(1);
         for (i, memory) in memory.chunks_mut((slice * tile_bytes).max(1)).enumerate() {
-            let data_at = i * slice * tile_data;
-            pool.rows(memory, tile_bytes, |tile, out| {
-                let first = data_at + tile * tile_data;
-                let last = data.len().min(first + tile_data);
-                pack_tile(tensor_type, &data[first..last], row_bytes, out);
+            let first = i * slice * LANES;
+            pool.rows(memory, tile_bytes, |i, out| {
+                let first = first + i * LANES;
+                tile(first..rows.min(first + LANES), out);
             });
-            packed(data_at..data.len().min(data_at + slice * tile_data));
+            packed(first..rows.min(first + slice * LANES));
         }
         Self {
             tensor_type,
@@ -550,6 +587,12 @@ impl Tiles {
     pub(crate) fn tile(&self, i: usize) -> &[u8] {
         &self.memory[i * self.tile_bytes..(i + 1) * self.tile_bytes]
     }
+}
+
+fn row_bytes(tensor_type: TensorType, inputs: usize) -> usize {
+    tensor_type
+        .row_bytes(inputs)
+        .expect("inputs are whole blocks")
 }
 
 fn pack_tile(tensor_type: TensorType, data: &[u8], row_bytes: usize, out: &mut [u8]) {

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use hfcore_engine::error::Result;
 use hfcore_engine::model::{DeviceKind, Model, ModelOptions, Prompt, kv_cache_dtype as kv_type};
+use hfcore_engine::recipe::{AtLoad, Recipe};
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PySequence, PyString};
@@ -35,7 +36,7 @@ impl Engine {
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
         kv_cache_bytes = None, kv_cache_dtype = "f16", max_sequences = None, forced_tokens = true,
         prefix_cache = true, speculation = true, draft_model = None,
-        progress = None
+        quantization = None, progress = None
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -55,6 +56,7 @@ impl Engine {
         prefix_cache: bool,
         speculation: bool,
         draft_model: Option<&Bound<'_, PyAny>>,
+        quantization: Option<(String, bool, Vec<String>)>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
@@ -72,6 +74,16 @@ impl Engine {
             prefix_cache,
             speculation,
             draft_model: draft_model.map(to_path).transpose()?,
+            quantization: quantization
+                .map(|(name, nested, skip)| {
+                    let recipe = run(py, || Recipe::parse(&name))?;
+                    Ok::<_, PyErr>(AtLoad {
+                        recipe,
+                        nested,
+                        skip,
+                    })
+                })
+                .transpose()?,
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }

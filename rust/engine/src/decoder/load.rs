@@ -10,7 +10,8 @@ use crate::arch::{Arch, Block, ExpertArch};
 use crate::device::{AttentionLayer, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
 use crate::quantised::Quantised;
-use crate::weights::{Tensor, Weights};
+use crate::recipe::AtLoad;
+use crate::weights::{Target, Tensor, Weights};
 
 /// A matrix as a device takes it.
 enum Stored<'a> {
@@ -52,6 +53,8 @@ struct Loader<'a, D: Device> {
     device: &'a D,
     arch: &'a Arch,
     weights: &'a Weights,
+    /// What matrices are to become.
+    at_load: Option<&'a AtLoad>,
     used: HashSet<String>,
 }
 
@@ -64,6 +67,7 @@ impl<'a, D: Device> Loader<'a, D> {
         rows: usize,
         cols: usize,
     ) -> Result<Tensor<'a>> {
+        let general = name;
         let name = self.arch.tensor_name(layer, name);
         let tensor = self.weights.require(&name)?;
         let fits = match tensor.shape {
@@ -77,8 +81,31 @@ impl<'a, D: Device> Loader<'a, D> {
                 "tensor {name:?} is {got:?}, wanted [{rows}, {cols}]"
             )));
         }
+        let shape = match self.arch.transposed && layer.is_some() {
+            true => [cols, rows],
+            false => [rows, cols],
+        };
+        let target = self.target(layer, general, &tensor, &shape);
         self.used.insert(name);
-        Ok(tensor)
+        Ok(tensor.aimed(target))
+    }
+
+    /// What a matrix of this name and shape is to become.
+    fn target(
+        &self,
+        layer: Option<usize>,
+        name: &str,
+        tensor: &Tensor,
+        shape: &[usize],
+    ) -> Option<Target> {
+        let name = match layer {
+            Some(i) => format!("blk.{i}.{name}"),
+            None => name.to_owned(),
+        };
+        let model = (self.arch.layers.len(), self.arch.tied);
+        let names = (&name[..], tensor.name);
+        self.at_load?
+            .target(names, tensor.tensor_type, shape, model)
     }
 
     /// The same of a quantised checkpoint's matrices, if it is one of them.
@@ -267,12 +294,14 @@ impl<'a, D: Device> Loader<'a, D> {
                         turned.extend_from_slice(&tensor.data[i * row + column * size..][..size]);
                     }
                 }
-                data.push((tensor.tensor_type, turned));
+                data.push((tensor.tensor_type, tensor.target, turned));
             }
         }
         let owned = shapes.iter().zip(&data);
         let owned: Vec<_> = owned
-            .map(|(shape, (tensor_type, data))| Tensor::of(*tensor_type, shape, data))
+            .map(|(shape, (tensor_type, target, data))| {
+                Tensor::of(*tensor_type, shape, data).aimed(*target)
+            })
             .collect();
         let matrix = self.device.matrix(&owned, bias)?;
         tensors.iter().for_each(|t| t.forget(0..t.data.len()));
@@ -476,7 +505,9 @@ impl<'a, D: Device> Loader<'a, D> {
             }
             self.used.insert(weight);
             let rows = wanted[1];
-            parts.push(found.slice(e * rows, rows));
+            let general = format!("{name}.weight");
+            let target = self.target(at, &general, &found, &plain);
+            parts.push(found.slice(e * rows, rows).aimed(target));
             let name = format!("{name}.bias");
             if self.has(at, &name) {
                 let all = self.tensor(at, &name, arch.count, outputs)?;
@@ -627,15 +658,22 @@ fn bytes(numbers: &[f32]) -> Vec<u8> {
 }
 
 impl<D: Device> Resident<D> {
-    /// Make a model resident, layer by layer; `progress(done, total)` is told in bytes of the file.
+    /// Make a model resident, layer by layer, its matrices quantised as `at_load` says; `progress(done, total)` is told in bytes of the file.
     ///
     /// # Errors
     /// `Closed` when `progress` says to stop; a missing tensor, one of another shape, one that the architecture has no place for.
-    pub fn load(device: &D, arch: Arch, weights: Arc<Weights>, progress: Progress) -> Result<Self> {
+    pub fn load(
+        device: &D,
+        arch: Arch,
+        weights: Arc<Weights>,
+        at_load: Option<&AtLoad>,
+        progress: Progress,
+    ) -> Result<Self> {
         let mut loader = Loader {
             device,
             arch: &arch,
             weights: &weights,
+            at_load,
             used: HashSet::new(),
         };
         let (vocab, hidden) = (arch.vocab_size, arch.hidden_size);

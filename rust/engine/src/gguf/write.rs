@@ -1,4 +1,4 @@
-//! Another file's metadata and other tensors into a GGUF file.
+//! Metadata and tensors into a GGUF file.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::parse;
 use crate::error::{Error, Result};
-use crate::weights::Weights;
+use crate::weights::{Value, Weights};
 use hfcore_kernels::quant::TensorType;
 
 /// What other files begin data at.
@@ -36,17 +36,11 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begin a file with the metadata of the GGUF file `source`, its file type aside.
+    /// Begin a file with this metadata: see [`copied`] and [`entry`].
     ///
     /// # Errors
-    /// [`Error::ModelFile`] where the file cannot be written.
-    pub fn begin(
-        path: &Path,
-        source: &Weights,
-        file_type: u32,
-        tensors: &[Planned],
-    ) -> Result<Self> {
-        let metadata = metadata(source, file_type)?;
+    /// [`Error::ModelFile`] where the file cannot be written; [`Error::Unsupported`] for a type that no GGUF file has.
+    pub fn begin(path: &Path, metadata: &[Vec<u8>], tensors: &[Planned]) -> Result<Self> {
         let mut header = Vec::new();
         header.extend(b"GGUF");
         header.extend(3u32.to_le_bytes());
@@ -112,28 +106,85 @@ impl Writer {
     }
 }
 
-/// The source's entries as they stand there, and those that are this file's own.
-fn metadata(source: &Weights, file_type: u32) -> Result<Vec<Vec<u8>>> {
+/// The entries of the GGUF file `source` as they stand there, but for those that a file has of its own.
+///
+/// # Errors
+/// [`Error::ModelFile`] for a damaged file.
+pub fn copied(source: &Weights) -> Result<Vec<Vec<u8>>> {
     let Some(first) = source.files.first() else {
         return Err(source.problem("has no file"));
     };
     let contents = parse(first, &source.path)?;
     let kept = |key: &str| !OWN_KEYS.contains(&key) && !key.starts_with("split.");
-    let mut entries: Vec<Vec<u8>> = contents
+    Ok(contents
         .entries
         .into_iter()
         .filter(|(key, _)| kept(key))
         .map(|(_, bytes)| first[bytes].to_vec())
-        .collect();
-    for (key, value) in [(OWN_KEYS[0], file_type), (OWN_KEYS[1], 2)] {
-        const U32: u32 = 4;
-        let mut entry = Vec::new();
-        put_string(&mut entry, key);
-        entry.extend(U32.to_le_bytes());
-        entry.extend(value.to_le_bytes());
-        entries.push(entry);
+        .collect())
+}
+
+/// What says how this file's tensors are stored.
+pub fn own_entries(file_type: u32) -> [Vec<u8>; 2] {
+    [(OWN_KEYS[0], file_type), (OWN_KEYS[1], 2)]
+        .map(|(key, n)| entry(key, &Value::Int(i64::from(n))))
+}
+
+/// A key and its value. Whole numbers are unsigned ones of 32 bits, as sizes and ids are there; in arrays they are signed.
+pub fn entry(key: &str, value: &Value) -> Vec<u8> {
+    const U32: u32 = 4;
+    const I32: u32 = 5;
+    const F32: u32 = 6;
+    const BOOL: u32 = 7;
+    const STRING: u32 = 8;
+    const ARRAY: u32 = 9;
+    let mut out = Vec::new();
+    put_string(&mut out, key);
+    let kind = |out: &mut Vec<u8>, kind: u32| out.extend(kind.to_le_bytes());
+    let array = |out: &mut Vec<u8>, of: u32, len: usize| {
+        kind(out, ARRAY);
+        kind(out, of);
+        out.extend((len as u64).to_le_bytes());
+    };
+    match value {
+        Value::Int(n) => {
+            kind(&mut out, U32);
+            out.extend((*n as u32).to_le_bytes());
+        }
+        Value::UInt(n) => {
+            kind(&mut out, U32);
+            out.extend((*n as u32).to_le_bytes());
+        }
+        Value::Float(x) => {
+            kind(&mut out, F32);
+            out.extend((*x as f32).to_le_bytes());
+        }
+        Value::Bool(b) => {
+            kind(&mut out, BOOL);
+            out.push(u8::from(*b));
+        }
+        Value::String(s) => {
+            kind(&mut out, STRING);
+            put_string(&mut out, s);
+        }
+        Value::Bools(all) => {
+            array(&mut out, BOOL, all.len());
+            out.extend(all.iter().map(|b| u8::from(*b)));
+        }
+        Value::Ints(all) => {
+            array(&mut out, I32, all.len());
+            out.extend(all.iter().flat_map(|n| (*n as i32).to_le_bytes()));
+        }
+        Value::Floats(all) => {
+            array(&mut out, F32, all.len());
+            out.extend(all.iter().flat_map(|x| x.to_le_bytes()));
+        }
+        Value::Strings(all) => {
+            array(&mut out, STRING, all.len());
+            all.iter().for_each(|s| put_string(&mut out, s));
+        }
     }
-    Ok(entries)
+    out
 }
 
 fn put_string(out: &mut Vec<u8>, text: &str) {
