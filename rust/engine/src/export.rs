@@ -79,7 +79,8 @@ impl Export {
                 supported: format!("{}, without experts", FAMILIES.join(", ")),
             });
         }
-        if let Some(name) = weights.packed.keys().min() {
+        let quantised = weights.quantised.keys();
+        if let Some(name) = weights.packed.keys().chain(quantised).min() {
             return Err(weights.problem(format!(
                 "is quantised already, {name:?} is packed: only plain numbers are written as GGUF"
             )));

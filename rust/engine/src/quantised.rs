@@ -568,7 +568,7 @@ impl<'a> Open<'a> {
                         None => f32::from(i16::from(*code) - zero),
                     };
                     *x = value * scale;
-                    // Apart, and not at all where there is none: dividing by 1 changes nothing, but why ask.
+                    // Apart, so that it rounds as it does there.
                     if self.divisor != 1.0 {
                         *x /= self.divisor;
                     }
@@ -682,7 +682,7 @@ fn block(form: Form, codes: &[u8; BLOCK], scale: f32, zero: i16, out: &mut [u8])
     }
 }
 
-/// Every scale in the order of the grid, and what multiplies the numbers after it.
+/// Every scale in the order of the grid, and what the numbers are divided by after it.
 fn scales(of: &Scales, [rows, cols]: [usize; 2], files: &[Mapped]) -> (Vec<f32>, f32) {
     match of {
         Scales::Plain {

@@ -809,16 +809,12 @@ fn a_quantised_checkpoint_runs_as_the_numbers_that_it_stands_for() {
         std::fs::remove_dir_all(&floats).unwrap();
         std::fs::remove_dir_all(&quantised).unwrap();
         assert_eq!(same, want, "{family} in {method}");
-        let largest = want.iter().fold(0f32, |a, b| a.max(b.abs()));
-        let apart = fast
-            .iter()
-            .zip(&want)
-            .map(|(a, b)| (a - b).abs())
-            .fold(0.0, f32::max);
-        println!("{family:6} {method:10} logits up to {largest:.2}, apart {apart:.2e}");
-        assert!(
-            largest > 1.0 && apart < 5e-2 * largest,
-            "{family} in {method}: {apart:.2e} of {largest:.2}"
-        );
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let apart: f64 = fast.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
+        let apart = (apart / want.iter().map(|x| square(*x)).sum::<f64>()).sqrt();
+        println!("{family:6} {method:10} apart {apart:.2e} of the logits");
+        // The rest is what activations lose in 8 bits on their way through matrices of noise. A scale, a zero point or an
+        // order gone wrong leaves nothing of them.
+        assert!(apart < 0.1, "{family} in {method}: {apart:.2e}");
     }
 }

@@ -6,9 +6,6 @@ use super::{FLOATS, Parts, unsupported};
 use crate::error::Result;
 use crate::quantised::{Dtype, Groups, Layout, Part, Quantised, Scales, Values, Zeros};
 
-/// What a row's largest number has as its code.
-const INT8_MOST: f32 = 127.0;
-
 pub(super) fn gather(parts: &mut Parts) -> Result<()> {
     for (end, kind, values) in [
         (".quant_state.bitsandbytes__nf4", "NF4", Values::Nf4),
@@ -142,7 +139,7 @@ fn eight_bits(parts: &mut Parts, module: &str) -> Result<Quantised> {
         scales: Scales::Plain {
             part: scales,
             transposed: false,
-            divisor: INT8_MOST,
+            divisor: 127.0,
         },
         zeros: Zeros::Fixed(128),
         groups: Groups::Blocks([1, shape[1]]),

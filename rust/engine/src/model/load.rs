@@ -52,7 +52,7 @@ impl Source {
         let shapes = attention_shapes(&self.arch);
         let quantised = self.weights.quantised.values();
         let (resident, page) = match options.device {
-            // Tiles are at most 4 % larger than blocks.
+            // Tiles are at most 4 % larger than the file's blocks.
             DeviceKind::Cpu => (
                 self.resident_bytes() / 100 * 104,
                 Cpu::page_bytes(options.kv_cache_dtype, &shapes),
@@ -72,12 +72,13 @@ impl Source {
 
     /// Bytes of all tensors as they will be.
     fn resident_bytes(&self) -> u64 {
+        let quantised = self.weights.quantised.values();
         let Some(at_load) = &self.at_load else {
-            let quantised = self.weights.quantised.values();
-            let grown = quantised.map(|q| q.resident_bytes() as u64).sum::<u64>();
-            let stored = self.weights.quantised.values().map(|q| q.bytes() as u64);
-            let whole = self.weights.total_bytes() + self.weights.growth() + grown;
-            return whole.saturating_sub(stored.sum());
+            let (stored, made): (Vec<usize>, Vec<usize>) =
+                quantised.map(|q| (q.bytes(), q.resident_bytes())).unzip();
+            let sum = |bytes: &[usize]| bytes.iter().map(|n| *n as u64).sum::<u64>();
+            let whole = self.weights.total_bytes() + self.weights.growth();
+            return whole - sum(&stored) + sum(&made);
         };
         let model = (self.arch.layers.len(), self.arch.tied);
         let bytes = |(name, info): (&String, &TensorInfo)| {
@@ -104,12 +105,8 @@ impl Source {
         let made = tensors.filter(|(_, info)| info.tensor_type.block_len() > 1);
         let first = made.min_by_key(|(name, _)| *name);
         let first = first.map(|(name, info)| format!("{name} is {}", info.tensor_type.name()));
-        let packed = self
-            .weights
-            .packed
-            .keys()
-            .chain(self.weights.quantised.keys());
-        let packed = packed.min();
+        let quantised = self.weights.quantised.keys();
+        let packed = self.weights.packed.keys().chain(quantised).min();
         match first.or(packed.map(|name| format!("{name} is packed"))) {
             None => Ok(()),
             Some(found) => Err(Error::InvalidRequest(format!(
