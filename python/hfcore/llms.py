@@ -78,7 +78,7 @@ class HuggingFacePipeline(BaseLLM):
     pipeline_kwargs: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=4, ge=1)
     task: str = "text-generation"
-    runs_on: str = "default"
+    runs_on: str | None = None
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -471,9 +471,11 @@ def _named(kwargs: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, An
 
 
 def _check_kind(given: dict[str, Any]) -> None:
-    backend = given.get("runs_on", BACKENDS[0])
+    backend = given.pop("runs_on", BACKENDS[0])
     if backend not in BACKENDS:
         raise InvalidRequestError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != BACKENDS[0]:
+        given["runs_on"] = backend
     task = given.get("task", TASKS[0])
     if task not in TASKS:
         raise InvalidRequestError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
