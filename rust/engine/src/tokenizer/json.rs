@@ -125,7 +125,11 @@ pub(super) fn read(bytes: &[u8]) -> Option<(Parts, Model)> {
 /// All but the merges, with what was made of the vocabulary.
 fn first<'a, M: Deserialize<'a>>(text: &'a str) -> Option<(File<'a, M>, Tables<'a>)> {
     let mut file: File<'a, M> = serde_json::from_str(text).ok()?;
-    if file.version.as_ref().is_some_and(|version| version != "1.0") {
+    if file
+        .version
+        .as_ref()
+        .is_some_and(|version| version != "1.0")
+    {
         return None;
     }
     let vocab = std::mem::replace(&mut file.model.vocab, Vocab::Ids(Vec::new()));

@@ -400,7 +400,10 @@ impl Tokens {
         let (first, second) = std::thread::scope(|scope| {
             let second = (!second.is_empty()).then(|| scope.spawn(|| self.resolve(second)));
             let first = self.resolve(first);
-            (first, second.map_or(Some(Vec::new()), |second| second.join().ok()?))
+            (
+                first,
+                second.map_or(Some(Vec::new()), |second| second.join().ok()?),
+            )
         });
         let mut pairs = Pairs::with_capacity(merges.len());
         for found in [first?, second?] {

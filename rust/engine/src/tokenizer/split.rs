@@ -142,7 +142,9 @@ impl Splitter {
                     stages.push(isolated(Pattern::of_class(punctuation()?)?));
                 }
                 "Punctuation" => {
-                    let behavior = part.get("behavior").map_or(Some("Isolated"), Json::as_str)?;
+                    let behavior = part
+                        .get("behavior")
+                        .map_or(Some("Isolated"), Json::as_str)?;
                     let pattern = Pattern::of_class(punctuation()?)?;
                     stages.push(Stage::new(pattern, behavior, false)?);
                 }
@@ -257,6 +259,8 @@ fn escaped(text: &str) -> String {
 pub(super) fn punctuation() -> Option<ClassUnicode> {
     let mut known = class(r"[\p{P}\p{S}]", false)?;
     known.push(ClassUnicodeRange::new('!', '~'));
+    // A mark by now.
+    known.push(ClassUnicodeRange::new('\u{111c9}', '\u{111c9}'));
     let is = |c: char| c.is_ascii_punctuation() || c.is_punctuation();
     let all = known.ranges().iter();
     let found = all.flat_map(|range| (range.start()..=range.end()).filter(|&c| is(c)));
@@ -459,7 +463,10 @@ impl Metaspace {
     pub fn mark_spaces(&self, text: &str, first: bool, marked: &mut String) {
         marked.clear();
         if self.words {
-            for word in text.split(char::is_whitespace).filter(|word| !word.is_empty()) {
+            for word in text
+                .split(char::is_whitespace)
+                .filter(|word| !word.is_empty())
+            {
                 if !word.starts_with(self.mark) {
                     marked.push(self.mark);
                 }

@@ -239,7 +239,8 @@ impl Pairs {
 
     /// Bring the places of these merges' pairs into the caches.
     pub fn warm(&self, merges: &[(u32, u32, u32)]) {
-        let slot = |&(left, right, _): &(u32, u32, u32)| self.slots[self.start(Self::key(left, right))];
+        let slot =
+            |&(left, right, _): &(u32, u32, u32)| self.slots[self.start(Self::key(left, right))];
         std::hint::black_box(merges.iter().fold(0, |seen, merge| seen ^ slot(merge)));
     }
 

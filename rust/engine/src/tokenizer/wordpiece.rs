@@ -23,14 +23,12 @@ impl WordPiece {
     ) {
         let whole = (0, word.len());
         let Some(prefix) = &self.prefix else {
-            add(
-                self.tokens.get(word).unwrap_or(self.unknown),
-                whole,
-            );
+            add(self.tokens.get(word).unwrap_or(self.unknown), whole);
             return;
         };
         let begins = |at: usize| word.get(at).is_none_or(|byte| byte & 0xc0 != 0x80);
-        if word.len() > self.longest && (0..word.len()).filter(|&at| begins(at)).count() > self.longest
+        if word.len() > self.longest
+            && (0..word.len()).filter(|&at| begins(at)).count() > self.longest
         {
             return add(self.unknown, whole);
         }

@@ -87,11 +87,7 @@ impl Pattern {
         Self::of(vec![vec![item]], Sets::new(&[class]))
     }
 
-    fn with(
-        regex: &str,
-        own: bool,
-        sets: impl FnOnce(&[ClassUnicode]) -> Sets,
-    ) -> Option<Self> {
+    fn with(regex: &str, own: bool, sets: impl FnOnce(&[ClassUnicode]) -> Sets) -> Option<Self> {
         if regex.len() > MAX_PATTERN {
             return None;
         }
@@ -148,7 +144,9 @@ impl Pattern {
         let of_sets = (0..MAX_SETS).filter(|bit| sets >> bit & 1 == 1);
         let follow = of_sets.fold(0, |follow, bit| follow | self.follow[bit]);
         let alone = self.branches.iter().filter_map(|branch| branch.alone);
-        let begins = alone.into_iter().any(|(set, but)| sets & set != 0 && sets & but == 0);
+        let begins = alone
+            .into_iter()
+            .any(|(set, but)| sets & set != 0 && sets & but == 0);
         (follow, begins)
     }
 

@@ -25,13 +25,7 @@ struct Printer<'b> {
 
 impl Printer<'_> {
     /// A value that begins at column `indent`, with `allowance` characters to come behind it on its line.
-    fn value(
-        &mut self,
-        value: &Value,
-        indent: isize,
-        allowance: isize,
-        level: usize,
-    ) -> Res<()> {
+    fn value(&mut self, value: &Value, indent: isize, allowance: isize, level: usize) -> Res<()> {
         let repr = self.repr(value)?;
         if width(&repr) <= WIDTH - indent - allowance {
             self.out.push_str(&repr);
@@ -79,7 +73,11 @@ impl Printer<'_> {
         self.out.push_str(open);
         let (last, indent) = (items.len().saturating_sub(1), indent + 1);
         for (i, item) in items.iter().enumerate() {
-            let behind = if i == last { allowance + close.len() as isize } else { 1 };
+            let behind = if i == last {
+                allowance + close.len() as isize
+            } else {
+                1
+            };
             self.value(item, indent, behind, level + 1)?;
             if i != last {
                 self.next_line(indent)?;
@@ -211,7 +209,8 @@ impl Printer<'_> {
     /// By key; of keys that Python cannot compare, by the names of their types.
     fn sorted<'v>(&mut self, entries: &'v [(Value, Value)]) -> Res<Vec<(&'v Value, &'v Value)>> {
         let mut sorted: Vec<_> = entries.iter().map(|(key, value)| (key, value)).collect();
-        self.budget.bytes(sorted.len() * size_of::<(&Value, &Value)>())?;
+        self.budget
+            .bytes(sorted.len() * size_of::<(&Value, &Value)>())?;
         let budget = &mut *self.budget;
         sort_by(&mut sorted, |a, b| {
             let by_type = || Some(a.0.type_name().cmp(b.0.type_name()));
