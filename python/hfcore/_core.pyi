@@ -70,7 +70,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = ...,
         keep_none_keys: bool = False,
         now: datetime | None = None,
         **variables: Any,
@@ -83,7 +83,8 @@ class ChatTemplate:
                 `hfcore.schemas.get_json_schema`.
             documents: For templates that know retrieval.
             add_generation_prompt: End with the beginning of an assistant's answer.
-            continue_final_message: End inside the last message, so that the model goes on with it.
+            continue_final_message: End inside the last message, so that the model goes on with
+                it; a str names the field of it to go on with, else `content`.
             keep_none_keys: Let the template see a message's keys whose value is None; without it
                 they are dropped, as apply_chat_template does.
             now: What `strftime_now` shows; None is the local time.
@@ -100,7 +101,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = ...,
         keep_none_keys: bool = False,
         now: datetime | None = None,
         **variables: Any,
@@ -117,7 +118,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = ...,
         keep_none_keys: bool = False,
         now: datetime | None = None,
         **variables: Any,
@@ -243,7 +244,7 @@ class Tokenizer:
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = ...,
         tokenize: bool = True,
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,

@@ -73,6 +73,8 @@ pub struct RenderRequest {
     pub add_generation_prompt: bool,
     /// End the prompt inside the last message, so that the model goes on with it.
     pub continue_final_message: bool,
+    /// The field of it to go on with; None is `content`.
+    pub continue_field: Option<String>,
     /// What strftime_now reads; None is the local clock.
     pub now: Option<Now>,
     /// Keep message keys whose value is null, as render_jinja_template does; apply_chat_template drops them.
@@ -246,28 +248,44 @@ impl ChatTemplate {
                     .into(),
             );
         }
+        let wanted = given.continue_field.as_deref().unwrap_or("content");
         let last = messages.last_mut();
-        let content = last.as_ref().and_then(|last| input::field(last, "content"));
-        let (Some(last), Some(content)) = (last, content) else {
-            return invalid(
-                "continue_final_message wants a last message with content, got one without".into(),
-            );
-        };
-        if !self.source.contains("content") {
+        let found = last.as_ref().and_then(|last| input::field(last, wanted));
+        let (Some(last), Some(found)) = (last, found.filter(|found| !matches!(found, Value::None)))
+        else {
             return invalid(format!(
-                "continue_final_message: template {:?} does not read content",
+                "continue_final_message wants a last message with {wanted}, got one without"
+            ));
+        };
+        // Reasoning goes by several names: the template may read any of them.
+        let mut fields = vec![wanted];
+        if input::REASONING.contains(&wanted) {
+            let same = |field: &&str| {
+                let other = input::field(last, field);
+                let mut budget = Budget::for_input(given.bytes);
+                other.is_some_and(|other| other.equals(&found, &mut budget).unwrap_or(false))
+            };
+            fields = input::REASONING.into_iter().filter(same).collect();
+        }
+        if !fields.iter().any(|field| self.source.contains(field)) {
+            return invalid(format!(
+                "continue_final_message: template {:?} does not read {wanted}",
                 self.name
             ));
         }
-        match input::continued(&content, CONTINUE_TAG) {
-            Some((original, tagged)) => {
-                *last = input::with_field(last, "content", tagged);
-                Ok(original)
-            }
-            None => {
-                invalid("continue_final_message wants text in the last message, got none".into())
+        let Some((original, tagged)) = input::continued(&found, CONTINUE_TAG) else {
+            return invalid(
+                "continue_final_message wants text in the last message, got none".into(),
+            );
+        };
+        // Of a list the named field alone is continued, as transformers does.
+        let several = matches!(found, Value::Str(_));
+        for field in fields {
+            if several || field == wanted {
+                *last = input::with_field(last, field, tagged.clone());
             }
         }
+        Ok(original)
     }
 }
 
@@ -564,9 +582,26 @@ mod tests {
         assert!(refused(json!("hi")).contains("got a string"));
         assert!(refused(json!([])).contains("got none"));
         assert!(refused(json!([1])).contains("message 0 must be an object, got a number"));
-        assert!(
-            refused(json!([{"content": "x"}])).contains("must have a role, got keys [\"content\"]")
+    }
+
+    #[test]
+    fn another_field_than_the_content_can_be_continued() {
+        let source = "{{ messages[0].reasoning_content }}|{{ messages[0].content }}";
+        let continued = |field: &str, messages: Json| {
+            template(source).unwrap().render(&RenderRequest {
+                continue_final_message: true,
+                continue_field: Some(field.to_owned()),
+                ..request(messages)
+            })
+        };
+        let thoughts = json!([{"role": "assistant", "thinking": "so ", "content": "x"}]);
+        assert_eq!(continued("thinking", thoughts.clone()).unwrap(), "so ");
+        assert_eq!(
+            continued("reasoning_content", thoughts.clone()).unwrap(),
+            "so "
         );
+        assert!(continued("reasoning", thoughts.clone()).is_err());
+        assert!(continued("words", thoughts).is_err());
     }
 
     #[test]

@@ -231,6 +231,7 @@ fn request(case: &Json, level: &str) -> RenderRequest {
         now: Some(NOW),
         keep_none_keys: level != "apply",
         variables,
+        ..RenderRequest::default()
     }
 }
 

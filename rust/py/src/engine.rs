@@ -125,8 +125,8 @@ impl Engine {
     ) -> PyResult<String> {
         let flags = Flags {
             add_generation_prompt,
-            continue_final_message,
-            ..Flags::default()
+            continue_final_message: continue_final_message.into(),
+            keep_none_keys: false,
         };
         let request = render_request(messages, tools, documents, flags, None, variables)?;
         run(py, || self.model.render(&request))

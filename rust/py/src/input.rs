@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use hfcore_engine::template::{Input, Inputs};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple, PyType};
 
 use crate::convert::{
     MAX_BYTES, MAX_DEPTH, Place, Step, VALUE_BYTES, is_list_like, refused, to_text, too_deep,
@@ -110,6 +110,8 @@ impl<'py> Reader<'py> {
             self.integer(object, place) // numpy's integers
         } else if object.hasattr("__float__")? {
             self.float(object, place) // numpy's floats, Decimal
+        } else if is_dataclass(object)? {
+            self.dataclass(object, place)
         } else if object.hasattr("model_dump")? {
             let plain = object.call_method0("model_dump")?;
             self.value(&plain, &place.down(Step::Key("model_dump()")))
@@ -120,6 +122,17 @@ impl<'py> Reader<'py> {
                 "None, bool, int, float, str, a sequence or a mapping",
             ))
         }
+    }
+
+    fn dataclass(&mut self, object: &Bound<'py, PyAny>, place: &Place<'_>) -> PyResult<Input> {
+        let fields = object.py().import("dataclasses")?;
+        let mut entries = Vec::new();
+        for field in fields.call_method1("fields", (object,))?.try_iter()? {
+            let name = field?.getattr("name")?;
+            let value = object.getattr(name.cast::<PyString>()?)?;
+            entries.push(self.entry(&name, &value, place)?);
+        }
+        self.made(object, |inputs| inputs.dict(entries))
     }
 
     fn dict(&mut self, dict: &Bound<'py, PyDict>, place: &Place<'_>) -> PyResult<Input> {
@@ -210,4 +223,8 @@ impl<'py> Reader<'py> {
     ) -> PyResult<Input> {
         make(&mut self.inputs).map_err(|error| to_py(object.py(), error))
     }
+}
+
+fn is_dataclass(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    Ok(!object.is_instance_of::<PyType>() && object.get_type().hasattr("__dataclass_fields__")?)
 }

@@ -44,7 +44,7 @@ impl ChatTemplate {
     /// The prompt for these messages.
     #[pyo3(signature = (
         messages, *, tools = None, documents = None, add_generation_prompt = false,
-        continue_final_message = false, keep_none_keys = false, now = None, **variables
+        continue_final_message = Continue::Flag(false), keep_none_keys = false, now = None, **variables
     ))]
     #[expect(clippy::too_many_arguments, reason = "apply_chat_template's, by name")]
     fn render(
@@ -54,7 +54,7 @@ impl ChatTemplate {
         tools: Option<&Bound<'_, PyAny>>,
         documents: Option<&Bound<'_, PyAny>>,
         add_generation_prompt: bool,
-        continue_final_message: bool,
+        continue_final_message: Continue,
         keep_none_keys: bool,
         now: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyDict>>,
@@ -72,7 +72,7 @@ impl ChatTemplate {
     /// `render`, and where the assistant's own words stand: (start, end) in code points.
     #[pyo3(signature = (
         messages, *, tools = None, documents = None, add_generation_prompt = false,
-        continue_final_message = false, keep_none_keys = false, now = None, **variables
+        continue_final_message = Continue::Flag(false), keep_none_keys = false, now = None, **variables
     ))]
     #[expect(clippy::too_many_arguments, reason = "apply_chat_template's, by name")]
     fn render_with_spans(
@@ -82,7 +82,7 @@ impl ChatTemplate {
         tools: Option<&Bound<'_, PyAny>>,
         documents: Option<&Bound<'_, PyAny>>,
         add_generation_prompt: bool,
-        continue_final_message: bool,
+        continue_final_message: Continue,
         keep_none_keys: bool,
         now: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyDict>>,
@@ -102,7 +102,7 @@ impl ChatTemplate {
     /// `render` in parts: (text, whether the template itself wrote it).
     #[pyo3(signature = (
         messages, *, tools = None, documents = None, add_generation_prompt = false,
-        continue_final_message = false, keep_none_keys = false, now = None, **variables
+        continue_final_message = Continue::Flag(false), keep_none_keys = false, now = None, **variables
     ))]
     #[expect(clippy::too_many_arguments, reason = "apply_chat_template's, by name")]
     fn render_segments(
@@ -112,7 +112,7 @@ impl ChatTemplate {
         tools: Option<&Bound<'_, PyAny>>,
         documents: Option<&Bound<'_, PyAny>>,
         add_generation_prompt: bool,
-        continue_final_message: bool,
+        continue_final_message: Continue,
         keep_none_keys: bool,
         now: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyDict>>,
@@ -158,11 +158,39 @@ impl ChatTemplate {
     }
 }
 
-/// The yes and no of a render, as `RenderRequest` names them.
-#[derive(Default)]
+/// Whether the last message goes on, or the name of its field that does.
+#[derive(FromPyObject)]
+pub enum Continue {
+    Flag(bool),
+    Field(String),
+}
+
+impl Continue {
+    fn field(self) -> Option<String> {
+        match self {
+            Self::Flag(_) => None,
+            Self::Field(name) => Some(name).filter(|name| !name.is_empty()),
+        }
+    }
+
+    fn is_wanted(&self) -> bool {
+        match self {
+            Self::Flag(flag) => *flag,
+            Self::Field(name) => !name.is_empty(),
+        }
+    }
+}
+
+impl From<bool> for Continue {
+    fn from(flag: bool) -> Self {
+        Self::Flag(flag)
+    }
+}
+
+/// The choices of a render, as `RenderRequest` names them.
 pub struct Flags {
     pub add_generation_prompt: bool,
-    pub continue_final_message: bool,
+    pub continue_final_message: Continue,
     pub keep_none_keys: bool,
 }
 
@@ -187,7 +215,8 @@ pub fn conversation(
         tools,
         documents: documents.transpose()?,
         add_generation_prompt: flags.add_generation_prompt,
-        continue_final_message: flags.continue_final_message,
+        continue_final_message: flags.continue_final_message.is_wanted(),
+        continue_field: flags.continue_final_message.field(),
         now: now.map(to_now).transpose()?,
         keep_none_keys: flags.keep_none_keys,
         variables: match variables {
@@ -241,7 +270,8 @@ pub fn render_request(
         tools: optional(tools, "tools")?,
         documents: optional(documents, "documents")?,
         add_generation_prompt: flags.add_generation_prompt,
-        continue_final_message: flags.continue_final_message,
+        continue_final_message: flags.continue_final_message.is_wanted(),
+        continue_field: flags.continue_final_message.field(),
         now: now.map(to_now).transpose()?,
         keep_none_keys: flags.keep_none_keys,
         variables: match variables {

@@ -17,7 +17,7 @@ use pyo3::types::{PyDict, PyString};
 use crate::chat::{self, Compiled};
 use crate::convert::{to_ids, to_path};
 use crate::error::{guarded, invalid, run, run_here};
-use crate::template::{self, ChatTemplate, Flags};
+use crate::template::{self, ChatTemplate, Continue, Flags};
 
 /// Shorter texts are encoded without giving the GIL away.
 const SHORT_TEXT: usize = 2048;
@@ -249,7 +249,7 @@ impl Tokenizer {
     /// A conversation as token ids, through the chat template.
     #[pyo3(signature = (
         conversation, *, tools = None, documents = None, chat_template = None,
-        add_generation_prompt = false, continue_final_message = false, tokenize = true,
+        add_generation_prompt = false, continue_final_message = Continue::Flag(false), tokenize = true,
         return_dict = true, return_assistant_tokens_mask = false, parse_special_in_content = None,
         **variables
     ))]
@@ -262,7 +262,7 @@ impl Tokenizer {
         documents: Option<&Bound<'py, PyAny>>,
         chat_template: Option<&str>,
         add_generation_prompt: bool,
-        continue_final_message: bool,
+        continue_final_message: Continue,
         tokenize: bool,
         return_dict: bool,
         return_assistant_tokens_mask: bool,

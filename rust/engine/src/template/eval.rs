@@ -68,7 +68,7 @@ impl<'p> Run<'p> {
                 let input = self.eval(input)?;
                 let args = self.args(args)?;
                 match filter {
-                    Some(filter) => filter(self, input, args),
+                    Some(filter) => filter.call(self, input, args),
                     None => filters::unknown(name),
                 }
             }

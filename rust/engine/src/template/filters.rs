@@ -7,92 +7,358 @@ mod text;
 mod web;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use super::format::Json;
 use super::methods::{self, Method};
-use super::origin::Text;
+use super::origin::{Str, Text};
 use super::run::{CallArgs, Run};
 use super::value::{Budget, Res, Value, fault};
 
 pub(super) use sequence::sort_by;
 
-/// What a filter is: the value before the bar, and the arguments.
-pub(super) type Filter = fn(&mut Run<'_>, Value, CallArgs) -> Res<Value>;
+/// A filter: its parameters as Jinja2 declares them (None: any), how many of them must be given, and what it does to
+/// the value before the bar.
+#[derive(Debug)]
+pub(super) struct Definition {
+    name: &'static str,
+    parameters: Option<(&'static [&'static str], usize)>,
+    apply: fn(&mut Run<'_>, Value, CallArgs) -> Res<Value>,
+}
+
+pub(super) type Filter = &'static Definition;
+
+impl Definition {
+    /// Run it; a TypeError for arguments that it does not take.
+    pub fn call(&self, run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
+        if let Some((names, required)) = self.parameters {
+            self.check(&args, names, required)?;
+        }
+        (self.apply)(run, value, args)
+    }
+
+    fn check(&self, args: &CallArgs, names: &[&str], required: usize) -> Res<()> {
+        let (name, given) = (self.name, args.positional.len());
+        if given > names.len() {
+            let most = names.len() + 1;
+            return fault(format!(
+                "{name}() takes at most {most} arguments ({} given)",
+                given + 1
+            ));
+        }
+        let unknown = |(key, _): &&(Arc<str>, Value)| !names.contains(&&**key);
+        if let Some((key, _)) = args.named.iter().find(unknown) {
+            return fault(format!(
+                "{name}() got an unexpected keyword argument '{key}'"
+            ));
+        }
+        let missing = |key: &&&str| !args.named.iter().any(|(known, _)| **known == ***key);
+        match names.iter().take(required).skip(given).find(missing) {
+            Some(key) => fault(format!("{name}() missing a required argument: '{key}'")),
+            None => Ok(()),
+        }
+    }
+}
 
 /// The filter of this name. None is an error, but only where it is reached.
 pub(super) fn named(name: &str) -> Option<Filter> {
-    let at = FILTERS.binary_search_by(|(n, _)| (*n).cmp(name)).ok()?;
-    Some(FILTERS[at].1)
+    let at = FILTERS.binary_search_by(|filter| filter.name.cmp(name));
+    FILTERS.get(at.ok()?)
 }
 
 pub(super) fn unknown<T>(name: &str) -> Res<T> {
     fault(format!("No filter named '{name}'."))
 }
 
-/// Every filter, in order of names.
-static FILTERS: &[(&str, Filter)] = &[
-    ("abs", |r, v, a| number::filter(r, "abs", &v, a)),
-    ("attr", attr),
-    ("batch", |r, v, a| sequence::filter(r, "batch", v, a)),
-    ("capitalize", |r, v, a| text::filter(r, "capitalize", &v, a)),
-    ("center", |r, v, a| text::filter(r, "center", &v, a)),
-    ("count", length),
-    ("d", default),
-    ("default", default),
-    ("dictsort", |r, v, a| sequence::filter(r, "dictsort", v, a)),
-    ("e", |r, v, a| web::filter(r, "e", &v, a)),
-    ("escape", |r, v, a| web::filter(r, "escape", &v, a)),
-    ("filesizeformat", |r, v, a| {
-        number::filter(r, "filesizeformat", &v, a)
-    }),
-    ("first", |r, v, a| sequence::filter(r, "first", v, a)),
-    ("float", |r, v, a| number::filter(r, "float", &v, a)),
-    ("forceescape", |r, v, a| {
-        web::filter(r, "forceescape", &v, a)
-    }),
-    ("format", |r, v, a| text::filter(r, "format", &v, a)),
-    ("groupby", |r, v, a| sequence::filter(r, "groupby", v, a)),
-    ("indent", |r, v, a| text::filter(r, "indent", &v, a)),
-    ("int", |r, v, a| number::filter(r, "int", &v, a)),
-    ("items", items),
-    ("join", |r, v, a| sequence::filter(r, "join", v, a)),
-    ("last", |r, v, a| sequence::filter(r, "last", v, a)),
-    ("length", length),
-    ("list", |r, v, a| sequence::filter(r, "list", v, a)),
-    ("lower", |r, v, a| text::filter(r, "lower", &v, a)),
-    ("map", |r, v, a| sequence::filter(r, "map", v, a)),
-    ("max", |r, v, a| sequence::filter(r, "max", v, a)),
-    ("min", |r, v, a| sequence::filter(r, "min", v, a)),
-    ("pprint", pretty::pprint),
-    ("random", |r, v, a| sequence::filter(r, "random", v, a)),
-    ("reject", |r, v, a| sequence::filter(r, "reject", v, a)),
-    ("rejectattr", |r, v, a| {
-        sequence::filter(r, "rejectattr", v, a)
-    }),
-    ("replace", |r, v, a| text::filter(r, "replace", &v, a)),
-    ("reverse", |r, v, a| sequence::filter(r, "reverse", v, a)),
-    ("round", |r, v, a| number::filter(r, "round", &v, a)),
-    ("safe", |r, v, a| web::filter(r, "safe", &v, a)),
-    ("select", |r, v, a| sequence::filter(r, "select", v, a)),
-    ("selectattr", |r, v, a| {
-        sequence::filter(r, "selectattr", v, a)
-    }),
-    ("slice", |r, v, a| sequence::filter(r, "slice", v, a)),
-    ("sort", |r, v, a| sequence::filter(r, "sort", v, a)),
-    ("string", |r, v, a| web::filter(r, "string", &v, a)),
-    ("striptags", |r, v, a| web::filter(r, "striptags", &v, a)),
-    ("sum", |r, v, a| sequence::filter(r, "sum", v, a)),
-    ("title", |r, v, a| text::filter(r, "title", &v, a)),
-    ("tojson", to_json),
-    ("trim", |r, v, a| text::filter(r, "trim", &v, a)),
-    ("truncate", |r, v, a| text::filter(r, "truncate", &v, a)),
-    ("unique", |r, v, a| sequence::filter(r, "unique", v, a)),
-    ("upper", |r, v, a| text::filter(r, "upper", &v, a)),
-    ("urlencode", |r, v, a| web::filter(r, "urlencode", &v, a)),
-    ("urlize", |r, v, a| web::filter(r, "urlize", &v, a)),
-    ("wordcount", |r, v, a| text::filter(r, "wordcount", &v, a)),
-    ("wordwrap", |r, v, a| text::filter(r, "wordwrap", &v, a)),
-    ("xmlattr", |r, v, a| web::filter(r, "xmlattr", &v, a)),
+/// The filters, in order of names.
+static FILTERS: &[Definition] = &[
+    Definition {
+        name: "abs",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| number::filter(r, "abs", &v, a),
+    },
+    Definition {
+        name: "attr",
+        parameters: Some((&["name"], 1)),
+        apply: attr,
+    },
+    Definition {
+        name: "batch",
+        parameters: Some((&["linecount", "fill_with"], 1)),
+        apply: |r, v, a| sequence::filter(r, "batch", v, a),
+    },
+    Definition {
+        name: "capitalize",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| text::filter(r, "capitalize", &v, a),
+    },
+    Definition {
+        name: "center",
+        parameters: Some((&["width"], 0)),
+        apply: |r, v, a| text::filter(r, "center", &v, a),
+    },
+    Definition {
+        name: "count",
+        parameters: Some((&[], 0)),
+        apply: length,
+    },
+    Definition {
+        name: "d",
+        parameters: Some((&["default_value", "boolean"], 0)),
+        apply: default,
+    },
+    Definition {
+        name: "default",
+        parameters: Some((&["default_value", "boolean"], 0)),
+        apply: default,
+    },
+    Definition {
+        name: "dictsort",
+        parameters: Some((&["case_sensitive", "by", "reverse"], 0)),
+        apply: |r, v, a| sequence::filter(r, "dictsort", v, a),
+    },
+    Definition {
+        name: "e",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "e", &v, a),
+    },
+    Definition {
+        name: "escape",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "escape", &v, a),
+    },
+    Definition {
+        name: "filesizeformat",
+        parameters: Some((&["binary"], 0)),
+        apply: |r, v, a| number::filter(r, "filesizeformat", &v, a),
+    },
+    Definition {
+        name: "first",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| sequence::filter(r, "first", v, a),
+    },
+    Definition {
+        name: "float",
+        parameters: Some((&["default"], 0)),
+        apply: |r, v, a| number::filter(r, "float", &v, a),
+    },
+    Definition {
+        name: "forceescape",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "forceescape", &v, a),
+    },
+    Definition {
+        name: "format",
+        parameters: None,
+        apply: |r, v, a| text::filter(r, "format", &v, a),
+    },
+    Definition {
+        name: "groupby",
+        parameters: Some((&["attribute", "default", "case_sensitive"], 1)),
+        apply: |r, v, a| sequence::filter(r, "groupby", v, a),
+    },
+    Definition {
+        name: "indent",
+        parameters: Some((&["width", "first", "blank"], 0)),
+        apply: |r, v, a| text::filter(r, "indent", &v, a),
+    },
+    Definition {
+        name: "int",
+        parameters: Some((&["default", "base"], 0)),
+        apply: |r, v, a| number::filter(r, "int", &v, a),
+    },
+    Definition {
+        name: "items",
+        parameters: Some((&[], 0)),
+        apply: items,
+    },
+    Definition {
+        name: "join",
+        parameters: Some((&["d", "attribute"], 0)),
+        apply: |r, v, a| sequence::filter(r, "join", v, a),
+    },
+    Definition {
+        name: "last",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| sequence::filter(r, "last", v, a),
+    },
+    Definition {
+        name: "length",
+        parameters: Some((&[], 0)),
+        apply: length,
+    },
+    Definition {
+        name: "list",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| sequence::filter(r, "list", v, a),
+    },
+    Definition {
+        name: "lower",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| text::filter(r, "lower", &v, a),
+    },
+    Definition {
+        name: "map",
+        parameters: None,
+        apply: |r, v, a| sequence::filter(r, "map", v, a),
+    },
+    Definition {
+        name: "max",
+        parameters: Some((&["case_sensitive", "attribute"], 0)),
+        apply: |r, v, a| sequence::filter(r, "max", v, a),
+    },
+    Definition {
+        name: "min",
+        parameters: Some((&["case_sensitive", "attribute"], 0)),
+        apply: |r, v, a| sequence::filter(r, "min", v, a),
+    },
+    Definition {
+        name: "pprint",
+        parameters: Some((&[], 0)),
+        apply: pretty::pprint,
+    },
+    Definition {
+        name: "random",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| sequence::filter(r, "random", v, a),
+    },
+    Definition {
+        name: "reject",
+        parameters: None,
+        apply: |r, v, a| sequence::filter(r, "reject", v, a),
+    },
+    Definition {
+        name: "rejectattr",
+        parameters: None,
+        apply: |r, v, a| sequence::filter(r, "rejectattr", v, a),
+    },
+    Definition {
+        name: "replace",
+        parameters: Some((&["old", "new", "count"], 2)),
+        apply: |r, v, a| text::filter(r, "replace", &v, a),
+    },
+    Definition {
+        name: "reverse",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| sequence::filter(r, "reverse", v, a),
+    },
+    Definition {
+        name: "round",
+        parameters: Some((&["precision", "method"], 0)),
+        apply: |r, v, a| number::filter(r, "round", &v, a),
+    },
+    Definition {
+        name: "safe",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "safe", &v, a),
+    },
+    Definition {
+        name: "select",
+        parameters: None,
+        apply: |r, v, a| sequence::filter(r, "select", v, a),
+    },
+    Definition {
+        name: "selectattr",
+        parameters: None,
+        apply: |r, v, a| sequence::filter(r, "selectattr", v, a),
+    },
+    Definition {
+        name: "slice",
+        parameters: Some((&["slices", "fill_with"], 1)),
+        apply: |r, v, a| sequence::filter(r, "slice", v, a),
+    },
+    Definition {
+        name: "sort",
+        parameters: Some((&["reverse", "case_sensitive", "attribute"], 0)),
+        apply: |r, v, a| sequence::filter(r, "sort", v, a),
+    },
+    Definition {
+        name: "string",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "string", &v, a),
+    },
+    Definition {
+        name: "striptags",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "striptags", &v, a),
+    },
+    Definition {
+        name: "sum",
+        parameters: Some((&["attribute", "start"], 0)),
+        apply: |r, v, a| sequence::filter(r, "sum", v, a),
+    },
+    Definition {
+        name: "title",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| text::filter(r, "title", &v, a),
+    },
+    Definition {
+        name: "tojson",
+        parameters: Some((&["ensure_ascii", "indent", "separators", "sort_keys"], 0)),
+        apply: to_json,
+    },
+    Definition {
+        name: "trim",
+        parameters: Some((&["chars"], 0)),
+        apply: |r, v, a| text::filter(r, "trim", &v, a),
+    },
+    Definition {
+        name: "truncate",
+        parameters: Some((&["length", "killwords", "end", "leeway"], 0)),
+        apply: |r, v, a| text::filter(r, "truncate", &v, a),
+    },
+    Definition {
+        name: "unique",
+        parameters: Some((&["case_sensitive", "attribute"], 0)),
+        apply: |r, v, a| sequence::filter(r, "unique", v, a),
+    },
+    Definition {
+        name: "upper",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| text::filter(r, "upper", &v, a),
+    },
+    Definition {
+        name: "urlencode",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| web::filter(r, "urlencode", &v, a),
+    },
+    Definition {
+        name: "urlize",
+        parameters: Some((
+            &[
+                "trim_url_limit",
+                "nofollow",
+                "target",
+                "rel",
+                "extra_schemes",
+            ],
+            0,
+        )),
+        apply: |r, v, a| web::filter(r, "urlize", &v, a),
+    },
+    Definition {
+        name: "wordcount",
+        parameters: Some((&[], 0)),
+        apply: |r, v, a| text::filter(r, "wordcount", &v, a),
+    },
+    Definition {
+        name: "wordwrap",
+        parameters: Some((
+            &[
+                "width",
+                "break_long_words",
+                "wrapstring",
+                "break_on_hyphens",
+            ],
+            0,
+        )),
+        apply: |r, v, a| text::filter(r, "wordwrap", &v, a),
+    },
+    Definition {
+        name: "xmlattr",
+        parameters: Some((&["autospace"], 0)),
+        apply: |r, v, a| web::filter(r, "xmlattr", &v, a),
+    },
 ];
 
 fn length(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
@@ -122,7 +388,13 @@ fn items(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
 
 fn attr(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
     let [name] = args.bind("attr", ["name"])?;
-    let name = name.unwrap_or(Value::None).to_text(&mut run.budget)?;
+    let name = match name {
+        Some(Value::Str(Str { text, .. })) => text,
+        other => {
+            let kind = other.as_ref().map_or("NoneType", Value::type_name);
+            return fault(format!("attribute name must be string, not '{kind}'"));
+        }
+    };
     match &value {
         // An item is no attribute.
         Value::Dict(_) if !Method::named(&name).is_some_and(|m| m.of(&value)) => {

@@ -161,7 +161,6 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
                 _ => Ok(spec.pad("", &cut, '<')),
             }
         }
-        Value::Bool(_) if spec.kind.is_none() => Ok(spec.pad("", &value.to_text(budget)?, '<')),
         Value::Int(_) | Value::Bool(_) => format_int(value.as_int().unwrap_or(0), &spec),
         Value::Float(f) => format_float(*f, &spec),
         other => fault(format!(
@@ -173,6 +172,10 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
 
 fn format_int(i: i128, spec: &Spec) -> Res<String> {
     let size = i.unsigned_abs();
+    let is_float = matches!(spec.kind, Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%'));
+    if spec.precision.is_some() && !is_float {
+        return fault("Precision not allowed in integer format specifier");
+    }
     let digits = match spec.kind {
         None | Some('d' | 'n') => grouped(&size.to_string(), spec.comma),
         Some(kind @ ('x' | 'X' | 'o' | 'b')) => {
@@ -321,7 +324,12 @@ pub(super) fn percent(template: &Str, values: &Value, budget: &mut Budget) -> Re
     }
     budget.bytes(text.len() - at)?;
     out.part(template, at..text.len());
-    if !keyed && !given.is_empty() && !matches!(values, Value::Dict(_)) {
+    // What can be asked for items counts as a mapping.
+    let mapping = matches!(
+        values,
+        Value::Dict(_) | Value::List(_) | Value::Range(_) | Value::Undefined(_)
+    );
+    if !keyed && !given.is_empty() && !mapping {
         return fault("not all arguments converted during string formatting");
     }
     Ok(Value::Str(out.finish(template.markup)))

@@ -156,6 +156,8 @@ pub struct Conversation {
     pub documents: Option<Input>,
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
+    /// The field to be continued; None is `content`.
+    pub continue_field: Option<String>,
     pub now: Option<Now>,
     pub keep_none_keys: bool,
     pub variables: Vec<(String, Input)>,
@@ -181,6 +183,7 @@ impl RenderRequest {
             messages: inputs.json(&self.messages)?,
             add_generation_prompt: self.add_generation_prompt,
             continue_final_message: self.continue_final_message,
+            continue_field: self.continue_field.clone(),
             now: self.now,
             keep_none_keys: self.keep_none_keys,
             variables,
@@ -212,13 +215,6 @@ impl Conversation {
                     kind(message)
                 ));
             };
-            if dict.get_str("role").is_none() {
-                let keys = dict.entries.iter().map(|(key, _)| shown(key));
-                return invalid(format!(
-                    "message {i} must have a role, got keys {:?}",
-                    keys.collect::<Vec<_>>()
-                ));
-            }
             let message = self.without_none(message, &dict.entries)?;
             prepared.push(with_reasoning(message)?);
         }
@@ -247,13 +243,6 @@ fn items(value: &Value) -> Option<&[Value]> {
     }
 }
 
-fn shown(key: &Value) -> String {
-    match key {
-        Value::Str(s) => s.text.to_string(),
-        other => other.type_name().to_owned(),
-    }
-}
-
 /// None, or an array of objects.
 fn check_objects(what: &str, given: Option<&Input>) -> Result<()> {
     let wanted = |came: &str| {
@@ -274,22 +263,22 @@ fn check_objects(what: &str, given: Option<&Input>) -> Result<()> {
     }
 }
 
-/// The first reasoning that is not null, under `reasoning_content` and, if missing, `thinking`.
+/// The names that a message's reasoning goes by; the first is what templates read.
+pub(super) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// The first reasoning that is not null, under `reasoning_content` and, if missing, `thinking`, which comes first.
 fn with_reasoning(message: Value) -> Result<Value> {
     let Value::Dict(known) = &message else {
         return Ok(message);
     };
-    let names = ["reasoning_content", "thinking", "reasoning"];
-    let found = names
+    let found = REASONING
         .iter()
         .find_map(|name| known.get_str(name).filter(|v| !matches!(v, Value::None)));
     let Some(reasoning) = found.cloned() else {
         return Ok(message);
     };
     let mut entries = Vec::with_capacity(known.entries.len() + 2);
-    if known.get_str("thinking").is_none() {
-        entries.push((Value::from("thinking"), reasoning.clone()));
-    }
+    entries.push((Value::from("thinking"), reasoning.clone()));
     entries.extend(known.entries.iter().cloned());
     entries.push((Value::from("reasoning_content"), reasoning));
     dict(entries)

@@ -1,6 +1,6 @@
 //! Python's operators over values.
 
-use num_bigint::BigInt;
+use num_bigint::{BigInt, Sign};
 
 use super::format;
 use super::origin::{Str, Text};
@@ -195,28 +195,7 @@ fn divide(a: i128, b: i128) -> f64 {
     if size <= EXACT && by <= EXACT {
         return a as f64 / b as f64;
     }
-    // Decimal digits, more than a float holds, and whether anything is left.
-    let (mut digits, mut rest) = ((size / by).to_string(), size % by);
-    let (mut point, mut places) = (String::new(), 0);
-    while rest != 0 && places < 80 && (digits == "0" || digits.len() + places < 40) {
-        let Some(next) = rest.checked_mul(10) else {
-            return a as f64 / b as f64;
-        };
-        point.push(char::from(b'0' + (next / by) as u8));
-        (rest, places) = (next % by, places + 1);
-    }
-    if rest != 0 {
-        point.push('1');
-    }
-    digits.push('.');
-    digits.push_str(&point);
-    digits.push('0');
-    let quotient: f64 = digits.parse().unwrap_or(f64::NAN);
-    if (a < 0) != (b < 0) {
-        -quotient
-    } else {
-        quotient
-    }
+    big_divide(&a.into(), &b.into())
 }
 
 /// An integer of any size.
@@ -248,8 +227,10 @@ fn big_arithmetic(op: Op, a: &BigInt, b: &BigInt) -> Res<Value> {
         Op::FloorDiv => floored().0,
         Op::Rem => floored().1,
         Op::Div => {
-            let float = |n: &BigInt| n.to_string().parse().unwrap_or(f64::NAN);
-            return Ok(Value::Float(float(a) / float(b)));
+            return match big_divide(a, b) {
+                quotient if quotient.is_finite() => Ok(Value::Float(quotient)),
+                _ => fault("integer division result too large for a float"),
+            };
         }
         Op::Pow => match u32::try_from(b) {
             Ok(power) if a.bits().saturating_mul(power.into()) <= MOST_BITS => a.pow(power),
@@ -260,6 +241,28 @@ fn big_arithmetic(op: Op, a: &BigInt, b: &BigInt) -> Res<Value> {
         return fault("the result does not fit into 4300 digits");
     }
     Value::integer(&result.to_string())
+}
+
+/// The float nearest to `a / b`, as Python rounds it.
+fn big_divide(a: &BigInt, b: &BigInt) -> f64 {
+    const BITS: i64 = 66; // more than a float has, less than a u128
+    let shift = BITS - (a.bits() as i64 - b.bits() as i64);
+    let (top, bottom) = (a.magnitude().clone(), b.magnitude().clone());
+    let (top, bottom) = match usize::try_from(shift) {
+        Ok(up) => (top << up, bottom),
+        Err(_) => (top, bottom << shift.unsigned_abs() as usize),
+    };
+    let whole = &top / &bottom;
+    // What is left only says on which side of a tie the quotient lies.
+    let rest = u128::from(&whole * &bottom != top);
+    let quotient = (u128::try_from(whole).unwrap_or(u128::MAX) | rest) as f64;
+    let half = (-shift / 2) as i32;
+    let size = quotient * 2f64.powi(half) * 2f64.powi((-shift) as i32 - half);
+    if (a.sign() == Sign::Minus) == (b.sign() == Sign::Minus) {
+        size
+    } else {
+        -size
+    }
 }
 
 fn float_arithmetic(op: Op, a: f64, b: f64) -> Res<Value> {

@@ -23,6 +23,8 @@ const MAX_ENTRIES: usize = 1 << 18;
 /// The same for words that do not fit there, of at most this many bytes; all are forgotten when those kept
 /// have more than these in all.
 const LONG_WORD: usize = 512;
+/// Places that a longer word may have.
+const WAYS: usize = 4;
 const LONG_BYTES: usize = 4 << 20;
 const MAX_LONG_ENTRIES: usize = 1 << 17;
 /// Words that are looked up side by side, so that they wait for memory together.
@@ -38,6 +40,8 @@ pub(super) struct Fast {
     plain: Option<Finder>,
     normalized: Option<Finder>,
     splitter: Splitter,
+    /// Of stages: by the ASCII character before a place, a bit for each behind it between which there is a seam.
+    seams: Vec<u128>,
     cuts: Option<Cuts>,
     idle: Mutex<Vec<Scratch>>,
 }
@@ -83,10 +87,15 @@ impl Fast {
             }
             _ => None,
         };
+        let seams = match &splitter {
+            Splitter::Stages { stages, .. } => ascii_seams(stages),
+            _ => Vec::new(),
+        };
         Some(Self {
             plain,
             normalized,
             splitter,
+            seams,
             cuts,
             idle: Mutex::new(Vec::new()),
         })
@@ -119,6 +128,16 @@ impl Fast {
         }
         done.then_some(())
     }
+}
+
+fn ascii_seams(stages: &[Stage]) -> Vec<u128> {
+    let behind = |before: u8| {
+        let seam = |after: &u8| is_seam(stages, &[before, *after], 1);
+        (0..128)
+            .filter(seam)
+            .fold(0, |bits, after| bits | 1 << after)
+    };
+    (0..128).map(behind).collect()
 }
 
 impl Default for Scratch {
@@ -238,7 +257,14 @@ impl Encoder<'_> {
 
     /// Words that stages cut.
     fn staged(&mut self, stages: &[Stage], text: &[u8]) -> bool {
-        let seam = |at: usize| is_seam(stages, text, at);
+        let fast = self.fast;
+        let seam = |at: usize| {
+            let (before, after) = (text[at - 1], text[at]);
+            match fast.seams.get(before as usize) {
+                Some(seams) if after < 0x80 => seams >> after & 1 == 1,
+                _ => is_seam(stages, text, at),
+            }
+        };
         self.stretches(text, &seam, &mut |encoder, part, stop| {
             let (from, mut more) = (part.start, true);
             each_word(stages, &text[part], &mut |start, end| {
@@ -299,7 +325,7 @@ impl Encoder<'_> {
     fn stretches(
         &mut self,
         text: &[u8],
-        seam: &dyn Fn(usize) -> bool,
+        seam: &impl Fn(usize) -> bool,
         words: &mut dyn FnMut(&mut Self, Range<usize>, usize) -> bool,
     ) -> bool {
         let mut at = 0;
@@ -457,7 +483,7 @@ impl Encoder<'_> {
 
 /// The first seam of a text from `at` on, or its end.
 #[inline]
-fn next_seam(text: &[u8], mut at: usize, seam: &dyn Fn(usize) -> bool) -> usize {
+fn next_seam(text: &[u8], mut at: usize, seam: &impl Fn(usize) -> bool) -> usize {
     while let Some(&byte) = text.get(at) {
         if byte & 0xc0 != 0x80 && seam(at) {
             return at;
@@ -570,7 +596,8 @@ impl Cache {
     }
 }
 
-/// Longer words, or stretches of them, and their ids, each at the place its hash says: a new one takes the place of an old.
+/// Longer words, or stretches of them, and their ids, each at one of the places its hash says: a new one takes
+/// the place of an old only where all are taken.
 #[derive(Debug)]
 struct LongCache {
     entries: Vec<LongEntry>,
@@ -609,16 +636,32 @@ impl LongCache {
         self.entries[hash as usize & (self.entries.len() - 1)]
     }
 
+    /// Where a word of this hash may be.
+    #[inline]
+    fn places(&self, hash: u64) -> impl Iterator<Item = usize> + use<> {
+        let mask = self.entries.len() - 1;
+        (0..WAYS).map(move |way| (hash as usize).wrapping_add(way) & mask)
+    }
+
     #[inline]
     fn get(&self, hash: u64, word: &[u8]) -> Option<&[u32]> {
-        let entry = self.at(hash);
-        if entry.hash != hash || entry.length as usize != word.len() {
-            return None;
-        }
+        let known = |at: &usize| {
+            let entry = &self.entries[*at];
+            entry.hash == hash && entry.length as usize == word.len()
+        };
+        let entry = self.entries[self.places(hash).find(known)?];
         let start = entry.word as usize;
         let same = self.words[start..start + word.len()] == *word;
         let start = entry.ids as usize;
         same.then(|| &self.ids[start..start + entry.count as usize])
+    }
+
+    fn put(&mut self, entry: LongEntry) {
+        let vacant = |at: &usize| self.entries[*at].length == 0;
+        let first = self.places(entry.hash).next();
+        if let Some(at) = self.places(entry.hash).find(vacant).or(first) {
+            self.entries[at] = entry;
+        }
     }
 
     fn insert(&mut self, hash: u64, word: &[u8], ids: &[u32]) {
@@ -633,20 +676,19 @@ impl LongCache {
         if self.inserted > self.entries.len() / 4 && self.entries.len() < MAX_LONG_ENTRIES {
             let size = self.entries.len() * 4;
             let old = std::mem::replace(&mut self.entries, vec![LongEntry::default(); size]);
-            for entry in old {
-                self.entries[entry.hash as usize & (size - 1)] = entry;
-            }
+            old.into_iter()
+                .filter(|entry| entry.length != 0)
+                .for_each(|entry| self.put(entry));
             self.inserted = 0;
         }
         self.inserted += 1;
-        let place = hash as usize & (self.entries.len() - 1);
-        self.entries[place] = LongEntry {
+        self.put(LongEntry {
             hash,
             word: self.words.len() as u32,
             ids: self.ids.len() as u32,
             length,
             count,
-        };
+        });
         self.words.extend_from_slice(word);
         self.ids.extend_from_slice(ids);
     }

@@ -259,6 +259,8 @@ fn escaped(text: &str) -> String {
 pub(super) fn punctuation() -> Option<ClassUnicode> {
     let mut known = class(r"[\p{P}\p{S}]", false)?;
     known.push(ClassUnicodeRange::new('!', '~'));
+    // A mark by now.
+    known.push(ClassUnicodeRange::new('\u{111c9}', '\u{111c9}'));
     let is = |c: char| c.is_ascii_punctuation() || c.is_punctuation();
     let all = known.ranges().iter();
     let found = all.flat_map(|range| (range.start()..=range.end()).filter(|&c| is(c)));

@@ -180,7 +180,8 @@ pub(in super::super) fn work(run: &mut Run<'_>, job: &Job, item: Value) -> Res<O
                 return unknown(name);
             };
             let args = args.again(&mut run.budget)?;
-            run.nested_call(|run| filter(run, item, args)).map(Some)
+            run.nested_call(|run| filter.call(run, item, args))
+                .map(Some)
         }
         Job::Attribute(attribute, default) => {
             by_attribute(run, &item, Some(attribute), default.as_ref()).map(Some)
@@ -257,7 +258,12 @@ fn select(run: &mut Run<'_>, name: &str, value: &Value, mut args: CallArgs) -> R
 }
 
 fn batch(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Value> {
-    let [count, fill] = args.bind(name, ["linecount", "fill_with"])?;
+    let pieces = if name == "batch" {
+        "linecount"
+    } else {
+        "slices"
+    };
+    let [count, fill] = args.bind(name, [pieces, "fill_with"])?;
     let items = run.items(value)?;
     let count = count
         .and_then(|c| c.as_int())
