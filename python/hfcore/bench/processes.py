@@ -87,9 +87,9 @@ print(json.dumps(found))
 """
 
 
-def installed(python: str, rivals: Mapping[str, Rival] = RIVALS) -> dict[str, Reply]:
+def installed(python: str, rivals: Mapping[str, Rival] | None = None) -> dict[str, Reply]:
     """For each rival, what this Python lacks of it, and its version. Raises WorkerError."""
-    wanted = json.dumps({rival.name: rival.modules for rival in rivals.values()})
+    wanted = json.dumps({rival.name: rival.modules for rival in (rivals or RIVALS).values()})
     try:
         run = subprocess.run(  # noqa: S603 - a Python that the user named, our own program
             [python, "-c", _PROBE, wanted], capture_output=True, text=True, timeout=60

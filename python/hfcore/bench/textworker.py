@@ -1,4 +1,4 @@
-"""One tokenizer or one chat template in a process of its own; requests and replies are lines of JSON.
+"""A tokenizer or a chat template in a process of its own; requests, replies are lines of JSON.
 
     python textworker.py ENGINE FILE 1 0 MODE
 
