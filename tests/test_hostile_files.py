@@ -133,7 +133,10 @@ class Wounds:
             for step in way:
                 holder = holder[step]
             self.change(holder, key)
-        made = json.dumps(value)
+        try:
+            made = json.dumps(value)
+        except RecursionError:
+            return self.raw(data, head_first=False)
         if self.random.random() < 0.1:
             made = made[:-1] + "," + made[1:]
         return made.encode()
@@ -156,7 +159,7 @@ class Wounds:
                 holder[str(key) + "x"] = holder.pop(key)
             case _:
                 nested: Any = old
-                for _ in range(rng.choice([1, 3, 500])):
+                for _ in range(rng.choice([1, 3, 300])):
                     nested = [nested]
                 holder[key] = nested
 
