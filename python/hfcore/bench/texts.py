@@ -67,7 +67,7 @@ def run(parsed: Namespace) -> None:
     lines = report.read(parsed.report) if parsed.report else _Run(parsed).measure()
     text = table(lines)
     if parsed.table is None:
-        print(text)
+        sys.stdout.write(text + "\n")
     else:
         parsed.table.parent.mkdir(parents=True, exist_ok=True)
         parsed.table.write_text(text, encoding="utf-8")
