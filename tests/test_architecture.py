@@ -24,7 +24,8 @@ PYTHON_LADDER = (
 
 # `hfcore bench` is a package with a ladder of its own. Its worker stands alone: any Python runs it.
 BENCH_LADDER = (
-    "worker", "processes", "machine", "model", "measures", "report", "session", "__init__",
+    "worker", "textworker", "processes", "machine", "model", "measures", "report", "session",
+    "texts", "__init__",
 )  # fmt: skip
 
 # Each outside library has one home, so that a change of it has one place too.
