@@ -67,7 +67,7 @@ def run(parsed: Namespace) -> None:
     lines = report.read(parsed.report) if parsed.report else _Run(parsed).measure()
     text = table(lines)
     if parsed.table is None:
-        print(text)
+        sys.stdout.write(text + "\n")
     else:
         parsed.table.parent.mkdir(parents=True, exist_ok=True)
         parsed.table.write_text(text, encoding="utf-8")
@@ -130,7 +130,7 @@ class _Run:
         whole = line | machine.circumstances() | {"versions": versions} | machine.moment()
         self._lines.append(whole)
         said = {key: value for key, value in line.items() if key not in {"kind", "rounds"}}
-        print(f"{line['kind']}: {said}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line['kind']}: {said}\n")
         if self._out is not None:
             with self._out.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(whole) + "\n")
@@ -276,10 +276,8 @@ def table(lines: Sequence[Line]) -> str:
     first = lines[0] if lines else {}
     if first:
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        parts += [
-            f"{first['cpu']}, Python {first['python']}, commit {first['commit']}; {versions}.",
-            "",
-        ]
+        where = f"{first['cpu']}, Python {first['python']}, commit {first['commit']}"
+        parts += [f"{where}; {versions}.", ""]
     for line in lines:
         if line["kind"] == "absent":
             parts.append(f"- {line['engine']}: {line['reason']}")
@@ -312,10 +310,8 @@ def _token_table(lines: Sequence[Line]) -> list[str]:
         cells = [file, engine, f"{any_line.get('wrong', '?')} of {any_line.get('texts', '?')}"]
         for what in ("first", "again"):
             cells += [_speed(theirs[what]), _ratio(mine[what], theirs[what], engine)]
-        cells += [
-            _middle(theirs["message"], 1e6),
-            _ratio(mine["message"], theirs["message"], engine),
-        ]
+        cells.append(_middle(theirs["message"], 1e6))
+        cells.append(_ratio(mine["message"], theirs["message"], engine))
         cells += [_middle(theirs["load"], 1e3), _middle(theirs["batch"], 1, "{:.2f}")]
         rows.append(f"| {' | '.join(cells)} |")
     return rows

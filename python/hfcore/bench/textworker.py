@@ -1,4 +1,4 @@
-"""A tokenizer or a chat template in a process of its own; requests, replies are lines of JSON.
+"""One tokenizer or chat template in a process of its own; requests and replies are lines of JSON.
 
     python textworker.py ENGINE FILE 1 0 MODE
 
@@ -317,7 +317,12 @@ def serve(job: TokenJob | TemplateJob, requests: TextIO, replies: TextIO) -> Non
             reply = getattr(job, request["do"])(request)
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
+        _put(replies, reply)
+
+
+def _put(replies: TextIO, reply: Reply) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
 
 
 def main() -> None:
@@ -326,9 +331,10 @@ def main() -> None:
     replies, sys.stdout = sys.stdout, sys.stderr  # what an engine prints is no reply
     start = time.perf_counter()
     is_template = path.endswith(".jinja")
+    job: TemplateJob | TokenJob
     job = TemplateJob(engine, path) if is_template else TokenJob(engine, path, mode["texts"])
     reply = {"load": time.perf_counter() - start, "instruction_set": None}
-    print(json.dumps(reply), file=replies, flush=True)
+    _put(replies, reply)
     serve(job, sys.stdin, replies)
 
 

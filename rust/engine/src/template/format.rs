@@ -145,6 +145,14 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
             if let Some(separator) = spec.comma {
                 return fault(format!("Cannot specify '{separator}' with 's'."));
             }
+            if spec.sign.is_some() || spec.alternate {
+                let what = if spec.sign.is_some() {
+                    "Sign"
+                } else {
+                    "Alternate form (#)"
+                };
+                return fault(format!("{what} not allowed in string format specifier"));
+            }
             budget.bytes(s.text.len())?;
             let cut: String = s
                 .text

@@ -46,6 +46,8 @@ pub(super) fn compile(name: &str, source: &str) -> Res<Program> {
         at: At::default(),
         nesting: 0,
         has_blocks: source.contains("block"),
+        unsure: false,
+        escapes: false,
     };
     lowering.template(&template.children)?;
     Ok(lowering.program)
@@ -88,6 +90,9 @@ struct Lowering<'s> {
     at: At,
     nesting: usize,
     has_blocks: bool,
+    /// Within an `autoescape` whose condition is only known as it runs; and what was last known before.
+    unsure: bool,
+    escapes: bool,
 }
 
 /// A name's id, given on first sight.
@@ -241,7 +246,11 @@ impl Lowering<'_> {
                     .map(|b| StmtKind::With(Vec::new(), b));
             }
             ast::Stmt::EmitRaw(raw) => StmtKind::Text(self.raw_text(raw.raw, raw.span()).into()),
-            ast::Stmt::EmitExpr(e) => StmtKind::Emit(self.expr(&e.expr)?),
+            ast::Stmt::EmitExpr(e) => match self.expr(&e.expr)? {
+                // Jinja2 makes text of constants as it compiles.
+                expr if self.unsure && is_constant(&expr) => StmtKind::EmitAs(self.escapes, expr),
+                expr => StmtKind::Emit(expr),
+            },
             ast::Stmt::ForLoop(f) => self.for_loop(f)?,
             ast::Stmt::IfCond(i) => self.if_chain(i)?,
             ast::Stmt::WithBlock(w) => self.with_block(w)?,
@@ -262,8 +271,15 @@ impl Lowering<'_> {
                 let scope = l.at.scope;
                 l.names
                     .reads(scope, &a.enabled, &mut |name| intern(program, name));
-                let body = l.body(&a.body)?;
-                Ok(StmtKind::AutoEscape(l.expr(&a.enabled)?, body))
+                let enabled = l.expr(&a.enabled)?;
+                let before = (l.unsure, l.escapes);
+                match &enabled {
+                    Expr::Const(value) => l.escapes = value.truth(),
+                    _ => l.unsure = true,
+                }
+                let body = l.body(&a.body);
+                (l.unsure, l.escapes) = before;
+                Ok(StmtKind::AutoEscape(enabled, body?))
             })?,
             ast::Stmt::FilterBlock(f) => match &f.filter {
                 ast::Expr::Filter(name) if name.name == GENERATION && name.expr.is_none() => {
@@ -771,6 +787,24 @@ fn comparison(op: CompareOpKind) -> Comparison {
         CompareOpKind::Gte => Comparison::Ge,
         CompareOpKind::In => Comparison::In,
         CompareOpKind::NotIn => Comparison::NotIn,
+    }
+}
+
+/// Whether Jinja2 knows the value as it compiles, where it does not know whether to escape.
+fn is_constant(expr: &Expr) -> bool {
+    let both = |pair: &(Expr, Expr)| is_constant(&pair.0) && is_constant(&pair.1);
+    match expr {
+        Expr::Const(_) => true,
+        Expr::List(parts) | Expr::Tuple(parts) | Expr::Sum(parts) | Expr::Concat(parts) => {
+            parts.iter().all(is_constant)
+        }
+        Expr::Dict(pairs) => pairs.iter().all(both),
+        Expr::Neg(inner) | Expr::Not(inner) => is_constant(inner),
+        Expr::And(pair) | Expr::Or(pair) | Expr::Bin(_, pair) => both(pair),
+        Expr::Compare(first, chain) => {
+            is_constant(first) && chain.iter().all(|(_, right)| is_constant(right))
+        }
+        _ => false,
     }
 }
 

@@ -18,6 +18,8 @@ pub(super) struct Stmt {
 pub(super) enum StmtKind {
     Text(Arc<str>),
     Emit(Expr),
+    /// A constant, escaped or not, whatever is the rule as it runs.
+    EmitAs(bool, Expr),
     /// An index into `Program::loops`.
     For(usize),
     If(Vec<(Expr, Vec<Stmt>)>, Vec<Stmt>),

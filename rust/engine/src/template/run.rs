@@ -188,6 +188,12 @@ impl<'p> Run<'p> {
         match &stmt.kind {
             StmtKind::Text(text) => self.write(text)?,
             StmtKind::Emit(expr) => self.emit_expr(expr)?,
+            StmtKind::EmitAs(escapes, expr) => {
+                let before = std::mem::replace(&mut self.autoescape, *escapes);
+                let done = self.emit_expr(expr);
+                self.autoescape = before;
+                done?;
+            }
             StmtKind::For(id) => self.for_stmt(*id)?,
             StmtKind::If(branches, otherwise) => return self.if_stmt(branches, otherwise),
             StmtKind::With(pairs, body) => return self.with_stmt(pairs, body),

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use super::split::push_marked;
+use super::words::character;
 use serde_json::Value as Json;
 use tokenizers::NormalizerWrapper;
 use tokenizers::tokenizer::{NormalizedString, Normalizer as _};
@@ -177,20 +178,91 @@ impl Step {
                 text.contains(from.as_str()).then(|| text.replace(from, to))
             }
             Self::Lowercase => Some(text.chars().flat_map(char::to_lowercase).collect()),
-            Self::Nfc => {
-                let first = text.bytes().position(|byte| byte >= FIRST_COMBINING)?;
-                // The character before may compose with the first that can.
-                let first = text[..first]
-                    .char_indices()
-                    .next_back()
-                    .map_or(first, |(at, _)| at);
-                let same = is_nfc_quick(text[first..].chars()) == IsNormalized::Yes;
-                (!same).then(|| text.nfc().map(|(c, _)| c).collect())
-            }
+            Self::Nfc => (!is_nfc(text)).then(|| text.nfc().map(|(c, _)| c).collect()),
             _ if text.is_ascii() => None,
             Self::Nfd => Some(text.nfd().map(|(c, _)| c).collect()),
             Self::Nfkc => Some(text.nfkc().map(|(c, _)| c).collect()),
             Self::Nfkd => Some(text.nfkd().map(|(c, _)| c).collect()),
+        }
+    }
+}
+
+/// Whether a text is certainly its own canonical form. Only runs of characters that may not be are looked up.
+fn is_nfc(text: &str) -> bool {
+    const HIGH: u64 = 0x8080_8080_8080_8080;
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        if byte < FIRST_COMBINING {
+            let ascii = bytes[at..]
+                .first_chunk()
+                .is_some_and(|b| u64::from_le_bytes(*b) & HIGH == 0);
+            at += if ascii { 8 } else { 1 };
+            continue;
+        }
+        let start = at;
+        let mut plain = 0;
+        while plain == 0 && bytes.get(at).is_some_and(|&byte| byte >= FIRST_COMBINING) {
+            let (c, width) = character(bytes, at);
+            match is_plain(c) {
+                true => plain = width,
+                false => at += width,
+            }
+        }
+        if start < at && is_nfc_quick(text[start..at].chars()) != IsNormalized::Yes {
+            return false;
+        }
+        at += plain;
+    }
+    true
+}
+
+/// Common characters that are their own canonical form and combine with none before them.
+fn is_plain(c: u32) -> bool {
+    matches!(
+        c,
+        0x400..=0x481 | 0x2010..=0x2027 | 0x2500..=0x25ff | 0x3041..=0x3096 | 0x30a1..=0x30fa
+            | 0x4e00..=0x9fff | 0xac00..=0xd7a3
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unicode_normalization_alignments::char::canonical_combining_class;
+
+    #[test]
+    fn plain_characters_begin_and_stay_as_they_are() {
+        for c in (0..=0x11_0000)
+            .filter(|&c| is_plain(c))
+            .filter_map(char::from_u32)
+        {
+            assert_eq!(canonical_combining_class(c), 0, "{c:?}");
+            assert!(is_nfc_quick([c].into_iter()) == IsNormalized::Yes, "{c:?}");
+        }
+    }
+
+    #[test]
+    fn texts_are_looked_at_in_runs_as_whole() {
+        let texts = [
+            "",
+            "plain",
+            "\u{e9}",
+            "e\u{301}",
+            "漢字e\u{301}",
+            "漢\u{301}",
+            "\u{327}\u{301}a",
+            "\u{301}\u{327}a",
+            "가\u{11a8}",
+            "Привет, мир",
+            "aaaaaaaaé漢字…ああ\u{3099}",
+            "\u{2126}",
+            "ไทย\u{e38}\u{301}",
+            "👨\u{200d}👩",
+        ];
+        for text in texts {
+            let whole = is_nfc_quick(text.chars()) == IsNormalized::Yes;
+            assert_eq!(is_nfc(text), whole, "{text:?}");
         }
     }
 }
