@@ -139,7 +139,8 @@ def test_blocks_of_nf4_are_bitsandbytes() -> None:
         assert block[:4].tobytes() == np.float32(3.0).tobytes()
         assert block[4:].tobytes().hex() == codes
         back = _core.dequantize(kind, block[None]).reshape(-1)
-        assert np.abs(back - numbers[0]).max() < 0.5
+        # Half of the widest step, between two thirds of the largest and itself.
+        assert np.abs(back - numbers[0]).max() <= 0.5
 
 
 NF4_CODES = "223333344444555566667778888999aaaabbbbcccccdddddeeeeeeeeeeffffff"

@@ -927,6 +927,22 @@ impl ForTemplate {
 type Render<'a> = dyn Fn(&RenderRequest) -> Result<(String, Vec<Segment>)> + 'a;
 
 /// A prompt's text, its parts, and what becomes of thoughts after it; `render` is the template's.
+/// A template alone would take a message without a role for one of a role that it does not know.
+fn check_roles(messages: &Value) -> Result<()> {
+    let all = messages.as_array().map_or(&[][..], Vec::as_slice);
+    for (i, message) in all.iter().enumerate() {
+        if let Value::Object(message) = message
+            && !message.get("role").is_some_and(Value::is_string)
+        {
+            let keys: Vec<_> = message.keys().collect();
+            return Err(Error::InvalidRequest(format!(
+                "message {i} must have a role, got keys {keys:?}"
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn chat_text(
     template: &ChatTemplate,
     mut for_template: ForTemplate,
@@ -938,6 +954,7 @@ fn chat_text(
     if let Some(wanted) = answer.reasoning {
         for_template.switch_thoughts(wanted, template.source())?;
     }
+    check_roles(&messages)?;
     let messages = match template.takes_tools() {
         true => messages,
         false => answer::spell_out(
