@@ -926,7 +926,6 @@ impl ForTemplate {
 /// A template's rendering: the text, and its parts.
 type Render<'a> = dyn Fn(&RenderRequest) -> Result<(String, Vec<Segment>)> + 'a;
 
-/// A prompt's text, its parts, and what becomes of thoughts after it; `render` is the template's.
 /// A template alone would take a message without a role for one of a role that it does not know.
 fn check_roles(messages: &Value) -> Result<()> {
     let all = messages.as_array().map_or(&[][..], Vec::as_slice);
@@ -943,6 +942,7 @@ fn check_roles(messages: &Value) -> Result<()> {
     Ok(())
 }
 
+/// A prompt's text, its parts, and what becomes of thoughts after it; `render` is the template's.
 fn chat_text(
     template: &ChatTemplate,
     mut for_template: ForTemplate,
