@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_checkpoint
 
 import hfcore
-from hfcore import Engine, InvalidRequestError, UnknownOptionError, _core, at_load, hub
+from hfcore import (
+    ChatHuggingFace,
+    Engine,
+    HuggingFacePipeline,
+    InvalidRequestError,
+    UnknownOptionError,
+    _core,
+    at_load,
+    hub,
+)  # fmt: skip
 from hfcore.testing import tiny_model
 
 
@@ -129,6 +139,29 @@ def test_nf4_and_fp4_change_what_a_model_says_a_little(tmp_path: Path) -> None:
                 assert np.corrcoef(seen[-1], plain)[0, 1] > 0.9
         assert np.corrcoef(seen[-1], seen[-2])[0, 1] > 0.999
     assert all(not np.array_equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_pipeline_quantises_as_transformers_says_it(tmp_path: Path) -> None:
+    model = str(tiny_checkpoint.write_checkpoint(tmp_path, tiny_checkpoint.weights()))
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+    def answer(**opening: Any) -> str:
+        llm = HuggingFacePipeline(
+            model_id=model, model_kwargs=opening, pipeline_kwargs={"max_new_tokens": 24}
+        )
+        return llm.invoke("Once upon")
+
+    with Engine(model, quantization_config=config) as engine:
+        direct = engine.generate("Once upon", max_tokens=24).text
+        assert engine.info["quantization"] == "NF4"
+    assert answer(quantization_config=config) == direct
+    assert answer(quantization="q8_0") != ""
+    chat = ChatHuggingFace.from_model_id(model, model_kwargs={"quantization_config": config})
+    usage = chat.invoke("Hello", max_tokens=8).usage_metadata
+    assert usage is not None
+    assert usage["output_tokens"] > 0
+    with pytest.raises(UnknownOptionError, match="bnb_4bit_quant_type"):
+        answer(quantization_config={**config, "bnb_4bit_quant_kind": "nf4"})
 
 
 def test_blocks_of_nf4_are_bitsandbytes() -> None:
