@@ -6,6 +6,7 @@ HFCORE_CASES the tiny checkpoints of many families are wounded too.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -150,7 +151,7 @@ class Wounds:
             case 1:
                 holder[key] = rng.choice(NUMBERS)
             case 2:
-                holder[key] = rng.choice(OTHERS)
+                holder[key] = copy.deepcopy(rng.choice(OTHERS))
             case 3 if isinstance(old, int | float):
                 holder[key] = rng.choice([old * 2, old + 1, -old, old - 1, old * 10**6, float(old)])
             case 3 | 4 if isinstance(old, list):

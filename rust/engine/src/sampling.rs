@@ -118,7 +118,7 @@ impl Sampler {
     /// once the token stands.
     ///
     /// # Errors
-    /// `Internal` when no token is possible: every logit NaN, minus infinity, banned or not
+    /// `InvalidRequest` when no token is possible: every logit NaN, minus infinity, banned or not
     /// allowed.
     pub fn sample(
         &mut self,
@@ -372,8 +372,10 @@ pub fn two_likeliest(row: &[f32]) -> (u32, f32) {
 fn possible(best: f32) -> Result<f32> {
     match best > f32::NEG_INFINITY {
         true => Ok(best),
-        false => Err(Error::Internal(
-            "no token is possible: no finite logit is left".into(),
+        false => Err(Error::InvalidRequest(
+            "no token is possible: all logits are infinite or no numbers, since the options forbid \
+             all tokens or the model's file is damaged"
+                .into(),
         )),
     }
 }

@@ -319,7 +319,7 @@ fn rows_without_a_finite_logit_are_an_error_and_odd_ones_are_not() {
         for row in [vec![], vec![nan; 20], vec![-inf; 20], vec![nan, -inf]] {
             assert!(matches!(
                 sampler.sample(&row, None, &[]),
-                Err(Error::Internal(_))
+                Err(Error::InvalidRequest(_))
             ));
         }
         assert_eq!(
