@@ -424,6 +424,8 @@ fn percent_value(value: &Value, spec: &Spec, budget: &mut Budget) -> Res<String>
                 Some(c) => Ok(as_text(&c.to_string())),
                 None => fault("%c arg not in range(0x110000)"),
             },
+            // True and False are numbers.
+            Value::Bool(b) => Ok(as_text(if *b { "\u{1}" } else { "\0" })),
             _ => fault("%c requires int or char"),
         },
         kind @ ('d' | 'i' | 'u' | 'x' | 'X' | 'o') => percent_int(value, kind, spec),
