@@ -18,6 +18,7 @@ __all__ = [
     "ChatTemplate",
     "DecodeStream",
     "Delta",
+    "Encoder",
     "Engine",
     "Notifier",
     "Stream",

@@ -780,7 +780,9 @@ impl<'p> Run<'p> {
                     return Ok(None);
                 };
                 if self.passes(*id, *frame, item.clone())? {
-                    return Ok(Some(item));
+                    return self
+                        .repacked(&self.program.loops[*id].target, item)
+                        .map(Some);
                 }
             },
             Source::Failing(message) => fault(message.clone()),
@@ -801,6 +803,19 @@ impl<'p> Run<'p> {
         self.enter(&condition.enter);
         self.at = outer;
         Ok(Source::Filtered(Box::new(source), id, frame))
+    }
+
+    /// What passed a condition goes on as its targets: several names are a tuple, whatever they were taken from.
+    fn repacked(&mut self, target: &'p Target, item: Value) -> Res<Value> {
+        let Target::Tuple(targets) = target else {
+            return Ok(item);
+        };
+        let items = self.items(&item)?;
+        let parts = targets.iter().zip(items);
+        let parts: Res<Vec<_>> = parts
+            .map(|(target, item)| self.repacked(target, item))
+            .collect();
+        Value::tuple(parts?, &mut self.budget)
     }
 
     fn passes(&mut self, id: usize, frame: usize, item: Value) -> Res<bool> {

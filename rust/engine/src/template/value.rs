@@ -832,7 +832,13 @@ impl Value {
             (Value::Dict(d), n) => Ok(d.get(n, budget)?.is_some()),
             (Value::Undefined(_), _) => Ok(false),
             (Value::List(s) | Value::Tuple(s), n) => any_equal(&s.items, n, budget),
-            (Value::View(v), n) => any_equal(&v.items, n, budget),
+            (Value::View(v), n) => {
+                if v.type_name == "dict_keys" {
+                    // Looked up by its hash.
+                    Key::of(n, budget)?;
+                }
+                any_equal(&v.items, n, budget)
+            }
             (Value::Range(_), n) => any_equal(&self.items(budget)?, n, budget),
             (other, _) => fault(format!(
                 "argument of type '{}' is not iterable",

@@ -129,8 +129,15 @@ fn round(value: &Value, args: CallArgs, budget: &mut Budget) -> Res<Value> {
             precision.unsigned_abs(),
         ))),
         ("common", _) => Ok(Value::Float((f * scale).round_ties_even() / scale)),
-        ("ceil", _) => Ok(Value::Float((f * scale).ceil() / scale)),
-        ("floor", _) => Ok(Value::Float((f * scale).floor() / scale)),
+        ("ceil" | "floor", _) if (f * scale).is_nan() => {
+            fault("cannot convert float NaN to integer")
+        }
+        ("ceil" | "floor", _) if (f * scale).is_infinite() => {
+            fault("cannot convert float infinity to integer")
+        }
+        // Python's are whole numbers, of which none is minus zero.
+        ("ceil", _) => Ok(Value::Float(((f * scale).ceil() + 0.0) / scale)),
+        ("floor", _) => Ok(Value::Float(((f * scale).floor() + 0.0) / scale)),
         _ => fault("method must be common, ceil or floor"),
     }
 }
