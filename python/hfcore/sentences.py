@@ -141,7 +141,8 @@ class SentenceEncoder:
         if not unit:
             return vectors
         lengths: Any = (vectors**2).sum(axis=1, keepdims=True) ** 0.5
-        return vectors / lengths.clip(1e-12)  # type: ignore[no-any-return]
+        shortened: NDArray[np.float32] = vectors / lengths.clip(1e-12)
+        return shortened
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None or name is None:
