@@ -35,7 +35,7 @@ RUST_HOMES = {
     "minijinja_contrib": {"template"},
     "tokenizers": {"tokenizer", "vocab"},
     "regex": {"adapter"},
-    "regex_syntax": {"tokenizer"},
+    "regex_syntax": {"tokenizer", "template"},
     "unicode_normalization_alignments": {"tokenizer"},
     "unicode_names2": {"template"},
     "num_bigint": {"template"},

@@ -141,6 +141,45 @@ def test_nf4_and_fp4_change_what_a_model_says_a_little(tmp_path: Path) -> None:
     assert all(not np.array_equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
+def test_a_cache_keeps_what_a_model_was_quantised_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HFCORE_CACHE", str(tmp_path / "usual"))
+    source = _plain_model(tmp_path)
+    kept = tmp_path / "kept"
+    for device in ("cpu", "reference"):
+        for wish in ({"quantization": "q4_k_m"}, {"quantization_config": Config()}):
+            opening: dict[str, Any] = {"device": device, **wish}
+            with Engine(source, **opening) as engine:
+                plain = _logits(engine)
+            for cache in (kept, str(kept), True):
+                with Engine(source, **opening, quantization_cache=cache) as engine:
+                    assert np.array_equal(_logits(engine), plain)
+    files = sorted(kept.iterdir())
+    assert len(files) == 2
+    assert len(list((tmp_path / "usual" / "quantized").iterdir())) == 2
+    made = [file.stat().st_mtime_ns for file in files]
+    bytes_of = files[0].read_bytes()
+    files[0].write_bytes(bytes_of[:-1])
+    for wish in ({"quantization": "q4_k_m"}, {"quantization_config": Config()}):
+        with Engine(source, **wish, quantization_cache=kept):
+            pass
+    # The one that was cut short is made again, the other is used; nothing else is left there.
+    assert files[0].read_bytes() == bytes_of
+    assert [file.stat().st_mtime_ns for file in files][1] == made[1]
+    assert sorted(kept.iterdir()) == files
+
+
+def test_a_cache_without_anything_to_keep_is_refused(tmp_path: Path) -> None:
+    source = _plain_model(tmp_path)
+    with pytest.raises(InvalidRequestError, match="nothing to keep"):
+        Engine(source, quantization_cache=True)
+    with pytest.raises(InvalidRequestError, match="True or a directory, got 3"):
+        Engine(source, quantization="q8_0", quantization_cache=3)  # type: ignore[arg-type]
+    with pytest.raises(hfcore.ModelFileError, match=r"plain\.gguf"):
+        Engine(source, quantization="q8_0", quantization_cache=source)
+
+
 def test_a_pipeline_quantises_as_transformers_says_it(tmp_path: Path) -> None:
     model = str(tiny_checkpoint.write_checkpoint(tmp_path, tiny_checkpoint.weights()))
     config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

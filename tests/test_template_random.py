@@ -747,7 +747,10 @@ def came(made: Case) -> Outcome:
 def comparable(outcome: Outcome) -> bool:
     """Addresses and what Python's own memory or recursion ends are nobody's definition."""
     excused = ("MemoryError", "RecursionError")
-    return "0x7" not in (outcome.text or "").lower() and not outcome.error.startswith(excused)
+    text = (outcome.text or "").lower()
+    # An address may also come letter by letter.
+    address = "0x7" in text or "0x7f" in "".join(filter(str.isalnum, text))
+    return not address and not outcome.error.startswith(excused)
 
 
 def same(ours: Outcome, theirs: Outcome) -> bool:
@@ -771,6 +774,16 @@ def differences(count: int, seed: int) -> Iterator[tuple[int, Case, Outcome, Out
 def test_random_templates_render_as_jinja2_renders_them() -> None:
     count = int(os.environ.get("HFCORE_TEMPLATES", "1500"))
     assert list(differences(count, seed=0)) == []
+
+
+# Blocks that are call blocks to Jinja2, tests before an `if`, filtered blocks that are escaped, big
+# integers, namespaces within themselves, blocks that do not see what escapes around them, marks.
+ONCE = (3009785, 5001948, 1003045, 7012577, 7014909, 7018812)
+
+
+@pytest.mark.parametrize("seed", ONCE)
+def test_what_once_differed_stays_equal(seed: int) -> None:
+    assert list(differences(1, seed)) == []
 
 
 @pytest.mark.parametrize("share", [0.3])

@@ -595,6 +595,7 @@ class Engine:
         draft_model: str | os.PathLike[str] | None = None,
         adapters: Sequence[tuple[str, str | os.PathLike[str]]] | None = None,
         quantization: tuple[str, bool, list[str]] | None = None,
+        quantization_cache: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine:
         """Load the model at `path`: a `.gguf` file, or a directory with safetensors.
@@ -615,6 +616,7 @@ class Engine:
             adapters: Directories of LoRA adapters, by name: a request's `adapter` names one.
             quantization: What a model in F32, F16 or BF16 is quantised to while it is loaded: a
                 mixture, whether bitsandbytes' double quantisation is wanted, modules to leave.
+            quantization_cache: The file that keeps the outcome; its name says of what it is.
             forced_tokens: Whether tokens that a grammar forces run as one step.
             max_sequences: Requests that run at the same time, others wait; None is 32.
             progress: Called with (bytes done, bytes in all) while loading, from another thread's

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import _core, at_load, hub, loops, metrics, options
-from .errors import EngineClosedError, InvalidRequestError
+from . import _core, at_load, fetch, hub, loops, metrics, options
+from .errors import EngineClosedError, InvalidRequestError, ModelFileError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -207,6 +207,9 @@ class Engine:
             llm_int8_skip_modules does not name is quantised; without it, all but the head.
             bnb_4bit_compute_dtype changes nothing: weights are multiplied by inputs of 8 bits and
             summed up in float32. What cannot act raises.
+        quantization_cache: True, or a directory: what is quantised while loading is kept there
+            (True: `quantized` beside hfcore's other caches), for the next time to be quick. Files
+            that changed are quantised anew; nothing is ever deleted there.
         revision, cache_dir, token, local_files_only: which files of the hub.
         progress: called as progress(bytes done, bytes in all) while loading; what it raises ends
             the loading. None: a bar on a terminal, if loading takes long.
@@ -254,6 +257,7 @@ class Engine:
         | None = None,
         quantization: str | at_load.AtLoad | None = None,
         quantization_config: Any = None,
+        quantization_cache: bool | str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: Any = None,
@@ -266,15 +270,16 @@ class Engine:
             "kv_cache_bytes": kv_cache_bytes, "kv_cache_dtype": kv_cache_dtype,
             "prefix_cache": prefix_cache, "speculation": speculation,
             "draft_model": draft_model, "adapters": adapters, "quantization": quantization,
-            "quantization_config": quantization_config, "revision": revision,
-            "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only,
+            "quantization_config": quantization_config, "quantization_cache": quantization_cache,
+            "revision": revision, "cache_dir": cache_dir, "token": token,
+            "local_files_only": local_files_only,
         }  # fmt: skip
         opening = options.canonical(given | others, options.MODEL)
         path, rest = _located(model, opening)
         rest |= {"device": options.device(device), "max_sequences": max_sequences}
         self._closed = False
         with contextlib.closing(LoadBar()) as bar:
-            self._core = _core.Engine(path, progress=progress or bar.shown(), **_plain(rest))
+            self._core = _core.Engine(path, progress=progress or bar.shown(), **_plain(path, rest))
         self.model = os.fspath(model)
         self.path = path
         opening.pop("quantization_config", None)  # it is in `rest`, as it was understood
@@ -469,10 +474,31 @@ def _located(
     return path, rest | ({} if wanted is None else {"quantization": wanted})
 
 
-def _plain(rest: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(path: Path, rest: Mapping[str, Any]) -> dict[str, Any]:
     """How to open a model, as the compiled engine takes it."""
     wish = rest.get("quantization")
-    return {**rest, "quantization": wish and (wish.name, wish.nested, list(wish.skip))}
+    plain = {**rest, "quantization": wish and (wish.name, wish.nested, list(wish.skip))}
+    cache = plain.pop("quantization_cache", None)
+    if cache is None or cache is False:
+        return plain
+    return {**plain, "quantization_cache": _prepared(cache, path, wish)}
+
+
+def _prepared(cache: Any, path: Path, wish: at_load.AtLoad | None) -> Path:
+    """The file that keeps what a model is quantised to; files that changed have another."""
+    if not isinstance(cache, bool | str | os.PathLike):
+        raise InvalidRequestError(f"quantization_cache must be True or a directory, got {cache!r}")
+    if wish is None:
+        raise InvalidRequestError(
+            "quantization_cache has nothing to keep: nothing is quantised while it is loaded;"
+            " quantization says to what"
+        )
+    folder = fetch.cache_dir().parent / "quantized" if cache is True else Path(cache).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelFileError(f"{folder}: {error.strerror}", path=str(folder)) from error
+    return folder / f"{hub.digest_of(hub.identity(path), wish)}.hfcoreqt"
 
 
 class LoadBar:

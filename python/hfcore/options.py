@@ -59,7 +59,8 @@ has the higher one runs first, -100 to 100, 0 by itself; `adapter`: the name of 
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
     "max_sequences", "prefix_cache", "speculation", "draft_model", "adapters", "quantization",
-    "quantization_config", "revision", "cache_dir", "token", "local_files_only",
+    "quantization_config", "quantization_cache", "revision", "cache_dir", "token",
+    "local_files_only",
 )  # fmt: skip
 """How a model is found and opened."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ of a text's tokens, the same ids for both engines; less is better. Here the mean
 text."""
 
 
-def read(paths: Iterable[Path]) -> list[Line]:
+def read(
+    paths: Iterable[Path], kinds: Collection[str] = ("measure", "absent", "nll")
+) -> list[Line]:
     """The lines of result files, in order. Raises InvalidRequestError for something else."""
     lines = []
     for path in paths:
@@ -67,7 +69,7 @@ def read(paths: Iterable[Path]) -> list[Line]:
                 raise InvalidRequestError(
                     f"{path.name}, line {number}: wanted a line of results, got {text:.60}"
                 ) from error
-            if kind in {"measure", "absent", "nll"}:
+            if kind in kinds:
                 lines.append(line)
     if not lines:
         raise InvalidRequestError("wanted at least one measurement, got none")

@@ -32,6 +32,7 @@ _RIVALS = {name: Rival(name, (name,)) for name in (*_TOKENIZERS, *_TEMPLATES)} |
     "transformers": Rival("transformers", ("transformers", "tokenizers", "jinja2")),
 }
 _MESSAGES = (3, 60)
+_KINDS = ("absent", "cannot", "tokens", "template", "cold")
 _PATIENCE = 600.0  # seconds for one answer
 _COLD = {
     OURS: """
@@ -64,7 +65,7 @@ one by one. "Cold": from a process's start to its end with one prompt rendered a
 
 def run(parsed: Namespace) -> None:
     """Measure, or report. Raises HfcoreError, OSError."""
-    lines = report.read(parsed.report) if parsed.report else _Run(parsed).measure()
+    lines = report.read(parsed.report, _KINDS) if parsed.report else _Run(parsed).measure()
     text = table(lines)
     if parsed.table is None:
         sys.stdout.write(text + "\n")

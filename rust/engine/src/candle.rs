@@ -4,6 +4,7 @@
 use candle_core::{D, DType, Device as Place, Tensor};
 use hfcore_kernels::elementwise::{Activation, Pairing, SWISH_ALPHA, SWISH_LIMIT};
 use hfcore_kernels::pool::Pool;
+use hfcore_kernels::quant::dequantize;
 
 use crate::arch::Rope;
 use crate::batch::{Batch, PAGE, Span};
@@ -119,9 +120,14 @@ impl Device for Candle {
     fn matrix(&self, parts: &[weights::Tensor], bias: Option<&[f32]>) -> Result<Matrix> {
         let mut values = Vec::new();
         for part in parts {
-            values.extend(match part.target {
-                Some(target) => Conversion::new(&Pool::new(1), *part, target)?.numbers(),
-                None => part.dequantize(),
+            values.extend(match (part.target, part.ready) {
+                (Some(target), Some(ready)) => {
+                    let mut numbers = vec![0.0; part.elements()];
+                    dequantize(target.tensor_type, ready.blocks(), &mut numbers);
+                    numbers
+                }
+                (Some(target), None) => Conversion::new(&Pool::new(1), *part, target)?.numbers(),
+                (None, _) => part.dequantize(),
             });
         }
         let cols = parts.first().map_or(0, |part| part.cols());

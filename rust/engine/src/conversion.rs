@@ -41,11 +41,6 @@ impl<'a> Conversion<'a> {
         })
     }
 
-    /// Bytes of a row's blocks.
-    pub fn row_bytes(&self) -> usize {
-        self.row_bytes
-    }
-
     /// Write row `i` as blocks. `importance`: how much an error of each of its numbers counts.
     ///
     /// # Panics
@@ -61,6 +56,19 @@ impl<'a> Conversion<'a> {
                 block[..MAXIMUM].copy_from_slice(&most.to_le_bytes());
             }
         }
+    }
+
+    /// The blocks of all rows, one after the other. `importance`: of a row, see [`Self::row`].
+    pub fn blocks<'i>(
+        &self,
+        pool: &Pool,
+        importance: impl Fn(usize) -> Option<&'i [f32]> + Sync,
+    ) -> Vec<u8> {
+        let mut out = vec![0; self.from.rows() * self.row_bytes];
+        pool.rows(&mut out, self.row_bytes, |i, out| {
+            self.row(i, importance(i), out);
+        });
+        out
     }
 
     /// All numbers as they are after it.

@@ -172,6 +172,17 @@ impl Cpu {
                 forget,
             ));
         };
+        if let Some(ready) = part.ready {
+            return Ok(Tiles::pack_in(
+                arena,
+                target.tensor_type,
+                rows,
+                cols,
+                ready.blocks(),
+                pool,
+                |bytes| ready.forget(bytes),
+            ));
+        }
         let conversion = Conversion::new(pool, *part, target)?;
         let bytes = part.data.len() / rows.max(1);
         Ok(Tiles::pack_made(

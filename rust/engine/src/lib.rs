@@ -10,6 +10,7 @@ pub mod tokenizer;
 pub mod quantised;
 pub mod weights;
 pub mod conversion;
+pub mod prepared;
 pub mod vocab;
 pub mod recipe;
 pub mod gguf;

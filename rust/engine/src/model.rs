@@ -104,6 +104,9 @@ pub struct ModelOptions {
     pub adapters: Vec<(String, PathBuf)>,
     /// What a model in F32, F16 or BF16 is quantised to while it is loaded.
     pub quantization: Option<AtLoad>,
+    /// The file that keeps what it was quantised to, for the next time. Its name is the key of what it holds: whoever gives
+    /// it says by it which weights these are, and how they are quantised.
+    pub quantization_cache: Option<PathBuf>,
 }
 
 impl Default for ModelOptions {
@@ -122,6 +125,7 @@ impl Default for ModelOptions {
             draft_model: None,
             adapters: Vec::new(),
             quantization: None,
+            quantization_cache: None,
         }
     }
 }

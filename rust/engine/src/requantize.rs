@@ -92,12 +92,7 @@ pub fn tensor(
         nested: false,
     };
     let conversion = Conversion::new(pool, *from, target)?;
-    let row_bytes = conversion.row_bytes();
-    let mut out = vec![0; from.rows() * row_bytes];
-    pool.rows(&mut out, row_bytes, |row, out| {
-        conversion.row(row, importance.of(from, row), out);
-    });
-    Ok(out)
+    Ok(conversion.blocks(pool, |row| importance.of(from, row)))
 }
 
 /// What is to become of a file.

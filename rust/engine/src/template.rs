@@ -630,7 +630,8 @@ mod tests {
         );
         assert!(error("{% macro m(x) %}{% if true %}{{ [[(x, m(x) ~ 'a') | first]] }}{% endif %}{% endmacro %}{{ m(1) }}").contains("recursion depth"));
         assert!(error("{{ 'x' * 99999999999 }}").contains("used up"));
-        assert!(error("{{ '%999999999d' % 1 }}").contains("above"));
+        assert!(error("{{ '%999999999d' % 1 }}").contains("used up"));
+        assert!(error("{{ '%9999999999d' % 1 }}").contains("above"));
         assert!(error("{{ 'a'.center(999999999999) }}").contains("used up"));
         assert!(error("{{ 2 ** 99999 }}").contains("4300 digits"));
         let maps = "{% set n = namespace(x=[1]) %}{% for i in range(9999) %}{% set n.x = n.x | map('string') %}{% endfor %}";

@@ -44,6 +44,8 @@ pub struct Tensor<'a> {
     pub data: &'a [u8],
     /// What it is to be made of where it becomes resident; none: as it is.
     pub target: Option<Target>,
+    /// Its blocks as `target` has them, where they were made before.
+    pub ready: Option<Ready<'a>>,
     /// Its rows, over all outer dimensions together, unless it is a part.
     rows: usize,
     /// Of a part of a matrix, all its bytes and the part's first row.
@@ -58,6 +60,47 @@ pub struct Target {
     pub tensor_type: TensorType,
     /// The largest numbers of NF4's and FP4's blocks are quantised too: bitsandbytes' double quantisation.
     pub nested: bool,
+}
+
+/// Blocks that were made before, in a file of their own.
+#[derive(Debug, Clone, Copy)]
+pub struct Ready<'a> {
+    file: &'a Mapped,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> Ready<'a> {
+    /// # Panics
+    /// Where the file is shorter: a defect of the caller.
+    pub fn new(file: &'a Mapped, bytes: Range<usize>) -> Self {
+        assert!(bytes.end <= file.len(), "a range beyond its file");
+        Self {
+            file,
+            start: bytes.start,
+            len: bytes.len(),
+        }
+    }
+
+    pub fn blocks(&self) -> &'a [u8] {
+        &self.file[self.start..self.start + self.len]
+    }
+
+    /// See [`Tensor::forget`].
+    pub fn forget(&self, bytes: Range<usize>) {
+        let end = bytes.end.min(self.len);
+        self.file.forget(self.start + bytes.start..self.start + end);
+    }
+
+    /// These of all `rows`.
+    fn slice(&self, first: usize, count: usize, rows: usize) -> Self {
+        let bytes = self.len.checked_div(rows).unwrap_or(0);
+        Self {
+            start: self.start + first * bytes,
+            len: count * bytes,
+            ..*self
+        }
+    }
 }
 
 fn rows_of(shape: &[usize]) -> usize {
@@ -93,6 +136,7 @@ impl Weights {
             tensor_type: info.tensor_type,
             shape: &info.shape,
             target: None,
+            ready: None,
             outer: None,
             rows: rows_of(&info.shape),
             data: file.get(info.bytes.clone())?,
@@ -310,6 +354,7 @@ impl<'a> Tensor<'a> {
             shape,
             data,
             target: None,
+            ready: None,
             outer: None,
             rows: rows_of(shape),
             place: None,
@@ -326,6 +371,11 @@ impl<'a> Tensor<'a> {
         Self { target, ..self }
     }
 
+    /// The same, whose blocks were made before, perhaps.
+    pub fn readied(self, ready: Option<Ready<'a>>) -> Self {
+        Self { ready, ..self }
+    }
+
     /// `count` of its rows, from `first` on.
     ///
     /// # Panics
@@ -336,6 +386,7 @@ impl<'a> Tensor<'a> {
         Self {
             data: &self.data[first * bytes..(first + count) * bytes],
             rows: count,
+            ready: self.ready.map(|r| r.slice(first, count, self.rows)),
             outer: (self.shape.len() == 2).then_some((whole, before + first)),
             place: self
                 .place
@@ -633,6 +684,7 @@ mod tests {
             tensor_type: TensorType::F32,
             shape: &[2, 3, 2],
             target: None,
+            ready: None,
             outer: None,
             rows: rows_of(&[2, 3, 2]),
             data: &data,

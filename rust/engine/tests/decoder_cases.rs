@@ -96,7 +96,8 @@ fn decoder<D: Device>(device: impl Fn() -> D, path: &Path) -> Decoder<D> {
     let weights = Arc::new(files::open(path).unwrap());
     let arch = Arch::read(&weights).unwrap();
     let device_of_weights = device();
-    let resident = Resident::load(&device_of_weights, arch, weights, None, &|_, _| true).unwrap();
+    let resident =
+        Resident::load(&device_of_weights, arch, weights, None, None, &|_, _| true).unwrap();
     Decoder::new(device(), Arc::new(resident), 16).unwrap()
 }
 

@@ -36,7 +36,7 @@ impl Engine {
         path, *, device = "cpu", context_size = None, threads = None, chat_template = None,
         kv_cache_bytes = None, kv_cache_dtype = "f16", max_sequences = None, forced_tokens = true,
         prefix_cache = true, speculation = true, draft_model = None, adapters = None,
-        quantization = None, progress = None
+        quantization = None, quantization_cache = None, progress = None
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -58,6 +58,7 @@ impl Engine {
         draft_model: Option<&Bound<'_, PyAny>>,
         adapters: Option<Vec<(String, Bound<'_, PyAny>)>>,
         quantization: Option<(String, bool, Vec<String>)>,
+        quantization_cache: Option<&Bound<'_, PyAny>>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let path = to_path(path)?;
@@ -90,6 +91,7 @@ impl Engine {
                     })
                 })
                 .transpose()?,
+            quantization_cache: quantization_cache.map(to_path).transpose()?,
         };
         load(py, &path, &options, progress).map(|model| Self { model })
     }

@@ -9,6 +9,7 @@ use super::{Experts, FeedForward, Layer, Mlp, Progress, Resident, attention_shap
 use crate::arch::{Arch, Block, ExpertArch};
 use crate::device::{AttentionLayer, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
+use crate::prepared::Prepared;
 use crate::quantised::Quantised;
 use crate::recipe::AtLoad;
 use crate::weights::{Target, Tensor, Weights};
@@ -55,6 +56,8 @@ struct Loader<'a, D: Device> {
     weights: &'a Weights,
     /// What matrices are to become.
     at_load: Option<&'a AtLoad>,
+    /// What became of some of them before.
+    prepared: Option<&'a Prepared>,
     used: HashSet<String>,
 }
 
@@ -87,7 +90,17 @@ impl<'a, D: Device> Loader<'a, D> {
         };
         let target = self.target(layer, general, &tensor, &shape);
         self.used.insert(name);
-        Ok(tensor.aimed(target))
+        Ok(self.aimed(tensor, target))
+    }
+
+    /// The tensor on its way to `target`, which it may have reached before.
+    fn aimed(&self, tensor: Tensor<'a>, target: Option<Target>) -> Tensor<'a> {
+        let ready = target.and_then(|target| {
+            let row = target.tensor_type.row_bytes(tensor.cols())?;
+            self.prepared?
+                .tensor(tensor.name, target, tensor.rows() * row)
+        });
+        tensor.aimed(target).readied(ready)
     }
 
     /// What a matrix of this name and shape is to become.
@@ -507,7 +520,7 @@ impl<'a, D: Device> Loader<'a, D> {
             let rows = wanted[1];
             let general = format!("{name}.weight");
             let target = self.target(at, &general, &found, &plain);
-            parts.push(found.slice(e * rows, rows).aimed(target));
+            parts.push(self.aimed(found, target).slice(e * rows, rows));
             let name = format!("{name}.bias");
             if self.has(at, &name) {
                 let all = self.tensor(at, &name, arch.count, outputs)?;
@@ -658,7 +671,8 @@ fn bytes(numbers: &[f32]) -> Vec<u8> {
 }
 
 impl<D: Device> Resident<D> {
-    /// Make a model resident, layer by layer, its matrices quantised as `at_load` says; `progress(done, total)` is told in bytes of the file.
+    /// Make a model resident, layer by layer, its matrices quantised as `at_load` says, or taken from `prepared` where that
+    /// was done before; `progress(done, total)` is told in bytes of the file.
     ///
     /// # Errors
     /// `Closed` when `progress` says to stop; a missing tensor, one of another shape, one that the architecture has no place for.
@@ -667,6 +681,7 @@ impl<D: Device> Resident<D> {
         arch: Arch,
         weights: Arc<Weights>,
         at_load: Option<&AtLoad>,
+        prepared: Option<&Prepared>,
         progress: Progress,
     ) -> Result<Self> {
         let mut loader = Loader {
@@ -674,6 +689,7 @@ impl<D: Device> Resident<D> {
             arch: &arch,
             weights: &weights,
             at_load,
+            prepared,
             used: HashSet::new(),
         };
         let (vocab, hidden) = (arch.vocab_size, arch.hidden_size);

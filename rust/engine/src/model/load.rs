@@ -12,10 +12,11 @@ use crate::decoder::{Decoder, Progress, Resident, attention_shapes};
 use crate::device::{Device, KvType};
 use crate::engine::Factory;
 use crate::error::{Error, Result};
+use crate::prepared::Prepared;
 use crate::quantised::Quantised;
 use crate::recipe::AtLoad;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{TensorInfo, Weights};
+use crate::weights::{Target, TensorInfo, Weights};
 use crate::{files, vocab};
 
 /// The weights, until they are let go of.
@@ -80,11 +81,8 @@ impl Source {
             let whole = self.weights.total_bytes() + self.weights.growth();
             return whole - sum(&stored) + sum(&made);
         };
-        let model = (self.arch.layers.len(), self.arch.tied);
         let bytes = |(name, info): (&String, &TensorInfo)| {
-            let names = (&name[..], &name[..]);
-            let target = at_load.target(names, info.tensor_type, &info.shape, model);
-            let target = target.filter(|_| info.shape.len() > 1);
+            let target = self.target(at_load, name, info);
             let cols = info.shape.last().copied().unwrap_or(1);
             let rows = info.shape.iter().product::<usize>() / cols.max(1);
             match target.and_then(|target| target.tensor_type.row_bytes(cols)) {
@@ -93,6 +91,41 @@ impl Source {
             }
         };
         self.weights.tensors.iter().map(bytes).sum()
+    }
+
+    /// What the tensor `name` becomes.
+    fn target(&self, at_load: &AtLoad, name: &str, info: &TensorInfo) -> Option<Target> {
+        let model = (self.arch.layers.len(), self.arch.tied);
+        let target = at_load.target((name, name), info.tensor_type, &info.shape, model);
+        target.filter(|_| info.shape.len() > 1)
+    }
+
+    /// The matrices as they will be, from the file `cache`, which is made if need be. Those that lie transposed in their
+    /// checkpoint are not among them.
+    fn prepare(
+        &self,
+        cache: &Path,
+        threads: Option<usize>,
+        progress: Progress,
+    ) -> Result<Prepared> {
+        let at_load = self.at_load.as_ref().filter(|_| !self.arch.transposed);
+        let Some(at_load) = at_load else {
+            return Err(Error::InvalidRequest(format!(
+                "quantization_cache has nothing to keep: {}",
+                match self.at_load {
+                    Some(_) => "this family's matrices lie transposed in its files",
+                    None => "nothing is quantised while it is loaded",
+                }
+            )));
+        };
+        let turned = self.arch.turned_experts();
+        let tensors = self.weights.tensors.iter();
+        let mut wanted: Vec<(&str, Target)> = tensors
+            .filter(|(_, info)| info.shape.len() == 2 || !turned)
+            .filter_map(|(name, info)| Some((&name[..], self.target(at_load, name, info)?)))
+            .collect();
+        wanted.sort_by_key(|(name, _)| *name);
+        Prepared::open_or_make(cache, &self.weights, &wanted, threads, progress)
     }
 
     /// # Errors
@@ -119,6 +152,9 @@ impl Source {
     /// Make the weights resident.
     pub fn load(self, options: &ModelOptions, pages: usize, progress: Progress) -> Result<Loaded> {
         let (threads, kv_type) = (options.threads, options.kv_cache_dtype);
+        let cache = options.quantization_cache.as_deref();
+        let prepared = cache.map(|cache| self.prepare(cache, threads, progress));
+        let prepared = prepared.transpose()?;
         // What is rounded off decides now and then which expert runs.
         let split = self.arch.experts.is_some();
         let cpu = move || {
@@ -126,8 +162,8 @@ impl Source {
             Ok(cpu.with_split(split))
         };
         match options.device {
-            DeviceKind::Cpu => self.load_on(cpu, pages, progress),
-            DeviceKind::Reference => self.load_on(|| Ok(Candle::cpu()), pages, progress),
+            DeviceKind::Cpu => self.load_on(cpu, pages, prepared, progress),
+            DeviceKind::Reference => self.load_on(|| Ok(Candle::cpu()), pages, prepared, progress),
         }
     }
 
@@ -135,11 +171,15 @@ impl Source {
         self,
         device: impl Fn() -> Result<D> + Send + Sync + 'static,
         pages: usize,
+        prepared: Option<Prepared>,
         progress: Progress,
     ) -> Result<Loaded> {
         let device = Arc::new(device);
         let at_load = self.at_load.as_ref();
-        let resident = Resident::load(&device()?, self.arch, self.weights, at_load, progress)?;
+        let made = prepared.as_ref();
+        let resident =
+            Resident::load(&device()?, self.arch, self.weights, at_load, made, progress)?;
+        drop(prepared);
         let shared: Shared<Resident<D>> = Arc::new(Mutex::new(Some(Arc::new(resident))));
         let held = |shared: &Shared<Resident<D>>| {
             let held = shared.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,13 +2,18 @@
 
 use std::borrow::Cow;
 
+use num_bigint::Sign;
+
 use super::eval::index;
+use super::ops::as_big;
 use super::origin::{Origin, Str, Text};
 use super::run::{CallArgs, Run};
 use super::value::{Budget, Res, Value, fault, float_repr, html_escape};
 
-/// Widths and precisions beyond this are refused; Rust's own formatting ends at 65,535.
-const MAX_WIDTH: usize = 50_000;
+/// Widths and precisions beyond this are refused (what they make is paid for, too).
+const MAX_WIDTH: usize = 1 << 30;
+/// No float has as many digits; Rust's own formatting ends at 65,535.
+const MAX_DIGITS: usize = 1_100;
 
 /// A parsed format specification: `[[fill]align][sign][#][0][width][,][.precision][type]`.
 #[derive(Default)]
@@ -169,7 +174,7 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
                 _ => Ok(spec.pad("", &cut, '<')),
             }
         }
-        Value::Int(_) | Value::Bool(_) => format_int(value.as_int().unwrap_or(0), &spec),
+        Value::Int(_) | Value::Bool(_) | Value::Big(_) => format_int(value, &spec),
         Value::Float(f) => format_float(*f, &spec),
         other => fault(format!(
             "unsupported format string passed to {}.__format__",
@@ -178,31 +183,40 @@ pub(super) fn format_value(value: &Value, spec: &str, budget: &mut Budget) -> Re
     }
 }
 
-fn format_int(i: i128, spec: &Spec) -> Res<String> {
-    let size = i.unsigned_abs();
+fn format_int(value: &Value, spec: &Spec) -> Res<String> {
     let is_float = matches!(spec.kind, Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%'));
-    if spec.precision.is_some() && !is_float {
+    if is_float {
+        return format_float(finite(value)?, spec);
+    }
+    if spec.precision.is_some() {
         return fault("Precision not allowed in integer format specifier");
     }
+    let radix = match spec.kind {
+        Some('x' | 'X') => 16,
+        Some('o') => 8,
+        Some('b') => 2,
+        _ => 10,
+    };
+    let (negative, digits) = digits(value, radix).unwrap_or_default();
     let digits = match spec.kind {
-        None | Some('d' | 'n') => grouped(&size.to_string(), spec.comma),
+        None | Some('d' | 'n') => grouped(&digits, spec.comma),
         Some(kind @ ('x' | 'X' | 'o' | 'b')) => {
-            let digits = match kind {
-                'x' => format!("{size:x}"),
-                'X' => format!("{size:X}"),
-                'o' => format!("{size:o}"),
-                _ => format!("{size:b}"),
-            };
             if spec.comma == Some(',') {
                 return fault(format!("Cannot specify ',' with '{kind}'."));
             }
-            in_groups(&digits, digits.len(), spec.comma, 4)
+            let grouped = in_groups(&digits, digits.len(), spec.comma, 4);
+            match kind {
+                'X' => grouped.to_uppercase(),
+                _ => grouped,
+            }
         }
-        Some('c') => match u32::try_from(i).ok().and_then(char::from_u32) {
-            Some(c) => c.to_string(),
-            None => return fault("%c arg not in range(0x110000)"),
-        },
-        Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%') => return format_float(i as f64, spec),
+        Some('c') => {
+            let code = value.as_int().and_then(|i| u32::try_from(i).ok());
+            match code.and_then(char::from_u32) {
+                Some(c) => c.to_string(),
+                None => return fault("%c arg not in range(0x110000)"),
+            }
+        }
         Some(kind) => {
             return fault(format!(
                 "Unknown format code '{kind}' for object of type 'int'"
@@ -213,13 +227,26 @@ fn format_int(i: i128, spec: &Spec) -> Res<String> {
         Some(kind @ ('x' | 'X' | 'o' | 'b')) if spec.alternate => format!("0{kind}"),
         _ => String::new(),
     };
-    let sign = format!("{}{prefix}", spec.signed(i < 0));
+    let sign = format!("{}{prefix}", spec.signed(negative));
     Ok(spec.pad(&sign, &digits, '>'))
+}
+
+/// An integer as a float that holds it.
+fn finite(value: &Value) -> Res<f64> {
+    match value.as_float() {
+        Some(f) if f.is_finite() => Ok(f),
+        _ => fault("int too large to convert to float"),
+    }
 }
 
 fn format_float(f: f64, spec: &Spec) -> Res<String> {
     let size = f.abs();
     let precision = spec.precision.unwrap_or(6);
+    // The digits that there are; behind them stand zeros.
+    let (precision, zeros) = (
+        precision.min(MAX_DIGITS),
+        "0".repeat(precision.saturating_sub(MAX_DIGITS)),
+    );
     let body = match spec.kind {
         _ if !size.is_finite() => float_repr(size),
         None if spec.precision.is_none() => float_repr(size),
@@ -231,10 +258,10 @@ fn format_float(f: f64, spec: &Spec) -> Res<String> {
                 text + ".0"
             }
         }
-        Some('f' | 'F') => format!("{size:.precision$}"),
-        Some('%') => format!("{:.precision$}%", size * 100.0),
-        Some('e') => exponential(size, precision),
-        Some('E') => exponential(size, precision).to_uppercase(),
+        Some('f' | 'F') => format!("{size:.precision$}{zeros}"),
+        Some('%') => format!("{:.precision$}{zeros}%", size * 100.0),
+        Some('e') => exponential(size, precision, &zeros),
+        Some('E') => exponential(size, precision, &zeros).to_uppercase(),
         Some('g' | 'n') => general(size, precision, spec.alternate),
         Some('G') => general(size, precision, spec.alternate).to_uppercase(),
         Some(kind) => {
@@ -251,12 +278,12 @@ fn format_float(f: f64, spec: &Spec) -> Res<String> {
     ))
 }
 
-fn exponential(f: f64, precision: usize) -> String {
+fn exponential(f: f64, precision: usize, zeros: &str) -> String {
     let text = format!("{f:.precision$e}");
     let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     format!(
-        "{digits}e{}{:02}",
+        "{digits}{zeros}e{}{:02}",
         if exponent < 0 { '-' } else { '+' },
         exponent.abs()
     )
@@ -274,7 +301,7 @@ fn general(f: f64, precision: usize, alternate: bool) -> String {
         false => text,
     };
     if exponent < -4 || exponent >= precision as i32 {
-        let text = exponential(f, precision - 1);
+        let text = exponential(f, precision - 1, "");
         let (digits, exponent) = text.split_once('e').unwrap_or((&text, "+00"));
         return trimmed(digits.to_owned()) + "e" + exponent;
     }
@@ -376,18 +403,23 @@ fn directive<'t>(rest: &'t str, given: &mut Vec<Value>) -> Res<(Spec, &'t str)> 
             _ => {}
         }
     }
-    let star =
-        |given: &mut Vec<Value>| match given.pop().and_then(|v| v.as_int()).map(usize::try_from) {
-            Some(Ok(n)) if n <= MAX_WIDTH => Ok(n),
-            _ => fault("* wants int"),
-        };
+    let star = |given: &mut Vec<Value>| match given.pop().and_then(|v| v.as_int()) {
+        Some(n) if n.unsigned_abs() <= MAX_WIDTH as u128 => Ok(n),
+        _ => fault("* wants int"),
+    };
     spec.width = match chars.next_if_eq(&'*') {
-        Some(_) => star(given)?,
+        Some(_) => {
+            let width = star(given)?;
+            if width < 0 {
+                (spec.align, spec.fill) = (Some('<'), None);
+            }
+            width.unsigned_abs() as usize
+        }
         None => number(&mut chars)?.unwrap_or(0),
     };
     if chars.next_if_eq(&'.').is_some() {
         spec.precision = Some(match chars.next_if_eq(&'*') {
-            Some(_) => star(given)?,
+            Some(_) => star(given)?.max(0) as usize,
             None => number(&mut chars)?.unwrap_or(0),
         });
     }
@@ -430,6 +462,7 @@ fn percent_value(value: &Value, spec: &Spec, budget: &mut Budget) -> Res<String>
         },
         kind @ ('d' | 'i' | 'u' | 'x' | 'X' | 'o') => percent_int(value, kind, spec),
         'e' | 'E' | 'f' | 'F' | 'g' | 'G' => match value.as_float() {
+            Some(_) if matches!(value, Value::Big(_)) => format_float(finite(value)?, spec),
             Some(f) => format_float(f, spec),
             None => fault(format!("must be real number, not {}", value.type_name())),
         },
@@ -438,27 +471,54 @@ fn percent_value(value: &Value, spec: &Spec, budget: &mut Budget) -> Res<String>
 }
 
 fn percent_int(value: &Value, kind: char, spec: &Spec) -> Res<String> {
-    let i = match (value, kind) {
-        (Value::Float(f), 'd' | 'i' | 'u') if f.is_finite() => f.trunc() as i128,
-        (other, _) => match other.as_int() {
-            Some(i) => i,
-            None => {
-                return fault(format!(
-                    "%{kind} format: a real number is required, not {}",
-                    other.type_name()
-                ));
-            }
-        },
+    let whole;
+    let value = match (value, kind) {
+        (Value::Float(f), 'd' | 'i' | 'u') if f.is_finite() => {
+            whole = Value::integer(&format!("{:.0}", f.trunc() + 0.0))?;
+            &whole
+        }
+        (other, _) => other,
+    };
+    let radix = match kind {
+        'x' | 'X' => 16,
+        'o' => 8,
+        _ => 10,
+    };
+    let Some((negative, digits)) = digits(value, radix) else {
+        return fault(format!(
+            "%{kind} format: a real number is required, not {}",
+            value.type_name()
+        ));
+    };
+    let (prefix, digits) = match kind {
+        'x' => ("0x", digits),
+        'X' => ("0X", digits.to_uppercase()),
+        'o' => ("0o", digits),
+        _ => ("", digits),
+    };
+    let prefix = if spec.alternate { prefix } else { "" };
+    let zeros = spec.precision.unwrap_or(0).saturating_sub(digits.len());
+    let sign = spec.signed(negative).to_owned() + prefix;
+    Ok(spec.pad(&sign, &("0".repeat(zeros) + &digits), '>'))
+}
+
+/// An integer's sign and digits, in small letters; None for what is none.
+fn digits(value: &Value, radix: u32) -> Option<(bool, String)> {
+    let Some(i) = value.as_int() else {
+        let big = as_big(value)?;
+        return Some((
+            big.sign() == Sign::Minus,
+            big.magnitude().to_str_radix(radix),
+        ));
     };
     let size = i.unsigned_abs();
-    let body = match kind {
-        'x' => format!("{}{size:x}", if spec.alternate { "0x" } else { "" }),
-        'X' => format!("{}{size:X}", if spec.alternate { "0X" } else { "" }),
-        'o' => format!("{}{size:o}", if spec.alternate { "0o" } else { "" }),
+    let text = match radix {
+        2 => format!("{size:b}"),
+        8 => format!("{size:o}"),
+        16 => format!("{size:x}"),
         _ => size.to_string(),
     };
-    let zeros = spec.precision.unwrap_or(0).saturating_sub(body.len());
-    Ok(spec.pad(spec.signed(i < 0), &("0".repeat(zeros) + &body), '>'))
+    Some((i < 0, text))
 }
 
 /// `template.format(...)`, in the sandbox: attributes and items as templates see them.

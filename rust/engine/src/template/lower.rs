@@ -283,7 +283,7 @@ impl Lowering<'_> {
             })?,
             ast::Stmt::FilterBlock(f) => match &f.filter {
                 ast::Expr::Filter(name) if name.name == GENERATION && name.expr.is_none() => {
-                    StmtKind::Generation(self.simple_function(&f.body, true)?)
+                    StmtKind::Generation(self.generation(&f.body)?)
                 }
                 filter => {
                     let (filter, body) = self.inner(|l| {
@@ -293,7 +293,7 @@ impl Lowering<'_> {
                     StmtKind::FilterBlock(filter, body)
                 }
             },
-            ast::Stmt::Block(b) => StmtKind::Block(self.simple_function(&b.body, false)?),
+            ast::Stmt::Block(b) => StmtKind::Block(self.named_block(&b.body)?),
             ast::Stmt::Macro(m) => {
                 let function = self.macro_(m)?;
                 let name = self.id(m.name);
@@ -462,9 +462,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// The body of a generation block or a block.
-    fn simple_function(&mut self, stmts: &[ast::Stmt<'_>], sees: bool) -> Res<usize> {
-        let made = self.function(sees, |l, function| {
+    fn named_block(&mut self, stmts: &[ast::Stmt<'_>]) -> Res<usize> {
+        let made = self.function(false, |l, function| {
             let body = l.body(stmts)?;
             Ok(Function {
                 body,
@@ -476,17 +475,33 @@ impl Lowering<'_> {
         Ok(self.program.functions.len() - 1)
     }
 
-    fn macro_(&mut self, m: &ast::Macro<'_>) -> Res<usize> {
-        let made = self.function(true, |l, function| l.macro_function(m, function))?;
+    /// To Jinja2 the body of a call block, with the names `caller`, `kwargs` and `varargs` of one.
+    fn generation(&mut self, stmts: &[ast::Stmt<'_>]) -> Res<usize> {
+        let made = self.function(true, |l, function| {
+            l.macro_function(("caller", &[], &[]), stmts, function)
+        })?;
         self.program.functions.push(made);
         Ok(self.program.functions.len() - 1)
     }
 
-    fn macro_function(&mut self, m: &ast::Macro<'_>, function: usize) -> Res<Function> {
+    fn macro_(&mut self, m: &ast::Macro<'_>) -> Res<usize> {
+        let made = self.function(true, |l, function| {
+            l.macro_function((m.name, &m.args, &m.defaults), &m.body, function)
+        })?;
+        self.program.functions.push(made);
+        Ok(self.program.functions.len() - 1)
+    }
+
+    fn macro_function(
+        &mut self,
+        (name, args, defaults): (&str, &[ast::Expr<'_>], &[ast::Expr<'_>]),
+        stmts: &[ast::Stmt<'_>],
+        function: usize,
+    ) -> Res<Function> {
         let scope = self.at.scope;
-        let undefaulted = m.args.len() - m.defaults.len().min(m.args.len());
+        let undefaulted = args.len() - defaults.len().min(args.len());
         let mut names: Vec<(&str, u32)> = Vec::new();
-        for arg in &m.args {
+        for arg in args {
             let ast::Expr::Var(var) = arg else {
                 return fault("macro parameters must be names");
             };
@@ -497,7 +512,7 @@ impl Lowering<'_> {
             names.push((var.id, self.names.give(scope, id)));
         }
         let given = |name: &str| names.iter().position(|(n, _)| *n == name);
-        let reads = specials(&m.body);
+        let reads = specials(stmts);
         let special = |l: &mut Self, i: usize, name: &str| {
             let wanted = reads[i] && given(name).is_none();
             let id = l.id(name);
@@ -514,16 +529,16 @@ impl Lowering<'_> {
         }
         let explicit = given("caller").filter(|_| reads[0]).map(|at| names[at].1);
         let program = &mut self.program;
-        for default in &m.defaults {
+        for default in defaults {
             self.names
                 .reads(scope, default, &mut |name| intern(program, name));
         }
-        let body = self.body(&m.body)?;
+        let body = self.body(stmts)?;
         let mut params = Vec::new();
         for (i, (name, slot)) in names.into_iter().enumerate() {
             let default = i
                 .checked_sub(undefaulted)
-                .map(|d| self.expr(&m.defaults[d]))
+                .map(|d| self.expr(&defaults[d]))
                 .transpose()?;
             params.push(Param {
                 name: name.into(),
@@ -532,7 +547,7 @@ impl Lowering<'_> {
             });
         }
         Ok(Function {
-            name: m.name.into(),
+            name: name.into(),
             params,
             slots: self.names.slots(function),
             body,

@@ -417,8 +417,12 @@ fn str_is(t: &str, name: &str) -> bool {
         // isidentifier
         _ => {
             let mut chars = t.chars();
-            chars.next().is_some_and(|c| c == '_' || c.is_alphabetic())
-                && chars.all(|c| c == '_' || c.is_alphanumeric())
+            // Marks may follow, joiners may not.
+            let follows = |c: char| {
+                regex_syntax::try_is_word_character(c).unwrap_or(c.is_alphanumeric())
+                    && !matches!(c, '\u{200c}' | '\u{200d}')
+            };
+            chars.next().is_some_and(|c| c == '_' || c.is_alphabetic()) && chars.all(follows)
         }
     }
 }

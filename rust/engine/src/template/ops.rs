@@ -199,7 +199,7 @@ fn divide(a: i128, b: i128) -> f64 {
 }
 
 /// An integer of any size.
-fn as_big(value: &Value) -> Option<BigInt> {
+pub(super) fn as_big(value: &Value) -> Option<BigInt> {
     match value {
         Value::Big(digits) => digits.parse().ok(),
         other => other.as_int().map(BigInt::from),

@@ -216,7 +216,11 @@ impl<'p> Run<'p> {
             StmtKind::Generation(id) => self.generation(*id)?,
             StmtKind::Block(id) => {
                 let function = &self.program.functions[*id];
-                self.in_function(function.slots, 0, |run| run.body(&function.body))?;
+                // Jinja2 compiles it apart from what stands around it.
+                let before = std::mem::replace(&mut self.autoescape, false);
+                let done = self.in_function(function.slots, 0, |run| run.body(&function.body));
+                self.autoescape = before;
+                done?;
             }
             StmtKind::Macro(id, slot) => {
                 let name = self.program.functions[*id].name.clone();
@@ -374,9 +378,12 @@ impl<'p> Run<'p> {
         let (value, flow) = self.capture(body)?;
         if matches!(flow, Flow::Next) {
             let value = self.filtered(value, filter)?;
-            let value = match value {
-                Value::Str(s) if self.autoescape => Value::Str(Str { markup: true, ..s }),
-                other => other,
+            let value = match self.autoescape {
+                true => Value::Str(Str {
+                    markup: true,
+                    ..value.to_str(&mut self.budget)?
+                }),
+                false => value,
             };
             self.assign(target, value)?;
         }
@@ -397,7 +404,9 @@ impl<'p> Run<'p> {
     fn generation(&mut self, id: usize) -> Res<()> {
         let function = &self.program.functions[id];
         let parent = self.at;
-        let text = self.function_text(function, parent, |_| Ok(()))?;
+        let text = self.function_text(function, parent, |run| {
+            run.bind_macro(function, CallArgs::default())
+        })?;
         let start = self.output_chars();
         let end = start + text.len(&mut self.budget)?;
         self.budget.bytes(size_of::<Span<usize>>())?;

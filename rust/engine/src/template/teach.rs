@@ -94,6 +94,10 @@ impl Lesson {
             Token::Ident("is") if self.place == Place::Filtered && self.limits.in_test => {
                 return fault("You cannot chain multiple tests with is");
             }
+            // Jinja2 takes this `if` for the test's argument, and cannot go on behind it.
+            Token::Ident("if") if self.place == Place::Filtered && self.limits.in_test => {
+                return fault("expected the end of the tag behind a test, got 'if'");
+            }
             // The dot belongs to the filter's name: there is none of such a name.
             Token::Dot if self.place == Place::Filtered => Some("_".to_owned()),
             Token::String(_) => source.get(range.clone()).map(python_literal).transpose()?,

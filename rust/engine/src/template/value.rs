@@ -48,8 +48,15 @@ pub(super) struct Budget {
     unsure: Origin,
     /// The render's namespaces: values hold their numbers, for references would make cycles.
     pub namespaces: Vec<Vec<(Arc<str>, Value)>>,
-    /// Namespaces that are being printed.
-    printing: Vec<usize>,
+    /// Namespaces that are being printed, and what holds items while there are namespaces.
+    printing: Vec<Printing>,
+}
+
+/// What may come round again while it is printed: a namespace by its number, others by their address.
+#[derive(Clone, Copy, PartialEq)]
+enum Printing {
+    Namespace(usize),
+    Items(usize),
 }
 
 impl Budget {
@@ -144,6 +151,8 @@ impl Key {
             Value::Loop(l) => Key::Object(Arc::as_ptr(l) as usize),
             Value::Cycler(c) | Value::Joiner(c) => Key::Object(Arc::as_ptr(c) as usize),
             Value::Function(builtin) => Key::Object(*builtin as usize),
+            // No address is as high.
+            Value::Namespace(id) => Key::Object(usize::MAX - id),
             Value::Tuple(t) => Key::Tuple(
                 t.items
                     .iter()
@@ -896,10 +905,14 @@ impl Value {
                     false => str_repr(&s.text, out),
                 }
             }
-            Value::List(s) => write_items("[", &s.items, "]", out, budget)?,
-            Value::Tuple(s) if s.items.len() == 1 => write_items("(", &s.items, ",)", out, budget)?,
-            Value::Tuple(s) => write_items("(", &s.items, ")", out, budget)?,
+            Value::List(s) => write_seq("[", s, "]", out, budget)?,
+            Value::Tuple(s) if s.items.len() == 1 => write_seq("(", s, ",)", out, budget)?,
+            Value::Tuple(s) => write_seq("(", s, ")", out, budget)?,
             Value::Dict(d) => {
+                if !begin_items(Arc::as_ptr(d).addr(), budget) {
+                    out.push_str("{...}");
+                    return Ok(());
+                }
                 out.push('{');
                 for (i, (key, value)) in d.entries.iter().enumerate() {
                     if i > 0 {
@@ -910,6 +923,7 @@ impl Value {
                     value.write_repr(out, budget)?;
                 }
                 out.push('}');
+                end_items(budget);
             }
             Value::View(v) => {
                 out.push_str(v.type_name);
@@ -936,14 +950,14 @@ impl Value {
 }
 
 fn write_namespace(id: usize, out: &mut String, budget: &mut Budget) -> Res<()> {
-    if budget.printing.contains(&id) {
+    if budget.printing.contains(&Printing::Namespace(id)) {
         out.push_str("<Namespace {...}>");
         return Ok(());
     }
     if budget.printing.len() > usize::from(MAX_DEPTH) {
         return fault("maximum recursion depth exceeded");
     }
-    budget.printing.push(id);
+    budget.printing.push(Printing::Namespace(id));
     let vars = budget.namespaces.get(id).cloned().unwrap_or_default();
     budget.bytes(vars.len() * size_of::<Value>())?;
     out.push_str("<Namespace {");
@@ -967,6 +981,41 @@ fn any_equal(items: &[Value], needle: &Value, budget: &mut Budget) -> Res<bool> 
         }
     }
     Ok(false)
+}
+
+fn write_seq(
+    open: &str,
+    seq: &Arc<Seq>,
+    close: &str,
+    out: &mut String,
+    budget: &mut Budget,
+) -> Res<()> {
+    if !begin_items(Arc::as_ptr(seq).addr(), budget) {
+        out.push_str(&format!("{open}...{}", close.trim_start_matches(',')));
+        return Ok(());
+    }
+    write_items(open, &seq.items, close, out, budget)?;
+    end_items(budget);
+    Ok(())
+}
+
+/// Whether to print what lies there: not if that is being done. Only a namespace can hold what holds it.
+fn begin_items(address: usize, budget: &mut Budget) -> bool {
+    let this = Printing::Items(address);
+    if budget.namespaces.is_empty() {
+        return true;
+    }
+    let first = !budget.printing.contains(&this);
+    if first {
+        budget.printing.push(this);
+    }
+    first
+}
+
+fn end_items(budget: &mut Budget) {
+    if !budget.namespaces.is_empty() {
+        budget.printing.pop();
+    }
 }
 
 fn write_items(

@@ -464,7 +464,16 @@ pub(super) fn alphabet_bytes(token: &str, bytes: &mut Vec<u8>) -> bool {
 fn push_alphabet_bytes(token: &str, bytes: &mut Vec<u8>) -> bool {
     let text = token.as_bytes();
     let mut at = 0;
-    while let Some(&first) = text.get(at) {
+    loop {
+        // Most are letters that stand for themselves.
+        let rest = &text[at..];
+        let plain = rest.iter().position(|byte| !matches!(byte, 0x21..=0x7e));
+        let plain = plain.unwrap_or(rest.len());
+        bytes.extend_from_slice(&rest[..plain]);
+        at += plain;
+        let Some(&first) = text.get(at) else {
+            return true;
+        };
         // Of the two-byte characters only those below U+0144 are of the alphabet.
         let (code, width) = match first {
             0..0x80 => (u32::from(first), 1),
@@ -476,7 +485,6 @@ fn push_alphabet_bytes(token: &str, bytes: &mut Vec<u8>) -> bool {
         }
         at += width;
     }
-    true
 }
 
 /// The byte a character stands for in GPT-2's byte-level alphabet: printable Latin-1 stands for itself,

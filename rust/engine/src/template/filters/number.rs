@@ -24,9 +24,13 @@ pub(super) fn filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArg
             };
             Ok(parsed.map_or_else(|| default.unwrap_or(Value::Float(0.0)), Value::Float))
         }
-        "abs" => match (value, value.as_int().and_then(i128::checked_abs)) {
+        "abs" => match (value, value.as_int()) {
             (Value::Float(f), _) => Ok(Value::Float(f.abs())),
-            (_, Some(i)) => Ok(Value::Int(i)),
+            (Value::Big(digits), _) => Ok(Value::Big(digits.trim_start_matches('-').into())),
+            (_, Some(i)) => match i.checked_abs() {
+                Some(i) => Ok(Value::Int(i)),
+                None => Value::integer(&i.unsigned_abs().to_string()),
+            },
             _ => fault(format!(
                 "bad operand type for abs(): '{}'",
                 value.type_name()

@@ -50,10 +50,13 @@ pub(super) fn filter(run: &mut Run<'_>, name: &str, value: Value, args: CallArgs
                 }
                 Ok(Value::Str(out.finish(s.markup)))
             }
-            Value::Iter(_) => fault("argument must be iterable"),
             other => {
                 let mut items = run.items(other)?;
                 items.reverse();
+                // What cannot be walked from its end becomes a list.
+                if matches!(other, Value::Iter(_)) {
+                    return Value::list(items, &mut run.budget);
+                }
                 Value::iter("list_reverseiterator", items, &mut run.budget)
             }
         },

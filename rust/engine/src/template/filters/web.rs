@@ -41,7 +41,13 @@ pub(super) fn filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArg
                 if matches!(value, Value::None | Value::Undefined(_)) {
                     continue;
                 }
-                let (key, value) = (key.to_text(budget)?, value.to_text(budget)?);
+                let Value::Str(key) = key else {
+                    let kind = key.type_name();
+                    return fault(format!(
+                        "expected string or bytes-like object, got '{kind}'"
+                    ));
+                };
+                let (key, value) = (&key.text, value.to_text(budget)?);
                 if key.contains([' ', '/', '>', '=', '\t', '\n', '\u{c}']) {
                     return fault(format!("Invalid character in attribute name: '{key}'"));
                 }
@@ -53,7 +59,7 @@ pub(super) fn filter(run: &mut Run<'_>, name: &str, value: &Value, args: CallArg
                 budget.bytes(6 * (key.len() + value.len()) + 4)?;
                 out.push_str(&format!(
                     "{gap}{}=\"{}\"",
-                    html_escape(&key),
+                    html_escape(key),
                     html_escape(&value)
                 ));
             }
