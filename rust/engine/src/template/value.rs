@@ -204,6 +204,12 @@ pub(super) struct View {
     depth: u16,
 }
 
+impl View {
+    fn is_set(&self) -> bool {
+        self.type_name != "dict_values"
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Range {
     pub start: i64,
@@ -778,6 +784,11 @@ impl Value {
                 a.len() == b.len()
                     && (a.len() == 0 || (a.start == b.start && (a.len() == 1 || a.step == b.step)))
             }
+            (Value::View(a), Value::View(b)) if a.is_set() && b.is_set() => {
+                let same = self.compare(other, "==", budget)?;
+                same == Some(Ordering::Equal)
+            }
+            (Value::View(a), Value::View(b)) => Arc::ptr_eq(a, b),
             (Value::Namespace(a), Value::Namespace(b)) => a == b,
             (Value::Function(a), Value::Function(b)) => a == b,
             (Value::Macro(a), Value::Macro(b)) => Arc::ptr_eq(a, b),
@@ -805,6 +816,19 @@ impl Value {
                 for (x, y) in a.items.iter().zip(&b.items) {
                     if !x.equals(y, budget)? {
                         return x.compare(y, op, budget);
+                    }
+                }
+                Ok(Some(a.items.len().cmp(&b.items.len())))
+            }
+            // Keys and items are sets: which is a part of which.
+            (Value::View(a), Value::View(b)) if a.is_set() && b.is_set() => {
+                let (fewer, more) = match a.items.len() <= b.items.len() {
+                    true => (a, b),
+                    false => (b, a),
+                };
+                for item in &fewer.items {
+                    if !any_equal(&more.items, item, budget)? {
+                        return Ok(None);
                     }
                 }
                 Ok(Some(a.items.len().cmp(&b.items.len())))
