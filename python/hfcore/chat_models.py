@@ -54,7 +54,7 @@ _REMOTE = ("remote", "endpoint", "text-gen")
 """Names of the backend that is a server."""
 _FOR_ENDPOINT = (
     "endpoint_url", "provider", "headers", "bill_to", "server_kwargs", "client", "async_client",
-    "truncate", "watermark", "return_full_text", "add_special_tokens", "extra_body",
+    "truncate", "watermark", "extra_body",
 )  # fmt: skip
 _FOR_BOTH = ("model", "model_kwargs", "batch_size", "task", "token")
 _FOR_LLM = (

@@ -649,7 +649,7 @@ class Attempts:
         if self.begun or self.made >= self.retries or not _may_pass(error):
             raise error
         self.made += 1
-        wait = min(0.5 * 2 ** (self.made - 1), 8.0)
+        wait = min(0.5 * 2.0 ** (self.made - 1), 8.0)
         wait *= 0.75 + time.monotonic_ns() % 1000 / 4000  # so that many do not come back as one
         if error.retry_after is not None:
             wait = error.retry_after

@@ -148,7 +148,7 @@ class HuggingFaceEndpoint(TextModel):
             token = SecretStr(token)
         _check_more(given.get("model_kwargs"))
         with plain_errors():
-            super().__init__(**given, huggingfacehub_api_token=token)
+            super().__init__(**given | {"huggingfacehub_api_token": token})
         place = connection.make(
             endpoint_url=_url(self.endpoint_url, self.inference_server_url),
             repo_id=self.repo_id,

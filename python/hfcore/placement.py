@@ -114,7 +114,7 @@ class Placed:
         self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
     ) -> AsyncGenerator[Delta, None]:
         """The same on an event loop; deciding happens in a thread."""
-        place = self._place or await in_thread(self._decided)
+        place: _Place = self._place or await in_thread(self._decided)
         begun = False
         try:
             async with contextlib.aclosing(place.backend.astream(prompt, tools, options)) as deltas:

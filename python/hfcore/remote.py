@@ -233,6 +233,7 @@ class _Run:
         retries = options.get("max_retries")
         retries = self.connection.max_retries if retries is None else retries
         self.attempts = Attempts(retries, self.clock)
+        self.wishes = wishes
         self.bodies = _bodies(remote.routes(prompt), prompt, tools, wishes)
         self.asked_logprobs = bool(wishes.get("logprobs") or wishes.get("top_logprobs"))
 
@@ -273,10 +274,12 @@ class _Run:
         return bool(_NO_TASK.search(str(error)))
 
     def _stream(self, route: str) -> Generator[Delta, None, None]:
+        # Prepared once: what cannot be sent at all need not be tried again.
+        request = None if self.connection.given else self._request(route)
         while True:
             answer = self._answer()
             try:
-                with contextlib.closing(self._events(route)) as events:
+                with contextlib.closing(self._events(route, request)) as events:
                     for event in events:
                         for delta in answer.take(event):
                             self.attempts.begun = True
@@ -287,10 +290,15 @@ class _Run:
                 time.sleep(self.attempts.pause(error))
 
     async def _astream(self, route: str) -> AsyncGenerator[Delta, None]:
+        request = None
+        if self.connection.url:
+            request = self._request(route)
+        elif not self.connection.given:  # the hub may have to be asked where it is served
+            request = await in_thread(lambda: self._request(route))
         while True:
             answer = self._answer()
             try:
-                async with contextlib.aclosing(self._aevents(route)) as events:
+                async with contextlib.aclosing(self._aevents(route, request)) as events:
                     async for event in events:
                         for delta in answer.take(event):
                             self.attempts.begun = True
@@ -304,32 +312,27 @@ class _Run:
     def _answer(self) -> Answer:
         return Answer(self.connection, self.clock, logprobs=self.asked_logprobs)
 
-    def _events(self, route: str) -> Generator[Any, None, None]:
-        if self.connection.given:
-            client = self.connection.sync_client()
-            with self.connection.hub_errors(), _no_such_task():
-                yield from _all(self._use(route)(client))
+    def _events(self, route: str, request: Request | None) -> Generator[Any, None, None]:
+        if request is not None:
+            yield from self.connection.events(request, self.clock)
             return
-        yield from self.connection.events(self._request(route), self.clock)
+        client = self.connection.sync_client()
+        with self.connection.hub_errors(), _no_such_task():
+            yield from _all(self._use(route)(client))
 
-    async def _aevents(self, route: str) -> AsyncGenerator[Any, None]:
-        if self.connection.async_client is not None:
+    async def _aevents(self, route: str, request: Request | None) -> AsyncGenerator[Any, None]:
+        if request is not None:
+            async with contextlib.aclosing(self.connection.aevents(request, self.clock)) as stream:
+                async for event in stream:
+                    yield event
+        elif self.connection.async_client is not None:
             with self.connection.hub_errors(), _no_such_task():
                 said = await self._use(route)(self.connection.async_client)
                 async for event in _aall(said):
                     yield event
-            return
-        if self.connection.given:  # a client that blocks: each of its steps on a thread
-            events = self._events(route)
+        else:  # a client that blocks: each of its steps on a thread
+            events = self._events(route, None)
             while (event := await in_thread(lambda: next(events, None))) is not None:
-                yield event
-            return
-        if self.connection.url:
-            request = self._request(route)
-        else:  # the hub may have to be asked where it is served
-            request = await in_thread(lambda: self._request(route))
-        async with contextlib.aclosing(self.connection.aevents(request, self.clock)) as stream:
-            async for event in stream:
                 yield event
 
     # What is sent ---------------------------------------------------------------------------------
@@ -350,7 +353,7 @@ class _Run:
             return dataclasses.replace(
                 request, body={**request.body, **(self._whole(body) if exact else {})}
             )
-        return dataclasses.replace(request, body=self._generated(request.body, body))
+        return dataclasses.replace(request, body=self._generated(request.body))
 
     def _whole(self, body: Mapping[str, Any]) -> dict[str, Any]:
         return {**body, **self._streamed(), **self.extra}
@@ -359,13 +362,12 @@ class _Run:
         usage = {"stream_options": {"include_usage": True}} if self.usage else {}
         return {"stream": True, **usage}
 
-    def _generated(self, prepared: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    def _generated(self, prepared: Mapping[str, Any]) -> dict[str, Any]:
         """A request for text generation: TGI's, or, with other providers, a completion."""
         if "parameters" in prepared:
             return {**prepared, "parameters": {**prepared["parameters"], **self.extra}}
-        asked = self.bodies.get(COMPLETION, body)
         named = {"model": prepared.get("model"), "prompt": self.prompt}
-        return {**named, **asked, **self._streamed(), **self.extra}
+        return {**named, **completion_fields(self.wishes), **self._streamed(), **self.extra}
 
     def _use(self, route: str) -> Callable[[Any], Any]:
         """The call of InferenceClient for a route."""
@@ -376,8 +378,10 @@ class _Run:
                     "extra_body has no place in InferenceClient.text_generation, and the client is"
                     " yours"
                 )
+            # There a model's name would win over the client's own URL.
+            name = None if self.connection.url or self.connection.given else self.connection.model
             return lambda client: client.text_generation(
-                self.prompt, details=True, stream=True, model=self.connection.model, **body
+                self.prompt, details=True, stream=True, model=name, **body
             )
         whole = self._whole(body)
         del whole["stream"]
