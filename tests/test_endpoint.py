@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import json
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -72,9 +74,9 @@ def say(server: Recording) -> Callable[..., ChatHuggingFace]:
     return chat
 
 
-def summed(chunks: Sequence[AIMessageChunk]) -> AIMessageChunk:
-    whole = chunks[0]
-    for chunk in chunks[1:]:
+def summed(chunks: Sequence[AIMessage]) -> AIMessageChunk:
+    whole, *rest = [chunk for chunk in chunks if isinstance(chunk, AIMessageChunk)]
+    for chunk in rest:
         whole += chunk
     return whole
 
@@ -378,10 +380,10 @@ async def test_callbacks_hear_of_tokens_when_streaming(server: Recording, stream
             self.heard.append(token)
 
     llm = HuggingFaceEndpoint(endpoint_url=server.url, streaming=streaming)
-    for ask in (llm.invoke, lambda *a: asyncio.run(llm.ainvoke(*a))):
-        ear = Ear()
-        await asyncio.to_thread(ask, "Hello", {"callbacks": [ear]})
-        assert "".join(ear.heard) == (" Hello" if streaming else "")
+    ears = [Ear(), Ear()]
+    await asyncio.to_thread(lambda: llm.invoke("Hello", {"callbacks": [ears[0]]}))
+    await llm.ainvoke("Hello", {"callbacks": [ears[1]]})
+    assert ["".join(ear.heard) for ear in ears] == [" Hello" if streaming else ""] * 2
 
 
 # Event loops --------------------------------------------------------------------------------------
@@ -495,6 +497,17 @@ def test_caches_tell_servers_models_and_options_apart(server: Recording) -> None
     keys = [key(), key(model="n"), key(endpoint_url=URL), key(temperature=0.5), key(top_k=1)]
     assert len(set(keys)) == len(keys)
     assert key(timeout=5) == key()
+
+
+def test_copies_and_pickles_ask_the_same_server(server: Recording) -> None:
+    llm = HuggingFaceEndpoint(endpoint_url=f"{server.url}/v1", model="m", max_tokens=2)
+    for model in (llm, ChatHuggingFace(llm=llm), Remote(make(endpoint_url=server.url))):
+        for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            if not isinstance(other, Remote):
+                other.invoke("Hi")
+                assert server.last.json["max_tokens"] == 2
+    with pytest.raises(InvalidRequestError, match="pickled"):
+        pickle.dumps(HuggingFaceEndpoint(client=Scripted(SAID)))
 
 
 def test_counting_tokens_says_that_the_server_has_the_tokenizer(

@@ -206,6 +206,10 @@ class ChatHuggingFace(BaseChatModel):
         """True: `langchain_core.load` writes and reads this, by the name of its model."""
         return True
 
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], "api_key": None}}
+
     @property
     def lc_secrets(self) -> dict[str, str]:
         """What is never written; `load` looks for it in the environment, if told to."""

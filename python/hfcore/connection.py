@@ -453,12 +453,14 @@ def make(
     url, name = _place(endpoint_url, repo_id, model, named=client or async_client)
     if url is not None and provider is not None:
         raise InvalidRequestError(f"provider={provider!r} is of repositories; a URL has none")
-    plain = more.get("token", token)
+    secret = more.get("token", token)
+    if secret is not None and not isinstance(secret, SecretStr):
+        secret = SecretStr(checked_token(secret))
     return Connection(
         model=name,
         url=url,
         provider=more.get("provider", provider),
-        token=SecretStr(plain) if isinstance(plain, str) else plain,
+        token=secret,
         headers=_checked_headers({**(headers or {}), **(more.get("headers") or {})}),
         bill_to=more.get("bill_to", bill_to),
         cookies=more.get("cookies"),
@@ -467,6 +469,13 @@ def make(
         client=client,
         async_client=async_client,
     )
+
+
+def checked_token(token: object) -> str:
+    """A token that is text. What else came is not shown: it may hold one."""
+    if not isinstance(token, str):
+        raise InvalidRequestError(f"a token must be a str, got {type(token).__name__}")
+    return token
 
 
 def _server_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,8 +144,8 @@ class HuggingFaceEndpoint(TextModel):
     def __init__(self, **kwargs: Any) -> None:
         given = _named(kwargs)
         token = given.pop("token", None)
-        if isinstance(token, str):
-            token = SecretStr(token)
+        if token is not None and not isinstance(token, SecretStr):
+            token = SecretStr(connection.checked_token(token))
         _check_more(given.get("model_kwargs"))
         with plain_errors():
             super().__init__(**given | {"huggingfacehub_api_token": token})

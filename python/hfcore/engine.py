@@ -527,6 +527,26 @@ class LoadBar:
 # One engine per model -----------------------------------------------------------------------------
 
 
+class Hidden:
+    """A token that is not printed; pydantic's SecretStr, for who does without pydantic."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def get_secret_value(self) -> str:
+        """The token."""
+        return self._secret
+
+    def __repr__(self) -> str:
+        return "Hidden('**********')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hidden) and other._secret == self._secret
+
+    def __hash__(self) -> int:
+        return hash(self._secret)
+
+
 @dataclass(eq=False)
 class SharedEngine:
     """A model by name, opened at first use, and once per process for equal names and options.
@@ -603,6 +623,8 @@ def shared_engine(model: str | os.PathLike[str], **opening: Any) -> SharedEngine
     named = options.canonical(opening, options.MODEL)
     if "device" in named:
         named["device"] = options.device(named["device"])
+    if isinstance(named.get("token"), str):
+        named["token"] = Hidden(named["token"])
     return SharedEngine(os.fspath(model), named)
 
 

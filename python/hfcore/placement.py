@@ -114,7 +114,9 @@ class Placed:
         self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
     ) -> AsyncGenerator[Delta, None]:
         """The same on an event loop; deciding happens in a thread."""
-        place: _Place = self._place or await in_thread(self._decided)
+        place = self._place
+        if place is None:
+            place = await in_thread(self._decided)
         begun = False
         try:
             async with contextlib.aclosing(place.backend.astream(prompt, tools, options)) as deltas:
