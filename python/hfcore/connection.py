@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
+import importlib
 import ipaddress
 import json
 import os
@@ -203,7 +204,7 @@ class Connection:
 
     def events(self, request: Request, clock: Clock) -> Iterator[Any]:
         """The answer's JSON values: of each event and then DONE, or the one that it is."""
-        from huggingface_hub.utils import httpx
+        httpx = _library()
 
         with (
             self._errors(clock),
@@ -223,7 +224,7 @@ class Connection:
 
     async def aevents(self, request: Request, clock: Clock) -> AsyncGenerator[Any, None]:
         """The same on an event loop."""
-        from huggingface_hub.utils import httpx
+        httpx = _library()
 
         with self._errors(clock):
             async with (
@@ -364,7 +365,7 @@ class Connection:
     @contextlib.contextmanager
     def _errors(self, clock: Clock) -> Iterator[None]:
         """The transport's errors as ours, before an answer began."""
-        from huggingface_hub.utils import httpx
+        httpx = _library()
 
         try:
             yield
@@ -382,7 +383,7 @@ class Connection:
     @contextlib.contextmanager
     def _stream_errors(self, clock: Clock) -> Iterator[None]:
         """The same while an answer comes."""
-        from huggingface_hub.utils import httpx
+        httpx = _library()
 
         try:
             yield
@@ -397,7 +398,8 @@ class Connection:
     def hub_errors(self) -> Iterator[None]:
         """What huggingface_hub raises, of its own requests and of a user's client, as ours."""
         from huggingface_hub import errors
-        from huggingface_hub.utils import httpx
+
+        httpx = _library()
 
         try:
             yield
@@ -905,12 +907,17 @@ def _transport(url: str) -> dict[str, Any]:
     }
 
 
+def _library() -> Any:
+    """The HTTP library that huggingface_hub uses: httpx; from its version 2 on another."""
+    from huggingface_hub import utils
+
+    return getattr(utils, "httpx", None) or importlib.import_module("httpx")
+
+
 @functools.cache
 def _certificates() -> ssl.SSLContext:
     """Read once: it takes longer than many an answer."""
-    from huggingface_hub.utils import httpx
-
-    return httpx.create_ssl_context()
+    return _library().create_ssl_context()
 
 
 def is_loopback(host: str) -> bool:
