@@ -15,6 +15,7 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient, constants
 from huggingface_hub.hf_api import InferenceProviderMapping
 from huggingface_hub.inference import _providers
 from huggingface_hub.inference._providers._common import HARDCODED_MODEL_INFERENCE_MAPPING
+from huggingface_hub.utils import close_session
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.language_models.llms import LLM, BaseLLM
 from servers.loopback import Request
@@ -408,14 +409,18 @@ def test_an_address_has_no_repository_and_no_provider(server: Recording) -> None
 
 @of_fields(HuggingFaceEndpoint, "client", "async_client")
 async def test_clients_of_the_users_are_used(server: Recording) -> None:
-    own = {"model": f"{server.url}/v1", "headers": {"X-Own": "mine"}, "token": TOKEN}
-    llm = HuggingFaceEndpoint(
-        client=InferenceClient(**own), async_client=AsyncInferenceClient(**own), model=MODEL,
-        temperature=0.5,
-    )  # fmt: skip
-    chat = ChatHuggingFace(llm=llm)
-    assert chat.invoke("Hi").text == "You said: Hi"
-    assert (await chat.ainvoke("Hi")).text == "You said: Hi"
+    own: dict[str, Any] = {
+        "model": f"{server.url}/v1", "headers": {"X-Own": "mine"}, "token": TOKEN,
+    }  # fmt: skip
+    with InferenceClient(**own) as client:
+        async with AsyncInferenceClient(**own) as async_client:
+            llm = HuggingFaceEndpoint(
+                client=client, async_client=async_client, model=MODEL, temperature=0.5
+            )
+            chat = ChatHuggingFace(llm=llm)
+            assert chat.invoke("Hi").text == "You said: Hi"
+            assert (await chat.ainvoke("Hi")).text == "You said: Hi"
+    close_session()  # of huggingface_hub, which all its clients share
     for request in server.asked:
         assert request.headers["x-own"] == "mine"
         assert request.json == expected("chat", {"temperature": 0.5})
