@@ -15,7 +15,7 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient, constants
 from huggingface_hub.hf_api import InferenceProviderMapping
 from huggingface_hub.inference import _providers
 from huggingface_hub.inference._providers._common import HARDCODED_MODEL_INFERENCE_MAPPING
-from huggingface_hub.utils import close_session
+from huggingface_hub.utils._http import close_session
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.language_models.llms import LLM, BaseLLM
 from servers.loopback import Request
@@ -329,10 +329,9 @@ def test_an_address_is_where_requests_go_and_no_option_of_theirs(
 ) -> None:
     HuggingFaceEndpoint(**{name: server.url}).invoke("Hi")
     assert (server.last.path, server.last.json) == ("/", TGI)
-    with pytest.raises(UnknownOptionError):
-        HuggingFaceEndpoint(**{name: server.url}).invoke("Hi", **{name: server.url})
-    with pytest.raises(UnknownOptionError):
-        HuggingFaceEndpoint(**{name: server.url}).bind(**{name: server.url}).invoke("Hi")
+    for way in ("bind", "call"):
+        with pytest.raises(UnknownOptionError):
+            asked(lambda: HuggingFaceEndpoint(endpoint_url=server.url), way, name, server.url)
     assert len(server.asked) == 1
 
 
@@ -389,7 +388,7 @@ def test_a_repository_is_asked_for_at_the_router(
 def test_a_provider_is_asked_by_its_name_of_the_model(
     server: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = InferenceProviderMapping(
+    known = InferenceProviderMapping(  # type: ignore[no-untyped-call]
         provider="groq", hf_model_id=MODEL, providerId="theirs", status="live",
         task="conversational",
     )  # fmt: skip

@@ -98,6 +98,7 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
             token=self.huggingfacehub_api_token,
             **{name: getattr(self, name) for name in _OF_CONNECTIONS},
         )
+        self._check_clients()
         for asked in (self.model_kwargs, self.query_model_kwargs):
             self._checked(asked)
 
@@ -119,6 +120,14 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
     async def aembed_query(self, text: str) -> list[float]:
         """As `embed_query`, without a thread."""
         return (await self._aembed([_line(text)], self.query_model_kwargs or self.model_kwargs))[0]
+
+    def _check_clients(self) -> None:
+        """A client's model is its own affair: another name beside it would do nothing."""
+        name = self.model or self.repo_id or self.endpoint_url
+        for client in (self.client, self.async_client):
+            theirs = getattr(client, "model", None)
+            if client is not None and name is not None and theirs != name:
+                raise InvalidRequestError(f"{name} was given, but the client asks for {theirs}")
 
     def __reduce__(self) -> Any:
         given = {name: getattr(self, name) for name in self.model_fields_set}

@@ -429,15 +429,15 @@ def _message(choice: _Choice, answer: Answer) -> dict[str, Any]:
 def _deltas(choice: _Choice, body: Mapping[str, Any], answer: Answer) -> Iterator[dict[str, Any]]:
     """The parts of a streamed choice."""
 
-    def part(delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
-        return {"delta": delta, "logprobs": None, "finish_reason": reason, **more}
+    def part(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        return {"delta": delta, "logprobs": None, "finish_reason": reason}
 
     yield part({"role": "assistant", "content": ""})
     for piece in split(choice.reasoning):
         yield part({answer.reasoning_field: piece})
     for piece in choice.pieces:
-        known = {"logprobs": _logprobs([piece], body)} if body.get("logprobs") else {}
-        yield part({"content": piece}, **known)
+        known = _logprobs([piece], body) if body.get("logprobs") else None
+        yield {**part({"content": piece}), "logprobs": known}
     for index, (name, arguments) in enumerate(choice.calls):
         begun = {"index": index, "id": f"call_{index}", "type": "function"}
         yield part({"tool_calls": [{**begun, "function": {"name": name, "arguments": ""}}]})
