@@ -44,7 +44,7 @@ from .llms import (
 )
 from .messages import check_calls, to_dicts
 from .placement import server_name
-from .remote import Remote
+from .remote import WHOLE, Remote
 from .structured import METHODS, Parser, Reader, with_raw
 from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
 from .transformers_backend import Transformers
@@ -424,7 +424,7 @@ class ChatHuggingFace(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
+        request = self._request(messages, stop, kwargs).at_once(self.streaming)
         with contextlib.closing(request.stream()) as deltas:
             return _result(totals(deltas), request.backend.model_name)
 
@@ -436,7 +436,7 @@ class ChatHuggingFace(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
+        request = self._request(messages, stop, kwargs).at_once(self.streaming)
         async with contextlib.aclosing(request.astream()) as deltas:
             done = totals([delta async for delta in deltas])
         return _result(done, request.backend.model_name)
@@ -492,6 +492,12 @@ class _Request:
 
     def _dicts(self) -> list[dict[str, Any]]:
         return to_dicts(self.messages, parts=self.backend.takes_parts)
+
+    def at_once(self, streaming: bool) -> _Request:
+        """Itself, with a whole answer of a server rather than a stream that nobody watches."""
+        if streaming or not isinstance(self.backend, Remote):
+            return self
+        return replace(self, options={**self.options, WHOLE: True})
 
     def single(self) -> _Request:
         """Itself, if a stream can be made of it."""

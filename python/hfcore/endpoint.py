@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
@@ -18,8 +19,8 @@ from typing_extensions import Self, override
 from . import connection, options
 from .engine import Completion, Delta
 from .errors import InvalidRequestError
-from .llms import ECHO, TextModel, plain_errors, revivable, totals
-from .remote import Remote
+from .llms import ECHO, Call, TextModel, plain_errors, revivable, totals
+from .remote import WHOLE, Remote
 from .tools import to_response_format
 
 _PLACE = ("endpoint_url", "repo_id", "model", "inference_server_url")
@@ -56,8 +57,9 @@ class HuggingFaceEndpoint(TextModel):
         huggingfacehub_api_token (or api_key): sent wherever the endpoint is. Without it, that of
             HUGGINGFACEHUB_API_TOKEN, of HF_TOKEN or of the saved login, which Hugging Face's own
             hosts alone may see.
-        timeout: seconds that the server may be silent, default 120. As an option of a call it is
-            the time for the whole request.
+        timeout: seconds that the server may be silent, default 120; an answer that does not stream
+            is silence until it is there. As an option of a call it is the time for the whole
+            request.
         max_retries: attempts after the first one, default 2: after 429 (when Retry-After says, if
             that is within a minute), 5xx and lost connections, as long as nothing of the answer
             has been handed on.
@@ -65,7 +67,7 @@ class HuggingFaceEndpoint(TextModel):
         task: "text-generation" or "conversational"; None: a text goes to text generation, or to
             a chat where the server has that alone.
         batch_size: how many prompts of one `generate` or `batch` are under way at a time.
-        streaming: tell callbacks of every token of `invoke` too.
+        streaming: `invoke` streams from the server too, and tells callbacks of every token.
 
     What is asked: max_new_tokens, temperature (0 is greedy), top_k, top_p, typical_p, min_p,
     repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed, do_sample,
@@ -76,7 +78,7 @@ class HuggingFaceEndpoint(TextModel):
     InvalidRequestError. `model_kwargs`: more of them; names unknown here go into the request's
     JSON as they are.
 
-    Everything streams from the server, and errors are `hfcore.errors.RemoteError`s.
+    Errors are `hfcore.errors.RemoteError`s.
 
     >>> from hfcore.testing import serving
     >>> with serving("Hello there") as url:
@@ -232,6 +234,12 @@ class HuggingFaceEndpoint(TextModel):
         return {**state, "__dict__": {**state["__dict__"], **hidden}}
 
     @override
+    def _at_once(self, call: Call) -> Call:
+        if call.streaming:
+            return call
+        return replace(call, options={**call.options, WHOLE: True})
+
+    @override
     def _generate(
         self,
         prompts: list[str],
@@ -239,7 +247,7 @@ class HuggingFaceEndpoint(TextModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        call = self._call(stop, kwargs)
+        call = self._at_once(self._call(stop, kwargs))
 
         def told(delta: Delta) -> Delta:
             if call.streaming and run_manager and delta.text:

@@ -96,7 +96,7 @@ class TextModel(BaseLLM):
                 params[f"ls_{name}"] = wishes[name]  # type: ignore[literal-required]
         return params
 
-    def _call(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
+    def _call(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> Call:
         call, bound = options.call_layers(kwargs, stop)
         layers = (self._flat(call), self._flat(bound), self.asked)
         echo = next((e for e in map(_echo, layers) if e is not None), False)
@@ -104,7 +104,11 @@ class TextModel(BaseLLM):
         if "response_format" in wishes:
             wishes["response_format"] = to_response_format(wishes["response_format"])
         streaming = bool(wishes.pop("streaming", False))
-        return _Call({n: v for n, v in wishes.items() if n not in ECHO}, echo, streaming)
+        return Call({n: v for n, v in wishes.items() if n not in ECHO}, echo, streaming)
+
+    def _at_once(self, call: Call) -> Call:
+        """A call whose answer nobody watches as it grows."""
+        return call
 
     def _flat(self, layer: dict[str, Any]) -> dict[str, Any]:
         """A call's options, those that it nests under pipeline_kwargs included."""
@@ -187,7 +191,7 @@ class TextModel(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        call = self._call(stop, kwargs)
+        call = self._at_once(self._call(stop, kwargs))
         turn = asyncio.Semaphore(self.batch_size)
 
         async def told(delta: Delta) -> Delta:
@@ -254,7 +258,7 @@ class TextModel(BaseLLM):
         return GenerationChunk(text=delta.text, generation_info=info or None)
 
     def _result(
-        self, prompts: list[str], completions: list[list[Completion]], call: _Call
+        self, prompts: list[str], completions: list[list[Completion]], call: Call
     ) -> LLMResult:
         generations = [
             [
@@ -447,7 +451,7 @@ class HuggingFacePipeline(TextModel):
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What one call asks of the backend, and what is done with the answer.
 
     `echo`: it begins with the prompt. `streaming`: callbacks hear of every token, also where
@@ -458,7 +462,7 @@ class _Call:
     echo: bool
     streaming: bool = False
 
-    def single(self) -> _Call:
+    def single(self) -> Call:
         """Itself, if a stream can be made of it."""
         check_single(self.options)
         return self

@@ -78,6 +78,9 @@ _OF_GENERATION = {
 }  # fmt: skip
 """Options -> parameters of TGI's text generation."""
 
+WHOLE = "whole_answer"
+"""The option by which who wants no stream says so: not all servers stream calls, counts, errors."""
+
 _SIGNATURE = (
     "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty",
     "response_format", "seed", "stop", "stream_options", "temperature", "tool_choice", "tools",
@@ -85,7 +88,7 @@ _SIGNATURE = (
 )  # fmt: skip
 """What InferenceClient.chat_completion names; the rest is its `extra_body`."""
 
-_OURS = ("timeout", "max_retries", "stream_usage", "extra_body")
+_OURS = ("timeout", "max_retries", "stream_usage", "extra_body", WHOLE)
 """Options of a request that are no field of it."""
 
 _REFUSED = {
@@ -229,6 +232,7 @@ class _Run:
         wishes = {n: v for n, v in options.items() if n not in _OURS and v is not None and v != []}
         self.extra = _extra(options.get("extra_body"))
         self.usage = options.get("stream_usage") is not False
+        self.whole = bool(options.get(WHOLE))
         self.clock = Clock(options.get("timeout"))
         retries = options.get("max_retries")
         retries = self.connection.max_retries if retries is None else retries
@@ -340,7 +344,7 @@ class _Run:
     def _request(self, route: str) -> Request:
         body, url = self.bodies[route], self.connection.url
         if route == COMPLETION and url:
-            whole = {"model": self.connection.model or UNNAMED, **self._whole(body)}
+            whole = {"model": self.connection.model or UNNAMED, **self._filled(body)}
             return self.connection.request(_at(url, "completions"), whole)
         place = self.connection
         if route == CHAT and url:
@@ -351,14 +355,16 @@ class _Run:
             # formats otherwise, and leave out what is null, within schemas too.
             exact = url is not None or self.connection.provider in (None, "auto")
             return dataclasses.replace(
-                request, body={**request.body, **(self._whole(body) if exact else {})}
+                request, body={**request.body, **(self._filled(body) if exact else {})}
             )
         return dataclasses.replace(request, body=self._generated(request.body))
 
-    def _whole(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _filled(self, body: Mapping[str, Any]) -> dict[str, Any]:
         return {**body, **self._streamed(), **self.extra}
 
     def _streamed(self) -> dict[str, Any]:
+        if self.whole:
+            return {"stream": False}
         usage = {"stream_options": {"include_usage": True}} if self.usage else {}
         return {"stream": True, **usage}
 
@@ -381,14 +387,14 @@ class _Run:
             # There a model's name would win over the client's own URL.
             name = None if self.connection.url or self.connection.given else self.connection.model
             return lambda client: client.text_generation(
-                self.prompt, details=True, stream=True, model=name, **body
+                self.prompt, details=True, stream=not self.whole, model=name, **body
             )
-        whole = self._whole(body)
-        del whole["stream"]
-        named = {name: whole.pop(name) for name in _SIGNATURE if name in whole}
-        messages = whole.pop("messages")
+        rest = self._filled(body)
+        streamed = rest.pop("stream")
+        named = {name: rest.pop(name) for name in _SIGNATURE if name in rest}
+        messages = rest.pop("messages")
         return lambda client: client.chat_completion(
-            messages, model=self.connection.model, stream=True, extra_body=whole or None, **named
+            messages, model=self.connection.model, stream=streamed, extra_body=rest or None, **named
         )
 
 
@@ -749,9 +755,16 @@ class Answer:
     def _generated(self, event: Any) -> Generator[Delta, None, None]:
         """A text that came whole, as servers without streams send it."""
         self._ends.setdefault(0, None)
-        if event_text := _get(event, "generated_text"):
-            yield Delta(event_text)
-        self._detailed(_get(event, "details"))
+        details = _get(event, "details")
+        tokens = _get(details, "tokens") if self._logprobs else None
+        logprobs = tuple(
+            TokenLogprob(
+                _text(_get(token, "text")), _get(token, "id"), _number(_get(token, "logprob"))
+            )
+            for token in tokens or ()
+        )
+        yield Delta(_get(event, "generated_text"), logprobs=logprobs or None)
+        self._detailed(details)
 
     def _detailed(self, details: Any) -> None:
         reason = _get(details, "finish_reason")
