@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.inference._providers import PROVIDERS, hf_inference
 from servers import faults
 from servers.recording import Recording, vector
 
 from hfcore import HuggingFaceEndpointEmbeddings as Embeddings
+from hfcore import connection
 from hfcore.errors import (
     InvalidRequestError,
     RemoteAuthenticationError,
+    RemoteConnectionError,
     RemoteRequestError,
     RemoteResponseError,
     UnknownOptionError,
@@ -231,6 +235,37 @@ def test_an_option_of_the_other_form_is_named_as_such() -> None:
 
 def test_an_address_may_be_given_as_the_model(server: Recording) -> None:
     assert Embeddings(model=f"{server.url}/embed").embed_query("a") == vector("a")
+
+
+@pytest.mark.parametrize("name", ["repo_id", "model"])
+async def test_a_repository_is_asked_for_at_hugging_face(
+    server: Recording, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = PROVIDERS["hf-inference"]["feature-extraction"]
+    monkeypatch.setattr(task, "base_url", server.url)
+    monkeypatch.setattr(hf_inference, "_check_supported_task", lambda *_: None)
+    embeddings = Embeddings(**{name: "owner/name"}, provider="hf-inference", token=TOKEN)
+    assert embeddings.embed_query("a") == await embeddings.aembed_query("a") == vector("a")
+    for request in server.asked:
+        assert request.path == "/models/owner/name/pipeline/feature-extraction"
+        assert (request.json, request.token) == ({"inputs": ["a"]}, TOKEN)
+
+
+def test_a_repository_needs_a_token_and_a_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "saved_token", lambda: None)
+    with pytest.raises(RemoteAuthenticationError, match="HF_TOKEN"):
+        Embeddings().embed_query("a")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RemoteConnectionError, match="HF_HUB_OFFLINE"):
+        Embeddings(token=TOKEN).embed_query("a")
+
+
+@pytest.mark.parametrize("path", ["/v1", "/embed"])
+def test_offline_switches_do_not_reach_loopback(
+    server: Recording, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert made(server, path).embed_query("a") == vector("a")
 
 
 def test_a_text_that_is_none_is_refused(server: Recording) -> None:

@@ -28,14 +28,9 @@ TOKEN = "hf_a_secret_of_these_tests"  # noqa: S105  # no secret
 MODEL = "owner/name"
 Wire = Mapping[str, Any]
 
-TGI: Wire = {"inputs": "Hi", "stream": True, "parameters": {"details": True}}
-COMPLETION: Wire = {
-    "model": MODEL, "prompt": "Hi", "stream": True, "stream_options": {"include_usage": True},
-}  # fmt: skip
-CHAT: Wire = {
-    "model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True,
-    "stream_options": {"include_usage": True},
-}  # fmt: skip
+TGI: Wire = {"inputs": "Hi", "stream": False, "parameters": {"details": True}}
+COMPLETION: Wire = {"model": MODEL, "prompt": "Hi", "stream": False}
+CHAT: Wire = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": False}
 """What is sent when nothing is asked for."""
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -100,7 +95,7 @@ ENDPOINT: dict[str, list[Row]] = {
     "server_kwargs": [of_server({"cookies": {"a": "b"}}, cookie="a=b")],
     "max_retries": [Row(0)],
     "batch_size": [of_server(3)],
-    "streaming": [Row(True)],
+    "streaming": [],
     "timeout": [Row(9.0)],
     # What is asked.
     "max_new_tokens": [
@@ -188,7 +183,7 @@ CHAT_ROWS: dict[str, list[Row]] = {
     "adapter": [Row("legal", chat="adapter")],
     "priority": [Row(5, chat="priority")],
     "timeout": [Row(9.0)],
-    "streaming": [Row(True)],
+    "streaming": [],
     "stream_usage": [],
     "max_retries": [Row(0)],
     "api_key": [of_server(TOKEN, authorization=f"Bearer {TOKEN}")],
@@ -454,23 +449,44 @@ def test_parallel_tool_calls_go_with_tools(server: Recording, way: str) -> None:
     assert server.last.json == expected("chat", {"tools": [TOOL], **given})
 
 
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_stream_is_asked_for_as_one_with_its_usage(server: Recording, form: str) -> None:
+    model: Any = endpoint(server, form)
+    model = ChatHuggingFace(llm=model) if form == "chat" else model
+    list(model.stream("Hi"))
+    assert [chunk async for chunk in model.astream("Hi")]
+    wire = {"stream": True} if form == "tgi" else STREAMED
+    assert server.bodies == [{**expected(form, {}), **wire}] * 2
+
+
+@of_fields(HuggingFaceEndpoint, "streaming")
+@of_fields(ChatHuggingFace, "streaming")
+@pytest.mark.parametrize("form", FORMS)
+def test_streaming_makes_an_invocation_a_stream(server: Recording, form: str) -> None:
+    model: Any = endpoint(server, form, **({} if form == "chat" else {"streaming": True}))
+    model = ChatHuggingFace(llm=model, streaming=True) if form == "chat" else model
+    model.invoke("Hi")
+    wire = {"stream": True} if form == "tgi" else STREAMED
+    assert server.last.json == {**expected(form, {}), **wire}
+
+
 @of_fields(HuggingFaceEndpoint, "stream_usage")
 @of_fields(ChatHuggingFace, "stream_usage")
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", WAYS)
-def test_usage_may_be_left_out_of_a_stream(server: Recording, way: str) -> None:
-    def make(**given: Any) -> ChatHuggingFace:
-        return ChatHuggingFace(llm=endpoint(server, "chat"), streaming=True, **given)
-
-    asked(make, way, "stream_usage", False)
-    assert server.last.json == without_usage(CHAT)
-    asked(lambda **given: endpoint(server, "completion", **given), way, "stream_usage", False)
-    assert server.last.json == without_usage(COMPLETION)
-    asked(lambda **given: endpoint(server, "tgi", **given), way, "stream_usage", False)
-    assert server.last.json == TGI
-
-
-def without_usage(body: Wire) -> dict[str, Any]:
-    return {name: value for name, value in body.items() if name != "stream_options"}
+def test_usage_may_be_left_out_of_a_stream(server: Recording, form: str, way: str) -> None:
+    given = {"stream_usage": False}
+    model: Any = endpoint(
+        server, form, **(given if way == "constructor" and form != "chat" else {})
+    )
+    if form == "chat":
+        model = ChatHuggingFace(llm=model, **(given if way == "constructor" else {}))
+    model = model.bind(**given) if way == "bind" else model
+    list(model.stream("Hi", **(given if way == "call" else {})))
+    assert server.last.json == {**expected(form, {}), "stream": True}
 
 
 @pytest.mark.parametrize(
