@@ -145,6 +145,7 @@ def test_how_large_a_model_is_can_be_known_before_it_is_fetched(client: Client) 
     assert size("owner/gguf:q8_0") == str(len("m-Q8_0.gguf"))
     assert size("owner/tensors") == str(sum(map(len, REPOS["owner/tensors"][:3])))
     assert not any("/resolve/" in path for path, _ in client.seen)
+    assert size("owner/tensors:q8_0") == "0"  # it would be quantised as it is loaded
     for unknown in ("owner/none", "owner/pickled", "./a.gguf"):
         assert size(unknown) == "None"
     assert size("owner/gguf", environment={"HF_HUB_OFFLINE": "1"}) == "None"

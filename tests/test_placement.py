@@ -89,6 +89,14 @@ class Situation:
         """The hub has them, and says that they are larger than memory."""
         self.no_file()
         self._patch.setattr(hub, "bytes_to_fetch", lambda *_, **__: 1 << 60)
+        self._patch.setattr(hub, "fetch_config", lambda *_, **__: None)
+
+    def unknown_family_to_fetch(self) -> None:
+        """The hub has them, and its config.json says what they are."""
+        config = self.folder / "config.json"
+        config.write_text('{"model_type": "mystery", "architectures": ["MysteryForCausalLM"]}')
+        self._patch.setattr(hub, "bytes_to_fetch", lambda *_, **__: 10)
+        self._patch.setattr(hub, "fetch_config", lambda *_, **__: config)
 
     def no_token(self) -> None:
         self.given = {}
@@ -224,6 +232,25 @@ def test_the_answer_and_the_log_say_what_was_chosen_and_why(
     [line] = [r.getMessage() for r in caplog.records if r.name == "hfcore"]
     assert "mysty" in line
     assert TOKEN not in line
+
+
+def test_auto_does_not_fetch_what_cannot_run(
+    situation: Situation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(model: Any, **how: Any) -> Path:
+        if Path(model).exists():
+            return Path(model)
+        assert how.get("local_files_only"), "it was fetched"
+        raise ModelNotFoundError("not in the cache", path=REPO)
+
+    situation.unknown_family_to_fetch()
+    monkeypatch.setattr(hub, "resolve", never)
+    about = chat_of(situation, "auto").invoke("Hi").response_metadata
+    assert "mystery" in about["placement"]
+    situation.too_large_to_fetch()
+    monkeypatch.setattr(hub, "resolve", never)
+    about = chat_of(situation, "auto").invoke("Hi").response_metadata
+    assert "of memory are free" in about["placement"]
 
 
 def test_an_answer_of_here_says_so_where_there_was_a_choice(

@@ -88,7 +88,10 @@ def bytes_to_fetch(
     token: Any = None,
     local_files_only: bool | None = None,
 ) -> int | None:
-    """How large what `resolve` would fetch is; None where it fetches nothing, or nobody can say."""
+    """How large what `resolve` would fetch is; None where it fetches nothing, or nobody can say.
+
+    0 for a checkpoint that is to be quantised as it is loaded: its size says little then.
+    """
     name = os.fspath(model)
     match = None if looks_local(name) or Path(name).exists() else _REPO.match(name)
     if match is None or (offline() if local_files_only is None else local_files_only):
@@ -106,7 +109,29 @@ def bytes_to_fetch(
         api = hub.HfApi(token=_plain_token(token))
         listing = api.model_info(repo, revision=revision, files_metadata=True).siblings or ()
         sizes = {file.rfilename: file.size or 0 for file in listing}
-        return sum(sizes[name] for name in choose(sizes, wanted, repo)) or None
+        chosen = choose(sizes, wanted, repo)
+        made = (quantization or wanted) and not chosen[0].lower().endswith(".gguf")
+        return 0 if made else sum(sizes[name] for name in chosen)
+    return None
+
+
+def fetch_config(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: Any = None,
+    **_: Any,
+) -> Path | None:
+    """The config.json of a repository, without its weights; None where it has none."""
+    import huggingface_hub as hub
+
+    with contextlib.suppress(OSError, ValueError, *_network_errors()):
+        repo = os.fspath(model).partition(":")[0]
+        found = hub.hf_hub_download(
+            repo, "config.json", revision=revision, cache_dir=cache_dir, token=_plain_token(token)
+        )
+        return Path(found)
     return None
 
 

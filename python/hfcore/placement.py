@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+import tempfile
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from typing import Any
 from . import hub
 from .backends import Backend, Deltas, Local
 from .connection import in_thread
-from .engine import Delta, Prompt
+from .engine import Delta, Engine, Prompt
 from .errors import (
     HfcoreError,
     ModelFileError,
@@ -31,6 +33,9 @@ from .errors import (
 from .remote import Remote
 
 _CANNOT_LOAD = (ModelFileError, UnsupportedModelError, MemoryError)
+_NO_TENSORS = b"\x02" + bytes(7) + b"{}"
+"""A safetensors file without any."""
+
 _log = logging.getLogger("hfcore")
 
 
@@ -174,7 +179,7 @@ class Placed:
     def _decide(self) -> _Place:
         try:
             if self.auto and self.remote is not None:
-                self._check_size()
+                self._check_before_fetching()
             self.local.engine.get()
         except _CANNOT_LOAD as error:
             return self._elsewhere(error)
@@ -182,11 +187,17 @@ class Placed:
         _log.info("%s runs here: %s", self.model_name, place.why)
         return place
 
-    def _check_size(self) -> None:
-        """Refuse to fetch what would not fit."""
-        needed = hub.bytes_to_fetch(self.model_name, **self.local.engine.place())
+    def _check_before_fetching(self) -> None:
+        """Refuse to fetch what would not fit, or what nobody here knows."""
+        place = self.local.engine.place()
+        needed = hub.bytes_to_fetch(self.model_name, **place)
+        if needed is None:
+            return
+        config = hub.fetch_config(self.model_name, **place)
+        if config is not None:
+            _check_family(config)
         free = free_memory()
-        if needed is not None and free is not None and needed > free:
+        if free is not None and needed > free:
             raise ModelTooLargeError(
                 f"its files have {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free",
                 needed=needed,
@@ -211,6 +222,19 @@ class Placed:
         why = f"it cannot run here: {local}"
         _log.warning("%s runs at %s: %s", self.model_name, self.remote.model_name, why)
         return _Place(self.remote, "remote", why)
+
+
+def _check_family(config: Path) -> None:
+    """Raise UnsupportedModelError for a config of a family that the engine does not know."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(config, Path(folder) / "config.json")
+        (Path(folder) / "model.safetensors").write_bytes(_NO_TENSORS)
+        try:
+            Engine(folder).close()
+        except UnsupportedModelError:
+            raise
+        except HfcoreError:  # all else is missing, of course
+            return
 
 
 def server_name(model: str) -> str:
