@@ -917,7 +917,8 @@ def _library() -> Any:
 @functools.cache
 def _certificates() -> ssl.SSLContext:
     """Read once: it takes longer than many an answer."""
-    return _library().create_ssl_context()
+    context: ssl.SSLContext = _library().create_ssl_context()
+    return context
 
 
 def is_loopback(host: str) -> bool:

@@ -129,7 +129,11 @@ def fetch_config(
     with contextlib.suppress(OSError, ValueError, *_network_errors()):
         repo = os.fspath(model).partition(":")[0]
         found = hub.hf_hub_download(
-            repo, "config.json", revision=revision, cache_dir=cache_dir, token=_plain_token(token)
+            repo,
+            "config.json",
+            revision=revision,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            token=_plain_token(token),
         )
         return Path(found)
     return None
