@@ -349,6 +349,19 @@ async def test_texts_stream_with_usage_on_every_route(server: Recording) -> None
         assert info["usage"]["completion_tokens"] == 2
 
 
+def test_a_route_that_a_server_lacks_is_not_tried_again_and_others_are(server: Recording) -> None:
+    llm = HuggingFaceEndpoint(endpoint_url=server.url)
+    llm.invoke("Hi", min_p=0.1)  # TGI's own form has no place for it
+    llm.invoke("Hi", truncate=5)  # and OpenAI's none for this
+    assert [r.path for r in server.requests] == ["/v1/completions", "/"]
+    server.only_chat = True
+    server.requests.clear()
+    other = HuggingFaceEndpoint(endpoint_url=server.url)
+    assert [other.invoke("Hi") for _ in range(2)] == ["You said: Hi"] * 2
+    paths = ["/", "/v1/completions", "/v1/chat/completions", "/v1/chat/completions"]
+    assert [r.path for r in server.requests] == paths
+
+
 def test_prompts_of_one_batch_are_under_way_together(server: Recording) -> None:
     meeting = threading.Barrier(3, timeout=30)
 
@@ -455,6 +468,7 @@ def test_an_unknown_argument_names_the_nearest_known_one() -> None:
         ({"endpoint_url": "ftp://x"}, "http"),
         ({"endpoint_url": "http://user:pass@x"}, "password"),
         ({"endpoint_url": "http://x:99999"}, "URL"),
+        ({"endpoint_url": "http://x/v1?api_key=pass@"}, "secret"),
         ({"endpoint_url": URL, "repo_id": "a/b"}, "not both"),
         ({"repo_id": URL}, "owner/name"),
         ({"endpoint_url": URL, "provider": "groq"}, "provider"),
@@ -559,7 +573,10 @@ def test_a_token_that_was_given_goes_where_it_was_given_for(server: Recording) -
 
 
 def test_another_model_named_by_a_url_does_not_get_the_token(server: Recording) -> None:
-    llm = HuggingFaceEndpoint(endpoint_url="http://127.0.0.1:9/v1", huggingfacehub_api_token=TOKEN)
+    llm = HuggingFaceEndpoint(
+        endpoint_url="http://127.0.0.1:9/v1", huggingfacehub_api_token=TOKEN,
+        headers={"X-Key": TOKEN}, server_kwargs={"cookies": {"a": TOKEN}},
+    )  # fmt: skip
     ChatHuggingFace(llm=llm).invoke("Hi", model=f"{server.url}/v1")
     assert not server.last.holds(TOKEN)
 

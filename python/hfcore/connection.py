@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pydantic import SecretStr
 
@@ -527,6 +527,11 @@ def checked_url(url: str) -> str:
         raise InvalidRequestError(
             f"a password does not belong into endpoint_url ({shown(url)}); use headers"
         )
+    for name, _ in parse_qsl(parts.query):
+        if _SECRET.search(name):
+            raise InvalidRequestError(
+                f"endpoint_url ({shown(url)}) must not hold a secret, got {name!r}; use headers"
+            )
     return parts._replace(path=parts.path.rstrip("/"), fragment="").geturl()
 
 

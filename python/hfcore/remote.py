@@ -18,6 +18,7 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Generator,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -128,7 +129,7 @@ class Remote:
 
     connection: Connection
     task: str | None = None
-    _route: str | None = field(default=None, init=False, repr=False)
+    _missing: set[str] = field(default_factory=set, init=False, repr=False)
 
     takes_parts = True
 
@@ -187,17 +188,19 @@ class Remote:
     def sibling(self, model: str) -> Remote:
         """Another model of the same server; at another one, if it is a URL."""
         if is_url(model):
-            place = make(endpoint_url=model)
-            moved = dataclasses.replace(self.connection, url=place.url, model=None, token=None)
-            return Remote(moved, self.task)
+            # Nothing that was given for one server goes to another.
+            ours = self.connection
+            place = make(endpoint_url=model, timeout=ours.timeout, max_retries=ours.max_retries)
+            return Remote(place, self.task)
         return Remote(dataclasses.replace(self.connection, model=model), self.task)
 
     def routes(self, prompt: Prompt) -> list[str]:
-        """What to try for a prompt, in order; what has worked stays the only one."""
+        """What to try for a prompt, in order; less what the server is known not to have."""
         if not isinstance(prompt, str) or self.task == "conversational":
             return [CHAT]
-        if self._route is not None:
-            return [self._route]
+        return [route for route in self._text_routes() if route not in self._missing]
+
+    def _text_routes(self) -> list[str]:
         chat = [CHAT] if self.task is None else []
         path = urlsplit(self.connection.url or "").path
         if path.endswith("/chat/completions"):
@@ -207,10 +210,9 @@ class Remote:
         between = [COMPLETION] if self.connection.url and not self.connection.given else []
         return [GENERATE, *between, *chat]
 
-    def learn(self, prompt: Prompt, route: str) -> None:
-        """Keep the route that a text took."""
-        if isinstance(prompt, str):
-            self._route = route
+    def learn(self, missing: Iterable[str]) -> None:
+        """Keep in mind what the server turned out not to have, when another route has worked."""
+        self._missing.update(missing)
 
 
 # One request --------------------------------------------------------------------------------------
@@ -239,6 +241,7 @@ class _Run:
         self.attempts = Attempts(retries, self.clock)
         self.wishes = wishes
         self.bodies = _bodies(remote.routes(prompt), prompt, tools, wishes)
+        self.failed: list[str] = []
         self.asked_logprobs = bool(wishes.get("logprobs") or wishes.get("top_logprobs"))
 
     def stream(self) -> Generator[Delta, None, None]:
@@ -250,7 +253,7 @@ class _Run:
                 if not self._goes_on(route, error):
                     raise
             else:
-                self.remote.learn(self.prompt, route)
+                self.remote.learn(self.failed)
                 return
 
     async def astream(self) -> AsyncGenerator[Delta, None]:
@@ -264,18 +267,19 @@ class _Run:
                 if not self._goes_on(route, error):
                     raise
             else:
-                self.remote.learn(self.prompt, route)
+                self.remote.learn(self.failed)
                 return
 
     def _goes_on(self, route: str, error: Exception) -> bool:
         """Whether the next route is to be tried: there is no such path here, or no such task."""
         if self.attempts.begun or route == list(self.bodies)[-1]:
             return False
-        if isinstance(error, RemoteNotFoundError):
-            return True
         if isinstance(error, RemoteError):
-            return error.status in (405, 501)
-        return bool(_NO_TASK.search(str(error)))
+            lacks = isinstance(error, RemoteNotFoundError) or error.status in (405, 501)
+        else:
+            lacks = bool(_NO_TASK.search(str(error)))
+        self.failed += [route] * lacks
+        return lacks
 
     def _stream(self, route: str) -> Generator[Delta, None, None]:
         # Prepared once: what cannot be sent at all need not be tried again.
