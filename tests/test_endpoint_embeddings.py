@@ -147,6 +147,15 @@ async def test_what_is_no_vector_for_each_text_is_an_error(
 
 
 @pytest.mark.parametrize("path", ["/v1", "/embed"])
+def test_vectors_of_tokens_are_told_from_those_of_texts(server: Recording, path: str) -> None:
+    tokens = [[0.5, 1], [1, 2]]
+    answer: Any = {"data": [{"index": 0, "embedding": tokens}]} if path == "/v1" else [tokens]
+    server.script.append(faults.body(answer))
+    with pytest.raises(RemoteResponseError, match="the server does not pool"):
+        made(server, path).embed_query("a")
+
+
+@pytest.mark.parametrize("path", ["/v1", "/embed"])
 async def test_a_token_goes_to_the_address_it_was_given_for(server: Recording, path: str) -> None:
     embeddings = made(server, path, huggingfacehub_api_token=TOKEN)
     embeddings.embed_query("a")

@@ -240,9 +240,19 @@ def _vectors(found: Any, count: int) -> list[list[float]]:
         isinstance(row, list) and row and all(_is_number(n) for n in row) for row in rows
     )
     if not vectors or len(rows) != count or len({len(row) for row in rows}) > 1:
-        came = f"shape {tuple(found.shape)}" if hasattr(found, "shape") else f"{rows!r:.100}"
-        raise RemoteResponseError(f"expected {count} vectors, one for each text, got {came}")
+        raise RemoteResponseError(
+            f"expected {count} vectors, one for each text, got {_described(rows)}"
+        )
     return [[float(number) for number in row] for row in rows]
+
+
+def _described(rows: Any) -> str:
+    """What came instead of vectors."""
+    try:
+        _ = rows[0][0][0]
+    except (TypeError, KeyError, IndexError):
+        return f"{rows!r:.100}"
+    return "one for each token: the server does not pool them"
 
 
 def _is_number(value: Any) -> bool:
