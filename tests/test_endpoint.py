@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import trio
 from huggingface_hub import constants
+from huggingface_hub.hf_api import InferenceProviderMapping
+from huggingface_hub.inference._providers import _common
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from pydantic import BaseModel
 from servers import faults
@@ -360,6 +362,31 @@ def test_a_route_that_a_server_lacks_is_not_tried_again_and_others_are(server: R
     assert [other.invoke("Hi") for _ in range(2)] == ["You said: Hi"] * 2
     paths = ["/", "/v1/completions", "/v1/chat/completions", "/v1/chat/completions"]
     assert [r.path for r in server.requests] == paths
+
+
+@pytest.mark.parametrize("task", ["text-generation", "conversational"])
+async def test_a_text_goes_to_a_provider_in_the_form_that_it_has(
+    server: Recording, monkeypatch: pytest.MonkeyPatch, task: Any
+) -> None:
+    name = "together"
+    known = InferenceProviderMapping(
+        provider=name, hf_model_id="a/b", providerId="theirs", status="live", task=task
+    )
+    monkeypatch.setattr(_common, "_fetch_inference_provider_mapping", lambda _: [known])
+    monkeypatch.setattr(constants, "INFERENCE_PROXY_TEMPLATE", f"{server.url}/{{provider}}")
+    llm = HuggingFaceEndpoint(
+        repo_id="a/b", provider=name, huggingfacehub_api_token=TOKEN, max_new_tokens=9, min_p=0.1
+    )
+    if task == "text-generation":
+        with pytest.raises(InvalidRequestError, match="min_p"):  # some may have no place for it
+            llm.invoke("Hi")
+    llm = llm.model_copy(update={"min_p": None})
+    said = " Hi" if task == "text-generation" else "You said: Hi"
+    assert (llm.invoke("Hi"), await llm.ainvoke("Hi")) == (said, said)
+    body = server.last.json
+    assert (body["model"], body["max_tokens"], body["stream"]) == ("theirs", 9, False)
+    assert ("prompt" in body) is (task == "text-generation")
+    assert server.last.token == TOKEN
 
 
 def test_prompts_of_one_batch_are_under_way_together(server: Recording) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.inference import _providers
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from servers.recording import Recording
 
 from hfcore import ChatHuggingFace, HuggingFaceEndpoint, HuggingFacePipeline, hub
@@ -344,6 +344,22 @@ def test_a_token_of_the_hub_does_not_go_to_another_server(
     )
     chat.invoke("Hi")
     assert not any(request.holds(TOKEN) for request in server.requests)
+
+
+def test_an_image_is_read_where_a_server_runs_the_model_and_refused_here(
+    situation: Situation, tiny: Path
+) -> None:
+    look = [HumanMessage([{"type": "image", "url": "https://example.org/x.png"}])]
+    situation.no_file()
+    chat_of(situation, "auto").invoke(look)
+    assert situation.server.last.json["messages"][0]["content"][0]["type"] == "image_url"
+    situation.here(tiny)
+    situation.server.requests.clear()
+    chat = chat_of(situation, "auto")
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match="text only"):
+            chat.invoke(look)
+    assert situation.server.requests == []
 
 
 def test_a_path_has_no_namesake_at_hugging_face(situation: Situation, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from .connection import in_thread
 from .engine import Delta, Engine, Prompt
 from .errors import (
     HfcoreError,
+    InvalidRequestError,
     ModelFileError,
     ModelTooLargeError,
     PlacementError,
@@ -46,6 +47,16 @@ class _Place:
     backend: Backend
     name: str
     why: str
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse what only a server could read."""
+        messages = [] if isinstance(prompt, str) or self.backend.takes_parts else prompt
+        for position, message in enumerate(messages):
+            if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+                raise InvalidRequestError(
+                    f"message {position} holds more than text; the model runs here, and reads text"
+                    " only"
+                )
 
     def noted(self, delta: Delta) -> Delta:
         """A delta; the last one says where it comes from."""
@@ -82,14 +93,15 @@ class Placed:
 
     @property
     def takes_parts(self) -> bool:
-        """If the server was chosen."""
-        return self._place is not None and self._place.backend.takes_parts
+        """As long as the model here was not chosen; it refuses them then."""
+        return self.remote is not None if self._place is None else self._place.backend.takes_parts
 
     def stream(
         self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: Mapping[str, Any]
     ) -> Generator[Delta, None, None]:
         """Decide, submit, iterate. Until the first delta a lack of memory here may change it."""
         place = self._decided()
+        place.check(prompt)
         try:
             deltas = place.backend.stream(prompt, tools, options)
         except MemoryError as error:
@@ -122,6 +134,7 @@ class Placed:
         place = self._place
         if place is None:
             place = await in_thread(self._decided)
+        place.check(prompt)
         begun = False
         try:
             async with contextlib.aclosing(place.backend.astream(prompt, tools, options)) as deltas:
