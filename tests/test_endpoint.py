@@ -369,7 +369,7 @@ async def test_a_text_goes_to_a_provider_in_the_form_that_it_has(
     server: Recording, monkeypatch: pytest.MonkeyPatch, task: Any
 ) -> None:
     name = "together"
-    known = InferenceProviderMapping(
+    known = InferenceProviderMapping(  # type: ignore[no-untyped-call]
         provider=name, hf_model_id="a/b", providerId="theirs", status="live", task=task
     )
     monkeypatch.setattr(_common, "_fetch_inference_provider_mapping", lambda _: [known])
