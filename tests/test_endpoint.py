@@ -250,6 +250,17 @@ def test_text_in_parts_and_refusals_are_text() -> None:
     assert read({"choices": [parts]}, END).text == "HiNo."
 
 
+def test_characters_that_a_server_cut_in_two_are_whole_again() -> None:
+    def said(*pieces: str) -> str:
+        events = [json.loads(f'{{"choices": [{{"delta": {{"content": "{p}"}}}}]}}') for p in pieces]
+        text: str = read(*events, END).text
+        return text
+
+    assert said("a\\ud83d", "\\ude00b") == "a\U0001f600b"
+    assert said("\\ud83d\\ude00", "\\ud83d", "x") == "\U0001f600\ufffdx"
+    assert said("\\ude00") == "\ufffd"
+
+
 def test_an_end_in_words_of_other_servers_is_ours() -> None:
     for theirs, ours in (("eos_token", "stop"), ("length", "length"), ("filtered", "filtered")):
         end = {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": theirs}]}
@@ -267,6 +278,24 @@ def test_values_of_other_kinds_than_promised_are_left_out() -> None:
            "usage": {"prompt_tokens": "many"}, "model": 7}  # fmt: skip
     done = read(odd, END)
     assert (done.text, done.usage) == ("", None)
+
+
+@pytest.mark.parametrize("odd", [None, True, -1, 10**400, "x", [], [1], {}, {"id": 1}])
+def test_no_value_of_any_field_brings_the_reader_down(odd: Any) -> None:
+    top = {"token": "a", "logprob": odd, "top_logprobs": odd}
+    more = {"token": "a", "logprob": -1, "top_logprobs": [{"token": odd, "logprob": odd}, odd]}
+    choice = {
+        "index": 0, "delta": {"content": odd, "tool_calls": [{"function": odd, "index": odd}]},
+        "logprobs": {"content": [top, more]},
+    }  # fmt: skip
+    completion = {"text": odd, "logprobs": {"tokens": [odd], "token_logprobs": [odd],
+                                            "top_logprobs": odd}}  # fmt: skip
+    token = {"token": {"text": odd, "id": odd, "logprob": odd}, "top_tokens": odd}
+    whole = {"generated_text": "x", "details": {"tokens": odd, "finish_reason": odd}}
+    calls = {"choices": [{"message": {"tool_calls": odd}, "finish_reason": odd}]}
+    counts = {"choices": [], "usage": odd, "model": odd, "system_fingerprint": odd}
+    for event in ({"choices": [choice]}, {"choices": [completion]}, token, whole, calls, counts):
+        read(event, counts, END, "[DONE]")
 
 
 def test_a_server_without_streams_answers_as_well(say: Callable[..., ChatHuggingFace]) -> None:

@@ -642,6 +642,7 @@ class Answer:
         self._logprobs = logprobs
         self._ends: dict[int, str | None] = {}
         self._calls: dict[int, _Calls] = {}
+        self._halves: dict[int, str] = {}
         self._usage: Usage | None = None
         self._first: float | None = None
         self._about: dict[str, Any] = {"backend": "remote"}
@@ -725,7 +726,7 @@ class Answer:
         said = _get(choice, "delta") or _get(choice, "message")
         whole = _get(choice, "message") is not None
         texts = (_get(said, "content"), _get(said, "refusal"), _get(choice, "text"))
-        text = "".join(map(_text, texts))
+        text = self._paired("".join(map(_text, texts)), index)
         reasoning = _text(_get(said, "reasoning_content")) or _text(_get(said, "reasoning"))
         calls = self._calls.setdefault(index, _Calls()).take(_get(said, "tool_calls"), whole)
         logprobs = _logprobs(_get(choice, "logprobs"))
@@ -736,6 +737,17 @@ class Answer:
         reason = _get(choice, "finish_reason")
         if isinstance(reason, str) and reason:
             self._ends[index] = reason
+
+    def _paired(self, text: str, index: int) -> str:
+        """Text whose surrogates are pairs: servers that count in UTF-16 may cut between two."""
+        text = self._halves.pop(index, "") + text
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            if "\ud800" <= text[-1] <= "\udbff":
+                text, self._halves[index] = text[:-1], text[-1]
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
     def _token(self, event: Any) -> Generator[Delta, None, None]:
         """TGI's event: a token, and with the last one the details."""
@@ -751,10 +763,10 @@ class Answer:
         if not self._logprobs or not isinstance(logprob, int | float):
             return None
         top = tuple(
-            (_get(t, "id"), _text(_get(t, "text")), float(_get(t, "logprob") or 0))
-            for t in _get(event, "top_tokens") or ()
+            (_id(t), _text(_get(t, "text")), _number(_get(t, "logprob")))
+            for t in _list(_get(event, "top_tokens"))
         )
-        return (TokenLogprob(_text(_get(token, "text")), _get(token, "id"), float(logprob), top),)
+        return (TokenLogprob(_text(_get(token, "text")), _id(token), _number(logprob), top),)
 
     def _generated(self, event: Any) -> Generator[Delta, None, None]:
         """A text that came whole, as servers without streams send it."""
@@ -762,10 +774,8 @@ class Answer:
         details = _get(event, "details")
         tokens = _get(details, "tokens") if self._logprobs else None
         logprobs = tuple(
-            TokenLogprob(
-                _text(_get(token, "text")), _get(token, "id"), _number(_get(token, "logprob"))
-            )
-            for token in tokens or ()
+            TokenLogprob(_text(_get(token, "text")), _id(token), _number(_get(token, "logprob")))
+            for token in _list(tokens)
         )
         yield Delta(_get(event, "generated_text"), logprobs=logprobs or None)
         self._detailed(details)
@@ -848,9 +858,18 @@ def _text(value: Any) -> str:
     return ""
 
 
-def _ids(token: Any) -> tuple[int, ...]:
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _id(token: Any) -> int | None:
     number = _get(token, "id")
-    return (number,) if isinstance(number, int) else ()
+    return number if isinstance(number, int) else None
+
+
+def _ids(token: Any) -> tuple[int, ...]:
+    number = _id(token)
+    return () if number is None else (number,)
 
 
 def _usage(counts: Any) -> Usage | None:
@@ -873,7 +892,7 @@ def _logprobs(given: Any) -> tuple[TokenLogprob, ...] | None:
     tokens, values = _get(given, "tokens"), _get(given, "token_logprobs")
     if not isinstance(tokens, list) or not isinstance(values, list):
         return None
-    tops = _get(given, "top_logprobs") or [None] * len(tokens)
+    tops = _list(_get(given, "top_logprobs")) or [None] * len(tokens)
     return tuple(
         TokenLogprob(str(token), None, _number(value), _top_of_dict(top))
         for token, value, top in zip(tokens, values, tops, strict=False)
@@ -883,7 +902,7 @@ def _logprobs(given: Any) -> tuple[TokenLogprob, ...] | None:
 def _logprob(entry: Any) -> TokenLogprob:
     top = tuple(
         (None, _text(_get(one, "token")), _number(_get(one, "logprob")))
-        for one in _get(entry, "top_logprobs") or ()
+        for one in _list(_get(entry, "top_logprobs"))
     )
     return TokenLogprob(_text(_get(entry, "token")), None, _number(_get(entry, "logprob")), top)
 
@@ -895,4 +914,6 @@ def _top_of_dict(top: Any) -> tuple[tuple[int | None, str, float], ...]:
 
 def _number(value: Any) -> float:
     """A log probability; what the server left out is not known, not 0."""
-    return float(value) if isinstance(value, int | float) else float("nan")
+    with contextlib.suppress(OverflowError):
+        return float(value) if isinstance(value, int | float) else float("nan")
+    return float("nan")
