@@ -7,10 +7,12 @@ an answer of which something was handed on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
@@ -322,6 +324,84 @@ async def test_texts_end_the_same_way(
         with pytest.raises(kind):
             await answered(model, way)
         assert len(server.asked) == attempts
+
+
+TGI_FAULTS = {
+    "reset": (lambda: faults.generated(faults.broken_off), RemoteStreamError, "broke off"),
+    "ended early": (lambda: faults.generated(Exchange.end), RemoteStreamError, "before"),
+    "stalled": (lambda: faults.generated(lambda e: e.wait(60)), RemoteTimeoutError, "0.5"),
+    "an error in the stream": (
+        lambda: faults.generated(
+            b'data: {"error": "Request failed", "error_type": "generation"}\n\n', Exchange.end
+        ),
+        RemoteError,
+        "Request failed",
+    ),
+    "malformed": (
+        lambda: faults.generated(b'data: {"token": \n\n', Exchange.end),
+        RemoteResponseError,
+        "no JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["stream", "astream"])
+@pytest.mark.parametrize("fault", TGI_FAULTS.values(), ids=TGI_FAULTS)
+async def test_streams_of_tgi_end_as_documented(fault: Any, way: str) -> None:
+    make, kind, words = fault
+    with Recording(make()) as server:
+        model = HuggingFaceEndpoint(endpoint_url=server.url, timeout=0.5)
+        with pytest.raises(kind, match=words) as caught:
+            await answered(model, way)
+        assert caught.value.came == "Hello"
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_an_error_whose_words_do_not_end_ends_with_the_requests_timeout(way: str) -> None:
+    with Recording(*[faults.trickled_error()] * 4) as server:
+        began = time.monotonic()
+        with pytest.raises(HfcoreError):
+            await answered(chat(server), way, timeout=0.4)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("way", ["invoke", "astream"])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_what_was_packed_small_is_not_unpacked_whole(kind: str, way: str) -> None:
+    with Recording(faults.bomb(kind=kind)) as server:
+        with pytest.raises(RemoteResponseError, match="longer than"):
+            await answered(chat(server), way)
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_bytes_of_a_server_bring_anything_but_our_errors(seed: int) -> None:
+    random = Random(seed)  # noqa: S311  # of test data
+    sound = b"".join(faults.events(["Hello", " there"]))
+    script = [faults.raw(mutated(sound, random)) for _ in range(25)]
+    with Recording(*script) as server:
+        model = chat(server, max_retries=0)
+        for _ in script:
+            with contextlib.suppress(HfcoreError):
+                assert isinstance(model.invoke("Hi").text, str)
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    """A stream with some bytes lost, doubled or other ones; JSON's own more often than not."""
+    changed = bytearray(data)
+    for _ in range(random.randint(1, 6)):
+        place = random.randrange(len(changed))
+        kind = random.randrange(4)
+        if kind == 0:
+            del changed[place : place + random.randint(1, 30)]
+        elif kind == 1:
+            changed[place:place] = changed[place : place + random.randint(1, 60)]
+        elif kind == 2:
+            changed[place] = random.choice(b'{}[]:,"\n\\0-9 nt')
+        else:
+            changed[place] = random.randrange(256)
+    return bytes(changed)
 
 
 def test_batches_share_nothing_that_breaks() -> None:

@@ -7,6 +7,7 @@ again. Whoever stalls gives up when the client leaves or the server closes.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -119,10 +120,7 @@ def streamed(*steps: Any, text: str = "Hello there, you", after: int = 2) -> Act
 
 def reset_mid_stream(after: int = 2) -> Action:
     """Broken when so many pieces of text have come."""
-    # What was sent gets there: a reset may overtake it otherwise.
-    return streamed(
-        lambda exchange: _soon(exchange), lambda exchange: exchange.reset(), after=after
-    )
+    return streamed(broken_off, after=after)
 
 
 def closed_mid_stream(after: int = 2) -> Action:
@@ -149,6 +147,18 @@ def trickled(after: int = 2, every: float = 0.05, seconds: float = 60) -> Action
             exchange.wait(every)
 
     return streamed(act, after=after)
+
+
+def trickled_error(code: int = 500, every: float = 0.05, seconds: float = 60) -> Action:
+    """An error whose words come one by one, and do not end."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.begin(code, "application/json")
+        for _ in range(int(seconds / every)):
+            exchange.piece(b" ")
+            exchange.wait(every)
+
+    return act
 
 
 # Content ----------------------------------------------------------------------------------------
@@ -232,6 +242,33 @@ def body(value: Any) -> Action:
     return lambda exchange: exchange.reply(200, data)
 
 
+def raw(data: bytes, kind: str = EVENTS, headers: Mapping[str, str] = {}) -> Action:
+    """200 with those bytes, said to be of that kind."""
+    return lambda exchange: exchange.reply(200, data, kind, headers)
+
+
+def bomb(size: int = 200 << 20, kind: str = EVENTS) -> Action:
+    """That many bytes of nothing, small on their way; nobody asked for gzip."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    block = bytes(1 << 20)
+    data = b"".join(packer.compress(block) for _ in range(size >> 20)) + packer.flush()
+    return raw(data, kind, {"Content-Encoding": "gzip"})
+
+
+def generated(*steps: Any, text: str = "Hello there, you", after: int = 2) -> Action:
+    """As `streamed`, in TGI's form."""
+
+    def act(exchange: Exchange) -> None:
+        exchange.begin(headers={"X-Request-Id": "fault-stream"})
+        for number, piece in enumerate(split(text)[:after]):
+            token = {"id": number, "text": piece, "logprob": -0.5, "special": False}
+            exchange.event({"index": number, "token": token, "generated_text": None})
+        for step in steps:
+            exchange.piece(step) if isinstance(step, bytes) else step(exchange)
+
+    return act
+
+
 def redirect(to: str, code: int = 307) -> Action:
     """Elsewhere."""
     return lambda exchange: exchange.reply(code, headers={"Location": to})
@@ -265,5 +302,7 @@ def events(pieces: Iterable[str], *, whole: bool = True) -> Iterable[bytes]:
         yield b"data: [DONE]\n\n"
 
 
-def _soon(exchange: Exchange) -> None:
+def broken_off(exchange: Exchange) -> None:
+    """A step: a reset. What was sent gets there before: a reset may overtake it otherwise."""
     exchange.wait(0.1)
+    exchange.reset()
