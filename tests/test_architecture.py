@@ -18,8 +18,9 @@ PACKAGE = ROOT / "python" / "hfcore"
 PYTHON_LADDER = (
     "errors", "schemas", "metrics", "fetch", "at_load", "options", "_core", "hub", "loops",
     "engine", "quantization", "sentences",
-    "backends", "connection", "remote", "placement", "transformers_backend", "testing", "parts",
-    "messages", "tools", "structured", "llms", "endpoint", "chat_models", "embeddings", "endpoint_embeddings", "install",
+    "backends", "urls", "responses", "connection", "wire", "answers", "remote", "placement",
+    "transformers_backend", "testing", "parts", "messages", "tools", "structured", "llms",
+    "endpoint", "chat_models", "embeddings", "endpoint_embeddings", "install",
     "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
@@ -46,7 +47,7 @@ PYTHON_HOMES = {
     "langchain_core": {"messages", "tools", "structured", "chat_models", "llms", "embeddings",
                        "endpoint_embeddings", "endpoint"},
     "anyio": {"connection"},
-    "huggingface_hub": {"hub", "connection"},
+    "huggingface_hub": {"hub", "connection", "urls"},
     "numpy": {"_core", "engine", "sentences", "testing", "bench"},
     "matplotlib": {"bench"},
     "torch": {"bench", "transformers_backend"},

@@ -23,7 +23,8 @@ from servers.loopback import Exchange
 from servers.recording import Answer, Recording
 
 from hfcore import ChatHuggingFace, HuggingFaceEndpoint
-from hfcore.connection import Clock, Connection, is_hugging_face, make
+from hfcore.answers import Answer as Reading
+from hfcore.connection import Clock, Connection, make
 from hfcore.engine import Delta, ToolCall, total
 from hfcore.errors import (
     InvalidRequestError,
@@ -33,8 +34,9 @@ from hfcore.errors import (
 )
 from hfcore.llms import totals
 from hfcore.messages import to_dicts
-from hfcore.remote import Answer as Reading
-from hfcore.remote import Remote, wire_messages
+from hfcore.remote import Remote
+from hfcore.urls import is_hugging_face
+from hfcore.wire import wire_messages
 
 TOKEN = "hf_a_secret_of_these_tests"  # noqa: S105  # nobody's
 PNG = "aGVsbG8="

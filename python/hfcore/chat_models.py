@@ -26,7 +26,7 @@ from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, PrivateAttr, SecretStr
 from typing_extensions import override
 
-from . import connection, options
+from . import options
 from .backends import Backend, Deltas
 from .endpoint import HuggingFaceEndpoint
 from .engine import Completion, Delta
@@ -48,6 +48,7 @@ from .remote import WHOLE, Remote
 from .structured import METHODS, Parser, Reader, with_raw
 from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
 from .transformers_backend import Transformers
+from .urls import may_see_token
 
 PROVIDER = "huggingface"
 _REMOTE = ("remote", "endpoint", "text-gen")
@@ -672,7 +673,7 @@ def _made(given: dict[str, Any], key: SecretStr | None) -> TextModel:
     if away:
         place = {"model": server_name(str(given.get("model", "")))} | away
         token = given.get("token", key)
-        if token is not None and connection.may_see_token(away.get("endpoint_url")):
+        if token is not None and may_see_token(away.get("endpoint_url")):
             place["token"] = token
         given["fallback"] = HuggingFaceEndpoint(**place)
     elif elsewhere and key is not None:

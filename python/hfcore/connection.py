@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import email.utils
 import functools
 import importlib
-import ipaddress
 import json
 import os
 import re
@@ -22,25 +20,33 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pydantic import SecretStr
 
 from . import hub, options
 from .errors import (
     InvalidRequestError,
-    RemoteAccessError,
     RemoteAuthenticationError,
     RemoteConnectionError,
     RemoteError,
-    RemoteNotFoundError,
     RemoteRateLimitError,
-    RemoteRequestError,
     RemoteResponseError,
     RemoteServerError,
     RemoteStreamError,
     RemoteTimeoutError,
     UnsupportedModelError,
+)
+from .responses import DONE, Reading, failure
+from .urls import (
+    SECRET,
+    checked_url,
+    is_hugging_face,
+    is_loopback,
+    is_url,
+    open_headers,
+    saved_token,
+    shown,
+    split,
 )
 
 T = TypeVar("T")
@@ -48,22 +54,9 @@ T = TypeVar("T")
 SILENCE = 120.0
 """Seconds that a server may be silent, where nobody says."""
 
-LONGEST_LINE = 4 << 20
-"""Bytes of one line of a stream: more is no token."""
-
-LONGEST_ANSWER = 64 << 20
-"""Bytes of an answer that comes whole."""
-
 LONGEST_WAIT = 60.0
 """Seconds that a Retry-After may ask for; who wants more gets an error at once."""
 
-DONE = "[DONE]"
-"""What stands for the end of a stream, in its place among the events."""
-
-TOKEN_VARIABLES = ("HUGGINGFACEHUB_API_TOKEN", "HF_TOKEN")
-_HOSTS = ("huggingface.co", "hf.co", "endpoints.huggingface.cloud")
-_SECRET = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
-_REQUEST_IDS = ("x-request-id", "x-amzn-trace-id", "x-amz-cf-id", "cf-ray")
 _SERVER = ("cookies",)
 """What `server_kwargs` may hold beside arguments that have names of their own here."""
 
@@ -264,7 +257,7 @@ class Connection:
 
     def safe(self, text: str) -> str:
         """A text without this server's secrets: some servers say back what they were sent."""
-        hidden = [value for name, value in self.headers.items() if _SECRET.search(name)]
+        hidden = [value for name, value in self.headers.items() if SECRET.search(name)]
         hidden += (self.cookies or {}).values()
         known = [self.token.get_secret_value() if self.token else None, saved_token(), *hidden]
         for secret in known:
@@ -509,77 +502,6 @@ def _place(
     return (None if endpoint_url is None else checked_url(endpoint_url)), name
 
 
-def is_url(name: str | None) -> bool:
-    """Whether a name can only be meant as a URL."""
-    return name is not None and name.startswith(("http://", "https://"))
-
-
-def checked_url(url: str) -> str:
-    """A URL of http or https with a host and without a password, less the slash at its end.
-
-    >>> checked_url("http://localhost:8080/v1/")
-    'http://localhost:8080/v1'
-    """
-    parts = _split(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidRequestError(f"endpoint_url must be http(s)://host, got {shown(url)!r}")
-    if parts.username is not None or parts.password is not None:
-        raise InvalidRequestError(
-            f"a password does not belong into endpoint_url ({shown(url)}); use headers"
-        )
-    for name, _ in parse_qsl(parts.query):
-        if _SECRET.search(name):
-            raise InvalidRequestError(
-                f"endpoint_url ({shown(url)}) must not hold a secret, got {name!r}; use headers"
-            )
-    return parts._replace(path=parts.path.rstrip("/"), fragment="").geturl()
-
-
-def shown(url: str | None) -> str:
-    """A URL as it may be printed: without user, password and query."""
-    parts = _split(url or "")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise InvalidRequestError(f"endpoint_url is no URL: {error!s:.100}") from None
-    return parts
-
-
-def is_hugging_face(url: str) -> bool:
-    """Whether a URL is one of Hugging Face's own, which may see the environment's token.
-
-    >>> is_hugging_face("https://router.huggingface.co/v1"), is_hugging_face("http://localhost")
-    (True, False)
-    """
-    from huggingface_hub import constants
-
-    parts, home = _split(url), _split(constants.ENDPOINT)
-    host = parts.hostname or ""
-    if (parts.scheme, parts.netloc) == (home.scheme, home.netloc):
-        return True
-    return parts.scheme == "https" and any(host == h or host.endswith(f".{h}") for h in _HOSTS)
-
-
-def may_see_token(url: str | None) -> bool:
-    """Whether a token that was given for the hub is meant for this URL too; None is the hub."""
-    return url is None or is_hugging_face(checked_url(url))
-
-
-def saved_token() -> str | None:
-    """The environment's token, else that of the saved login."""
-    for name in TOKEN_VARIABLES:
-        if os.environ.get(name, "").strip():
-            return os.environ[name].strip()
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
 def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
@@ -588,15 +510,6 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
         if re.search(r"[\r\n\0]", name + value):
             raise InvalidRequestError(f"header {name!r:.50} must be one line, got several")
     return dict(headers)
-
-
-def open_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Those headers that hold no secret, by their names.
-
-    >>> open_headers({"Authorization": "Bearer x", "X-Team": "a"})
-    {'X-Team': 'a'}
-    """
-    return {name: value for name, value in headers.items() if not _SECRET.search(name)}
 
 
 def _positive(name: str, value: Any, otherwise: float) -> float:
@@ -695,198 +608,7 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(work)
 
 
-# What comes back ----------------------------------------------------------------------------------
-
-
-class Reading:
-    """The bytes of an answer -> JSON values. Server-sent events (WHATWG HTML 9.2), or one JSON."""
-
-    def __init__(self, kind: str, url: str) -> None:
-        kind = kind.partition(";")[0].strip().lower()
-        self._where = shown(url)
-        self._stream = kind in ("text/event-stream", "")
-        if not self._stream and kind != "application/json" and not kind.endswith("+json"):
-            raise RemoteResponseError(
-                f"{self._where}: expected JSON or a stream of events, got {kind[:100]}", status=200
-            )
-        self._rest = bytearray()
-        self._event: list[bytes] = []
-        self._waiting = 0
-        self.done = False
-
-    def feed(self, chunk: bytes) -> Iterator[Any]:
-        """The values that these bytes complete."""
-        lines = chunk.split(b"\n") if self._stream else [chunk]
-        for line in lines[:-1]:
-            self._rest += line
-            whole, self._rest = bytes(self._rest), bytearray()
-            yield from self._line(whole.removesuffix(b"\r"))
-        self._rest += lines[-1]
-        self._check(len(self._rest))
-
-    def end(self) -> Iterator[Any]:
-        """The values left when no byte will come."""
-        if not self._stream:
-            yield self._parsed(bytes(self._rest))
-            return
-        if self._rest:
-            yield from self._line(bytes(self._rest))
-        yield from self._line(b"")
-
-    def _line(self, line: bytes) -> Iterator[Any]:
-        self._check(len(line))
-        if self.done:
-            return
-        if not line:
-            if self._event:
-                value = self._parsed(b"\n".join(self._event))
-                self._event, self._waiting = [], 0
-                yield value
-            return
-        name, _, value = line.partition(b":")
-        if name.removeprefix(b"\xef\xbb\xbf") == b"data":
-            yield from self._data(value.removeprefix(b" "))
-
-    def _data(self, value: bytes) -> Iterator[Any]:
-        """An event is over with an empty line; where servers send none, each of one line is."""
-        if value.strip() == DONE.encode() and not self._event:
-            self.done = True
-            yield DONE
-            return
-        self._event.append(value)
-        self._waiting += len(value)
-        self._check(self._waiting)
-        if len(self._event) > 1:
-            return
-        with contextlib.suppress(ValueError, RecursionError):
-            whole = json.loads(value.decode())
-            self._event, self._waiting = [], 0
-            yield whole
-
-    def _parsed(self, data: bytes) -> Any:
-        try:
-            return json.loads(data.decode())
-        except (ValueError, RecursionError) as error:
-            begin = data[:100].decode("utf-8", "replace")
-            raise RemoteResponseError(
-                f"{self._where}: what came is no JSON ({error!s:.100}): {begin!r}", status=200
-            ) from None
-
-    def _check(self, size: int) -> None:
-        limit = LONGEST_LINE if self._stream else LONGEST_ANSWER
-        if size > limit:
-            what = "a line of the stream" if self._stream else "the answer"
-            raise RemoteResponseError(
-                f"{self._where}: {what} is longer than {limit >> 20} MiB", status=200
-            )
-
-
-def failure(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    url: str,
-    safe: Callable[[str], str] = str,
-) -> RemoteError:
-    """The error for an answer that is none, with the server's words.
-
-    >>> str(failure(404, {}, b'{"error": "no such model"}', "http://localhost/v1"))
-    'http://localhost/v1: 404: no such model'
-    """
-    words = safe(_words(body) or headers.get("x-error-message", ""))
-    about: dict[str, Any] = {
-        "status": status,
-        "request_id": next((headers[n] for n in _REQUEST_IDS if headers.get(n)), ""),
-        "server_message": words,
-    }
-    if 300 <= status < 400:
-        to = shown(headers.get("location", ""))
-        return RemoteResponseError(
-            f"{shown(url)}: {status}: redirects are not followed, this one goes to {to}", **about
-        )
-    kind = _kind(status, headers)
-    if kind is RemoteRateLimitError or kind is RemoteServerError:
-        about["retry_after"] = _retry_after(headers.get("retry-after"))
-    said = f": {words}" if words else ""
-    return kind(f"{safe(shown(url))}: {status}{_hint(kind)}{said}", **about)
-
-
-def _kind(status: int, headers: Mapping[str, str]) -> type[RemoteError]:
-    if headers.get("x-error-code") == "GatedRepo":
-        return RemoteAccessError
-    if status >= 500:
-        return RemoteServerError
-    if status < 400:
-        return RemoteResponseError
-    return _KINDS.get(status, RemoteRequestError)
-
-
-_KINDS: dict[int, type[RemoteError]] = {
-    401: RemoteAuthenticationError,
-    403: RemoteAccessError,
-    404: RemoteNotFoundError,
-    429: RemoteRateLimitError,
-}
-
-
-def _hint(kind: type[RemoteError]) -> str:
-    if kind is RemoteAuthenticationError:
-        return " (no token was sent, or the server does not take it)"
-    if kind is RemoteAccessError:
-        return " (the model is gated, or the token may not use it)"
-    return ""
-
-
-def _words(body: bytes) -> str:
-    """What a server says in its error: OpenAI's form, TGI's, FastAPI's, or plain text."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        return "" if text[:1] == "<" else text[:1000]
-    return _said(said)[:1000]
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return "; ".join(filter(None, map(_said, value)))
-    if not isinstance(value, Mapping):
-        return ""
-    if "msg" in value:
-        place = value.get("loc")
-        where = ".".join(map(str, place)) if isinstance(place, list) else ""
-        return f"{where}: {value['msg']}" if where else str(value["msg"])
-    names = ("error", "message", "detail", "errors", "error_description")
-    return next(filter(None, (_said(value[n]) for n in names if n in value)), "")
-
-
-def error_event(value: Any, name: str, safe: Callable[[str], str] = str) -> RemoteError | None:
-    """The error that an event of a stream carries, if it is one."""
-    error = value.get("error") if isinstance(value, Mapping) else None
-    if not error:
-        return None
-    words = safe(_said(error))[:1000]
-    code = error.get("code") if isinstance(error, Mapping) else None
-    code = code or value.get("code") or value.get("status_code")
-    status = code if isinstance(code, int) and 400 <= code < 600 else 0
-    kind = _kind(status, {}) if status else RemoteServerError
-    return kind(f"{name}: {words}", status=status, server_message=words)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, of a Retry-After that holds them or a date."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(seconds, 0.0) if seconds < float("inf") else None
+# The way itself ----------------------------------------------------------------------------------
 
 
 class _Caught(Exception):  # noqa: N818  # it is a message, not an error
@@ -903,7 +625,7 @@ def _caught(parameters: Any, **_: Any) -> Any:
 
 def _transport(url: str) -> dict[str, Any]:
     """How to reach a URL: never another one, and this machine without a proxy."""
-    parts = _split(url)
+    parts = split(url)
     verify: Any = _certificates() if parts.scheme == "https" else False
     return {
         "verify": verify,
@@ -924,19 +646,6 @@ def _certificates() -> ssl.SSLContext:
     """Read once: it takes longer than many an answer."""
     context: ssl.SSLContext = _library().create_ssl_context()
     return context
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("localhost.example.org")
-    (True, True, False)
-    """
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def _only(values: list[Any], url: str) -> Any:

@@ -22,6 +22,7 @@ from .errors import InvalidRequestError
 from .llms import ECHO, Call, TextModel, plain_errors, revivable, totals
 from .remote import WHOLE, Remote
 from .tools import to_response_format
+from .urls import TOKEN_VARIABLES, open_headers
 
 _PLACE = ("endpoint_url", "repo_id", "model", "inference_server_url")
 _NAMES = {
@@ -219,17 +220,17 @@ class HuggingFaceEndpoint(TextModel):
     @property
     def lc_secrets(self) -> dict[str, str]:
         """What is never written; `load` looks for it in the environment, if told to."""
-        return {"huggingfacehub_api_token": connection.TOKEN_VARIABLES[0]}
+        return {"huggingfacehub_api_token": TOKEN_VARIABLES[0]}
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
         """The headers that are no secret."""
-        plain = connection.open_headers(self.headers or {})
+        plain = open_headers(self.headers or {})
         return {"headers": plain} if plain else {}
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        plain = connection.open_headers(self.headers or {}) or None
+        plain = open_headers(self.headers or {}) or None
         hidden = {"huggingfacehub_api_token": None, "headers": plain, "server_kwargs": {}}
         return {**state, "__dict__": {**state["__dict__"], **hidden}}
 
