@@ -20,6 +20,7 @@ from . import connection, options
 from .connection import Connection
 from .errors import InvalidRequestError, RemoteResponseError
 from .llms import plain_errors
+from .urls import open_headers
 
 TASK = "feature-extraction"
 DEFAULT_MODEL = "sentence-transformers/all-mpnet-base-v2"
@@ -134,7 +135,7 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
         for name in _KEPT_BACK:
             given.pop(name, None)
         if "headers" in given:
-            given["headers"] = connection.open_headers(self.headers)
+            given["headers"] = open_headers(self.headers)
         return _remade, (type(self), given)
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
