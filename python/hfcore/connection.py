@@ -205,7 +205,7 @@ class Connection:
             http.stream(**self._posted(request, clock)) as response,
         ):
             if not response.is_success:
-                self._refused(response, _first(response.iter_bytes()))
+                self._refused(response, _first(response.iter_bytes(), clock))
             reading = Reading(response.headers.get("content-type", ""), request.url)
             with self._stream_errors(clock):
                 for chunk in response.iter_bytes():
@@ -225,7 +225,7 @@ class Connection:
                 http.stream(**self._posted(request, clock)) as response,
             ):
                 if not response.is_success:
-                    self._refused(response, await _afirst(_chunks(response)))
+                    self._refused(response, await _afirst(_chunks(response), clock))
                 reading = Reading(response.headers.get("content-type", ""), request.url)
                 with self._stream_errors(clock):
                     async with contextlib.aclosing(_chunks(response)) as chunks:
@@ -655,24 +655,28 @@ def _only(values: list[Any], url: str) -> Any:
     return found[0]
 
 
-def _first(chunks: Iterator[bytes], limit: int = 1 << 16) -> bytes:
+_MOST_WORDS, _MOST_SECONDS = 1 << 16, 5.0
+"""How much of an error is read, and for how long."""
+
+
+def _first(chunks: Iterator[bytes], clock: Clock) -> bytes:
     """As much of an error as anybody would read."""
-    data = b""
+    data, until = b"", clock.elapsed() + min(_MOST_SECONDS, clock.left())
     for chunk in chunks:
         data += chunk
-        if len(data) >= limit:
+        if len(data) >= _MOST_WORDS or clock.elapsed() > until:
             break
-    return data[:limit]
+    return data[:_MOST_WORDS]
 
 
-async def _afirst(chunks: AsyncGenerator[bytes, None], limit: int = 1 << 16) -> bytes:
-    data = b""
+async def _afirst(chunks: AsyncGenerator[bytes, None], clock: Clock) -> bytes:
+    data, until = b"", clock.elapsed() + min(_MOST_SECONDS, clock.left())
     async with contextlib.aclosing(chunks):
         async for chunk in chunks:
             data += chunk
-            if len(data) >= limit:
+            if len(data) >= _MOST_WORDS or clock.elapsed() > until:
                 break
-    return data[:limit]
+    return data[:_MOST_WORDS]
 
 
 async def _drained(chunks: AsyncGenerator[bytes, None], patience: float = 0.2) -> None:
