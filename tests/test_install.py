@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from servers.recording import Recording
 
 from hfcore.testing import tiny_encoder, tiny_model
 
@@ -118,3 +119,15 @@ def test_langchains_own_ways_to_name_a_provider_give_hfcore(tmp_path: Path) -> N
         "print(len(texts.embed_query('Hello')))"
     )
     assert printed(INSTALL + program).split() == ["4", "32"]
+
+
+def test_langchains_name_of_the_provider_reaches_a_server_too() -> None:
+    with Recording() as server:
+        program = (
+            "from langchain.chat_models import init_chat_model\n"
+            f"chat = init_chat_model({server.url + '/v1'!r}, model_provider='huggingface',"
+            " backend='endpoint', temperature=0)\n"
+            "print(chat.invoke('Hello').text)"
+        )
+        assert printed(INSTALL + program) == "You said: Hello"
+        assert server.last.json["temperature"] == 0
