@@ -44,8 +44,16 @@ RUST_HOMES = {
     "llguidance": {"constraint"},
 }
 PYTHON_HOMES = {
-    "langchain_core": {"messages", "tools", "structured", "chat_models", "llms", "embeddings",
-                       "endpoint_embeddings", "endpoint"},
+    "langchain_core": {
+        "messages",
+        "tools",
+        "structured",
+        "chat_models",
+        "llms",
+        "embeddings",
+        "endpoint_embeddings",
+        "endpoint",
+    },
     "anyio": {"connection"},
     "huggingface_hub": {"hub", "connection", "urls"},
     "numpy": {"_core", "engine", "sentences", "testing", "bench"},

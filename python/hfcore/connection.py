@@ -4,6 +4,9 @@ huggingface_hub's InferenceClient says where and in what form a request is sent 
 headers). What carries it is here, because its own transport follows a redirect with prompt and all,
 gives the saved token to any URL, refuses 127.0.0.1 while offline, takes a stream that broke off for
 one that ended, and cuts lines where JSON has none. A client that the user made is used as it is.
+
+Its limit: time is looked at between reads, so a server that sends its headers byte by byte can keep
+a request for as long as it likes.
 """
 
 from __future__ import annotations
