@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import trio
 from huggingface_hub import constants
 from huggingface_hub.inference._providers import PROVIDERS, hf_inference
 from servers import faults
@@ -55,6 +56,11 @@ async def test_every_text_has_its_vector_in_either_form(server: Recording, path:
     assert embeddings.embed_query("one") == vector("one")
     assert await embeddings.aembed_documents(texts) == [vector(text) for text in texts]
     assert await embeddings.aembed_query("one") == vector("one")
+
+
+def test_trio_does_as_well(server: Recording) -> None:
+    for path in PATHS:
+        assert trio.run(made(server, path).aembed_query, "one") == vector("one")
 
 
 def test_the_body_in_openais_form(server: Recording) -> None:

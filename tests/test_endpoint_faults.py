@@ -290,8 +290,11 @@ async def test_a_cancelled_task_leaves_the_server() -> None:
 
 
 async def test_others_go_on_while_one_is_waiting() -> None:
+    enough = threading.Event()
+
     def slowly(exchange: Exchange) -> None:
-        exchange.wait(0.5)
+        while not enough.is_set():
+            exchange.wait(0.02)
         exchange.reply_json(503, {"error": "busy"})
 
     with Recording(slowly) as server:
@@ -300,6 +303,7 @@ async def test_others_go_on_while_one_is_waiting() -> None:
         await _until(lambda: len(server.asked) == 1)
         assert (await model.ainvoke("Hi")).text == "You said: Hi"
         assert not slow.done()
+        enough.set()
         with pytest.raises(RemoteServerError):
             await slow
 

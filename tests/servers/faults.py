@@ -304,5 +304,5 @@ def events(pieces: Iterable[str], *, whole: bool = True) -> Iterable[bytes]:
 
 def broken_off(exchange: Exchange) -> None:
     """A step: a reset. What was sent gets there before: a reset may overtake it otherwise."""
-    exchange.wait(0.1)
+    exchange.wait(0.3)
     exchange.reset()
