@@ -128,6 +128,18 @@ async def test_calls_stream_as_pieces_and_come_whole(say: Callable[..., ChatHugg
         assert len({call["id"] for call in message.tool_calls}) == 2
 
 
+def test_the_only_tool_that_must_be_called_is_named(
+    say: Callable[..., ChatHuggingFace], server: Recording
+) -> None:
+    def sent(tools: list[Any], **given: Any) -> Any:
+        say().bind_tools(tools, tool_choice="any", **given).invoke("1 + 2?")
+        return server.last.json["tool_choice"]
+
+    assert sent([add]) == {"type": "function", "function": {"name": "add"}}
+    assert sent([add], parallel_tool_calls=True) == "required"
+    assert sent([add, Person]) == "required"
+
+
 def test_a_call_whose_arguments_are_no_json_is_kept_as_invalid(
     say: Callable[..., ChatHuggingFace],
 ) -> None:

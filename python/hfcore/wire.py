@@ -100,8 +100,17 @@ def _body(
         if isinstance(prompt, str)
         else wire_messages(prompt, thoughts=wishes.get("reasoning") is True)
     )
-    with_tools = {"tools": [dict(tool) for tool in tools]} if tools else {}
-    return {"messages": messages, **with_tools, **chat_fields(wishes)}
+    fields = {"messages": messages, **chat_fields(wishes)}
+    return fields if not tools else {**fields, "tools": list(tools), **_one_choice(fields, tools)}
+
+
+def _one_choice(fields: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A call that must be, of the only tool there is: by its name, which more servers know."""
+    several = fields.get("parallel_tool_calls") is True or len(tools) > 1
+    if several or fields.get("tool_choice") != "required":
+        return {}
+    name = tools[0]["function"]["name"]
+    return {"tool_choice": {"type": "function", "function": {"name": name}}}
 
 
 def chat_fields(wishes: Mapping[str, Any]) -> dict[str, Any]:
