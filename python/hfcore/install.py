@@ -61,8 +61,9 @@ def install_as_langchain_huggingface() -> None:
     ... hfcore.install_as_langchain_huggingface()
     ... from langchain_huggingface.llms.huggingface_pipeline import HuggingFacePipeline
     ... print(HuggingFacePipeline is hfcore.HuggingFacePipeline)'''
-    >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    'True\\n'
+    >>> command = [sys.executable, "-c", program]
+    >>> subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    'True'
     """
     with _LOCK:
         if _installed():
