@@ -32,18 +32,11 @@ from hfcore.testing import tiny_encoder
 NOWHERE = "http://127.0.0.1:9/v1"
 URL, MODEL = os.environ.get("HFCORE_ENDPOINT_URL"), os.environ.get("HFCORE_ENDPOINT_MODEL")
 SERVER = os.environ.get("HFCORE_ENDPOINT_SERVER", "")
-_REQUIRED = "its server knows no tool_choice 'required', only a name"
 _SCHEMAS = "its server knows no response_format 'json_schema'"
 LACKING: dict[str, dict[str, str]] = {
     "llama-cpp-python": {  # 0.3.36, with chat_format chatml-function-calling
         "test_usage_metadata_streaming": "its server counts no tokens in streams",
-        "test_bind_runnables_as_tools": _REQUIRED,
-        "test_tool_choice": _REQUIRED,
-        "test_tool_calling": _REQUIRED,
-        "test_tool_calling_async": _REQUIRED,
-        "test_unicode_tool_call_integration": _REQUIRED,
-        "test_tool_calling_with_no_arguments": _REQUIRED,
-        "test_structured_few_shot_examples": _REQUIRED,
+        "test_tool_choice": "its server knows no tool_choice 'required', only a name",
         "test_structured_output": _SCHEMAS,
         "test_structured_output_async": _SCHEMAS,
         "test_structured_output_pydantic_2_v1": _SCHEMAS,
