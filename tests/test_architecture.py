@@ -18,8 +18,9 @@ PACKAGE = ROOT / "python" / "hfcore"
 PYTHON_LADDER = (
     "errors", "schemas", "metrics", "fetch", "at_load", "options", "_core", "hub", "loops",
     "engine", "quantization", "sentences",
-    "backends", "transformers_backend", "testing", "messages", "tools", "structured", "llms",
-    "chat_models", "embeddings",
+    "backends", "urls", "responses", "connection", "wire", "answers", "remote", "placement",
+    "transformers_backend", "testing", "parts", "messages", "tools", "structured", "llms",
+    "endpoint", "chat_models", "embeddings", "endpoint_embeddings", "install",
     "server", "bench", "demo", "cli", "__init__", "__main__",
 )  # fmt: skip
 
@@ -43,8 +44,18 @@ RUST_HOMES = {
     "llguidance": {"constraint"},
 }
 PYTHON_HOMES = {
-    "langchain_core": {"messages", "tools", "structured", "chat_models", "llms", "embeddings"},
-    "huggingface_hub": {"hub", "backends"},
+    "langchain_core": {
+        "messages",
+        "tools",
+        "structured",
+        "chat_models",
+        "llms",
+        "embeddings",
+        "endpoint_embeddings",
+        "endpoint",
+    },
+    "anyio": {"connection"},
+    "huggingface_hub": {"hub", "connection", "urls"},
     "numpy": {"_core", "engine", "sentences", "testing", "bench"},
     "matplotlib": {"bench"},
     "torch": {"bench", "transformers_backend"},

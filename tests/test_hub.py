@@ -57,8 +57,9 @@ class Hub(BaseHTTPRequestHandler):
                         for f in REPOS[repo]])  # fmt: skip
         else:
             self._json(
-                {"id": repo, "sha": SHA, "siblings": [{"rfilename": f} for f in REPOS[repo]]}
-            )
+                {"id": repo, "sha": SHA,
+                 "siblings": [{"rfilename": f, "size": len(f)} for f in REPOS[repo]]}
+            )  # fmt: skip
 
     def _file(self, repo: str, file: str) -> None:
         if file not in REPOS.get(repo, ()):
@@ -94,12 +95,13 @@ class Client:
         server.RequestHandlerClass = type("Seen", (Hub,), {"seen": self.seen})
 
     def resolve(
-        self, model: str, *, environment: dict[str, str] | None = None, **options: Any
-    ) -> str:
-        """The path below the snapshot, or "ErrorClass: message"."""
+        self, model: str, *, environment: dict[str, str] | None = None, ask: str = "resolve",
+        **options: Any,
+    ) -> str:  # fmt: skip
+        """The path below the snapshot, or "ErrorClass: message"; `ask`: another question."""
         program = (
             "import json, sys\nfrom hfcore import hub\nmodel, options = json.load(sys.stdin)\n"
-            "try: print(hub.resolve(model, **options))\n"
+            f"try: print(hub.{ask}(model, **options))\n"
             "except Exception as error: print(f'{type(error).__name__}: {error}')\n"
         )
         host, port = self.server.server_address[:2]
@@ -134,6 +136,21 @@ def test_of_several_files_the_usual_quantization_is_downloaded_and_no_other(clie
     assert client.resolve("owner/gguf") == "m-Q4_K_M.gguf"
     fetched = {path for path, _ in client.seen if path.startswith("GET /owner")}
     assert fetched == {f"GET /owner/gguf/resolve/{SHA}/m-Q4_K_M.gguf"}
+
+
+def test_how_large_a_model_is_can_be_known_before_it_is_fetched(client: Client) -> None:
+    def size(model: str, **options: Any) -> str:
+        return client.resolve(model, ask="bytes_to_fetch", **options)
+
+    assert size("owner/gguf:q8_0") == str(len("m-Q8_0.gguf"))
+    assert size("owner/tensors") == str(sum(map(len, REPOS["owner/tensors"][:3])))
+    assert not any("/resolve/" in path for path, _ in client.seen)
+    assert size("owner/tensors:q8_0") == "0"  # it would be quantised as it is loaded
+    for unknown in ("owner/none", "owner/pickled", "./a.gguf"):
+        assert size(unknown) == "None"
+    assert size("owner/gguf", environment={"HF_HUB_OFFLINE": "1"}) == "None"
+    client.resolve("owner/gguf:q8_0")
+    assert size("owner/gguf:q8_0") == "None"  # it is here
 
 
 def test_a_quantization_after_the_colon_is_taken(client: Client) -> None:

@@ -196,7 +196,8 @@ def test_what_cannot_act_is_refused_by_the_constructor(
 
 
 def test_a_backend_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(InvalidRequestError, match="one of default, transformers, got 'openvino'"):
+    known = "one of default, transformers, auto, got 'openvino'"
+    with pytest.raises(InvalidRequestError, match=known):
         HuggingFacePipeline.from_model_id("m", "text-generation", backend="openvino")
 
 

@@ -16,7 +16,7 @@ def test_the_engine_knows_every_sampling_option() -> None:
 
 
 def test_no_alias_hides_a_name_and_none_leads_nowhere() -> None:
-    known = {*options.REQUEST, *options.MODEL, *options.UNSUPPORTED, "model"}
+    known = {*options.REQUEST, *options.MODEL, *options.UNSUPPORTED, "model", "endpoint_url"}
     assert set(options.ALIASES.values()) <= known
     assert not set(options.ALIASES) & known
     assert not set(options.UNSUPPORTED) & {*options.REQUEST, *options.MODEL}

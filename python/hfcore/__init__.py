@@ -4,7 +4,9 @@
     quantize                                             model files in other types
     SentenceEncoder                                      texts to vectors
     ChatHuggingFace, HuggingFacePipeline,                for LangChain (langchain-core is needed)
-    HuggingFaceEmbeddings
+    HuggingFaceEndpoint, HuggingFaceEmbeddings,
+    HuggingFaceEndpointEmbeddings
+    install_as_langchain_huggingface                     for programs that import that package
     hfcore.errors, hfcore.options, hfcore.testing        exceptions, option names, test helpers
 
 Everything is imported at first use: `import hfcore` loads neither numpy nor LangChain.
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from ._core import ChatTemplate, Tokenizer, __version__
     from .chat_models import ChatHuggingFace
     from .embeddings import HuggingFaceEmbeddings
+    from .endpoint import HuggingFaceEndpoint
+    from .endpoint_embeddings import HuggingFaceEndpointEmbeddings
     from .engine import Completion, Delta, Engine, TokenLogprob, Usage
     from .errors import (
         ContextOverflowError,
@@ -31,11 +35,24 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         ModelTooLargeError,
         NoChatTemplateError,
+        PlacementError,
+        RemoteAccessError,
+        RemoteAuthenticationError,
+        RemoteConnectionError,
+        RemoteError,
+        RemoteNotFoundError,
+        RemoteRateLimitError,
+        RemoteRequestError,
+        RemoteResponseError,
+        RemoteServerError,
+        RemoteStreamError,
+        RemoteTimeoutError,
         RequestTimeoutError,
         TemplateError,
         UnknownOptionError,
         UnsupportedModelError,
     )
+    from .install import install_as_langchain_huggingface
     from .llms import HuggingFacePipeline
     from .quantization import Quantized, quantize
     from .sentences import SentenceEncoder
@@ -54,6 +71,18 @@ _HOMES = {
         "ModelNotFoundError",
         "ModelTooLargeError",
         "NoChatTemplateError",
+        "PlacementError",
+        "RemoteAccessError",
+        "RemoteAuthenticationError",
+        "RemoteConnectionError",
+        "RemoteError",
+        "RemoteNotFoundError",
+        "RemoteRateLimitError",
+        "RemoteRequestError",
+        "RemoteResponseError",
+        "RemoteServerError",
+        "RemoteStreamError",
+        "RemoteTimeoutError",
         "RequestTimeoutError",
         "TemplateError",
         "UnknownOptionError",
@@ -61,9 +90,12 @@ _HOMES = {
     ),
     "chat_models": ("ChatHuggingFace",),
     "llms": ("HuggingFacePipeline",),
+    "endpoint": ("HuggingFaceEndpoint",),
     "quantization": ("Quantized", "quantize"),
     "sentences": ("SentenceEncoder",),
     "embeddings": ("HuggingFaceEmbeddings",),
+    "endpoint_embeddings": ("HuggingFaceEndpointEmbeddings",),
+    "install": ("install_as_langchain_huggingface",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -78,6 +110,8 @@ __all__ = [
     "EngineOverloadedError",
     "HfcoreError",
     "HuggingFaceEmbeddings",
+    "HuggingFaceEndpoint",
+    "HuggingFaceEndpointEmbeddings",
     "HuggingFacePipeline",
     "InternalError",
     "InvalidRequestError",
@@ -85,7 +119,19 @@ __all__ = [
     "ModelNotFoundError",
     "ModelTooLargeError",
     "NoChatTemplateError",
+    "PlacementError",
     "Quantized",
+    "RemoteAccessError",
+    "RemoteAuthenticationError",
+    "RemoteConnectionError",
+    "RemoteError",
+    "RemoteNotFoundError",
+    "RemoteRateLimitError",
+    "RemoteRequestError",
+    "RemoteResponseError",
+    "RemoteServerError",
+    "RemoteStreamError",
+    "RemoteTimeoutError",
     "RequestTimeoutError",
     "SentenceEncoder",
     "TemplateError",
@@ -95,6 +141,7 @@ __all__ = [
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "install_as_langchain_huggingface",
     "quantize",
 ]
 

@@ -1,5 +1,7 @@
 """Where completions come from, as the LangChain classes see it: Backend, and Local below it.
 
+`remote.Remote`, `placement.Placed` and `transformers_backend.Transformers` are the others.
+
 The fallback for strict templates is here too. Some chat templates refuse a system message, or two
 turns of one role in a row. When a template itself refuses (and only then), the messages are tried
 again with neighbours of one role merged, and then with system text folded into the user turn after
@@ -57,6 +59,10 @@ class Backend(Protocol):
     def context_size(self) -> int | None:
         """Most tokens of a prompt and its answer; None while that is unknown."""
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a message's content may be a list of OpenAI's content parts: images and so on."""
+
     def sibling(self, model: str) -> Backend:
         """The same kind of backend for another model."""
 
@@ -66,6 +72,8 @@ class Local:
     """A model in this process, opened at first use and shared (see `SharedEngine`)."""
 
     engine: SharedEngine
+
+    takes_parts = False
 
     @property
     def model_name(self) -> str:

@@ -1,4 +1,4 @@
-"""ChatHuggingFace: LangChain's chat interface to a model in this process.
+"""ChatHuggingFace: LangChain's chat interface to a model, here or behind a server.
 
 What is asked is put into a request here; what the forms of tools, schemas and messages are, is not.
 """
@@ -28,11 +28,13 @@ from typing_extensions import override
 
 from . import options
 from .backends import Backend, Deltas
+from .endpoint import HuggingFaceEndpoint
 from .engine import Completion, Delta
 from .errors import HfcoreError, InvalidRequestError
 from .llms import (
     ECHO,
     HuggingFacePipeline,
+    TextModel,
     check_single,
     logprobs_dict,
     plain_errors,
@@ -41,24 +43,41 @@ from .llms import (
     totals,
 )
 from .messages import check_calls, to_dicts
+from .placement import server_name
+from .remote import WHOLE, Remote
 from .structured import METHODS, Parser, Reader, with_raw
 from .tools import check_names, from_calls, to_choice, to_response_format, to_schema, to_tools
 from .transformers_backend import Transformers
+from .urls import may_see_token
 
 PROVIDER = "huggingface"
+_REMOTE = ("remote", "endpoint", "text-gen")
+"""Names of the backend that is a server."""
+_FOR_ENDPOINT = (
+    "endpoint_url", "provider", "headers", "bill_to", "server_kwargs", "client", "async_client",
+    "truncate", "watermark", "extra_body",
+)  # fmt: skip
+_FOR_BOTH = ("model", "model_kwargs", "batch_size", "task", "token")
 _FOR_LLM = (
     "model", "model_kwargs", "pipeline_kwargs", "batch_size", "device_map", "task", "pipeline",
-    "backend",
-    *options.MODEL,
+    "backend", "fallback",
+    *options.MODEL, *_FOR_ENDPOINT,
 )  # fmt: skip
 _IGNORED_IN_CALLS = ("stream", "streaming")
+_OF_TEXTS = (*ECHO, "streaming", "add_special_tokens")
+_NO_MATTER = ("timeout", "priority", "max_retries", "stream_usage")
+"""Options that change no answer, for the key of caches."""
 
 
 class ChatHuggingFace(BaseChatModel):
-    """A Hugging Face chat model, run in this process.
+    """A Hugging Face chat model, run in this process, or by a server.
 
     Give it either `llm=HuggingFacePipeline(...)`, or `model=` (also model_id, repo_id: a .gguf
-    file, a directory, "owner/name", "owner/name:Q4_K_M") with whatever HuggingFacePipeline takes.
+    file, a directory, "owner/name", "owner/name:Q4_K_M") with whatever HuggingFacePipeline takes;
+    or, for a server, `llm=HuggingFaceEndpoint(...)`, or `backend="remote"` with whatever that
+    takes. `backend="auto"`: here, if the model can run here, else at a server; `fallback="remote"`
+    sends to it what cannot be loaded here (see `hfcore.placement`); otherwise no prompt ever leaves
+    this process.
 
     Sampling: temperature (0 is greedy), top_k, top_p, min_p, typical_p, repetition_penalty,
     frequency_penalty, presence_penalty, logit_bias, seed, do_sample, max_tokens (max_new_tokens),
@@ -81,8 +100,12 @@ class ChatHuggingFace(BaseChatModel):
     runs first; `template_variables`, passed to the chat template; `parse_special_in_content`,
     whether a message that spells a control token makes one (not by itself); `streaming`, whether
     invoke goes through the stream; `stream_usage=False` leaves usage out of streams. `max_retries`
-    and `api_key` are accepted for the sake of programs that pass them to every model: there is no
-    server to try again or to log in to.
+    and `api_key` are a server's: a model in this process accepts them for the sake of programs that
+    pass them to every model.
+
+    Of a server, options that chat completions have no field for raise (see `hfcore.remote`);
+    `extra_body` adds fields to a request as they are. Messages may hold images, audio, video and
+    files there. Grammars are the server's to enforce.
 
     The conversation may have any shape that the model's template allows. Where it refuses one,
     see `hfcore.backends`. Errors are hfcore's own (`hfcore.errors`).
@@ -95,7 +118,7 @@ class ChatHuggingFace(BaseChatModel):
     (4, 'length')
     """
 
-    llm: HuggingFacePipeline
+    llm: TextModel
     model_id: str
     temperature: float | None = None
     max_tokens: int | None = None
@@ -142,24 +165,21 @@ class ChatHuggingFace(BaseChatModel):
         fields = type(self).model_fields
         given = options.canonical(kwargs, (*fields, *_FOR_LLM))
         for_llm = {name: given.pop(name) for name in _FOR_LLM if name in given}
-        llm = _llm(given.pop("llm", None), for_llm)
+        llm = _llm(given.pop("llm", None), for_llm, given.get("api_key"))
         with plain_errors():
             if given.get("response_format") is not None:
                 given["response_format"] = to_response_format(given["response_format"])
-            super().__init__(**given | {"llm": llm, "model_id": llm.model_id})
+            super().__init__(**given | {"llm": llm, "model_id": llm.backend.model_name})
 
     @classmethod
     def from_model_id(
-        cls, model_id: str, task: str | None = None, backend: str = "pipeline", **kwargs: Any
+        cls, model_id: str, task: str | None = None, backend: str = "local", **kwargs: Any
     ) -> ChatHuggingFace:
-        """The same as the constructor with `model=`. `backend`: "pipeline", or "transformers"."""
-        if backend not in ("pipeline", "default", "transformers"):
-            raise InvalidRequestError(
-                f"backend must be 'pipeline' or 'transformers', got {backend!r};"
-                " endpoints are not supported yet"
-            )
-        runs_on = "transformers" if backend == "transformers" else "default"
-        return cls(model_id=model_id, task=task, backend=runs_on, **kwargs)
+        """The same as the constructor with `model=`.
+
+        `backend`: "local" (or "pipeline"), "remote" (or "endpoint"), "auto", "transformers".
+        """
+        return cls(model_id=model_id, task=task, backend=backend, **kwargs)
 
     # As LangChain sees the model ---------------------------------------------------------------
 
@@ -178,7 +198,7 @@ class ChatHuggingFace(BaseChatModel):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The cache's key: the model, and the whole request but for its messages."""
         request = self._request((), stop, kwargs)
-        asked = {n: v for n, v in request.options.items() if n not in ("timeout", "priority")}
+        asked = {n: v for n, v in request.options.items() if n not in _NO_MATTER}
         key = [self._llm_type, request.backend.identity(), asked, request.tools]
         return json.dumps(key, sort_keys=True, default=str)
 
@@ -187,6 +207,10 @@ class ChatHuggingFace(BaseChatModel):
         """True: `langchain_core.load` writes and reads this, by the name of its model."""
         return True
 
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], "api_key": None}}
+
     @property
     def lc_secrets(self) -> dict[str, str]:
         """What is never written; `load` looks for it in the environment, if told to."""
@@ -194,6 +218,8 @@ class ChatHuggingFace(BaseChatModel):
 
     def _resolve_model_profile(self) -> ModelProfile | None:
         """What a chat model of hfcore can do; the context's size where it is known unopened."""
+        if isinstance(self.llm.backend, Remote):
+            return None  # no server says
         size = self.llm.backend.context_size
         profile: ModelProfile = {**_PROFILE}
         if isinstance(self.llm.backend, Transformers):  # nothing makes it follow a grammar
@@ -311,7 +337,7 @@ class ChatHuggingFace(BaseChatModel):
             raise InvalidRequestError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if tools and method != "json_schema":
             raise InvalidRequestError(f"tools go with method='json_schema' only, got {method!r}")
-        options.canonical(kwargs, (*_CHAT, "model"))
+        options.canonical(kwargs, (*self.llm.chat_known, "model"))
         asked, tool = _structured(schema, method, strict)
         if tools:
             asked["tools"] = to_tools(tools, strict)
@@ -356,8 +382,9 @@ class ChatHuggingFace(BaseChatModel):
 
     def _defaults(self) -> dict[str, Any]:
         """What this object and its llm ask of every request."""
-        mine = {n: getattr(self, n) for n in options.CHAT_REQUEST if n in type(self).model_fields}
-        return options.merge(mine, _without_echo(self.llm.pipeline_kwargs), known=_CHAT)
+        known = self.llm.chat_known
+        mine = {n: getattr(self, n) for n in known if n in type(self).model_fields}
+        return options.merge(mine, _of_chats(self.llm.asked, known), known=known)
 
     def _request(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]
@@ -368,7 +395,10 @@ class ChatHuggingFace(BaseChatModel):
             {n: v for n, v in layer.items() if n not in (*_IGNORED_IN_CALLS, "stream_usage")}
             for layer in (call, bound)
         ]
-        wishes = options.merge(*layers, self._defaults(), known=(*_CHAT, "model", "tools"))
+        known = (*self.llm.chat_known, "model", "tools")
+        wishes = options.merge(*layers, self._defaults(), known=known)
+        if "stream_usage" in known:
+            wishes["stream_usage"] = bool(usage)
         backend = self._backend(wishes.pop("model", None))
         schemas = to_tools(wishes.pop("tools", None))
         check_names(schemas)
@@ -395,7 +425,7 @@ class ChatHuggingFace(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
+        request = self._request(messages, stop, kwargs).at_once(self.streaming)
         with contextlib.closing(request.stream()) as deltas:
             return _result(totals(deltas), request.backend.model_name)
 
@@ -407,7 +437,7 @@ class ChatHuggingFace(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
+        request = self._request(messages, stop, kwargs).at_once(self.streaming)
         async with contextlib.aclosing(request.astream()) as deltas:
             done = totals([delta async for delta in deltas])
         return _result(done, request.backend.model_name)
@@ -455,11 +485,20 @@ class _Request:
 
     def stream(self) -> Deltas:
         """Submit it."""
-        return self.backend.stream(to_dicts(self.messages), self.tools, self.options)
+        return self.backend.stream(self._dicts(), self.tools, self.options)
 
     def astream(self) -> AsyncGenerator[Delta, None]:
         """The same for an event loop."""
-        return self.backend.astream(to_dicts(self.messages), self.tools, self.options)
+        return self.backend.astream(self._dicts(), self.tools, self.options)
+
+    def _dicts(self) -> list[dict[str, Any]]:
+        return to_dicts(self.messages, parts=self.backend.takes_parts)
+
+    def at_once(self, streaming: bool) -> _Request:
+        """Itself, with a whole answer of a server rather than a stream that nobody watches."""
+        if streaming or not isinstance(self.backend, Remote):
+            return self
+        return replace(self, options={**self.options, WHOLE: True})
 
     def single(self) -> _Request:
         """Itself, if a stream can be made of it."""
@@ -570,6 +609,7 @@ def _metadata(ended: Delta | Completion, model_name: str) -> dict[str, Any]:
         "model_name": model_name,
         "model_provider": PROVIDER,
         "finish_reason": ended.finish_reason,
+        **(ended.about or {}),
         **_logprobs(ended),
     }
 
@@ -592,28 +632,68 @@ def _usage(source: Delta | Completion) -> UsageMetadata | None:
     return counts
 
 
-def _llm(llm: Any, for_llm: dict[str, Any]) -> HuggingFacePipeline:
+def _llm(llm: Any, for_llm: dict[str, Any], api_key: Any) -> TextModel:
     """The llm given, or one made of the arguments that are meant for it."""
+    key = SecretStr(api_key) if isinstance(api_key, str) else api_key
     if llm is None:
-        return _speaking(HuggingFacePipeline(**for_llm))
-    if not isinstance(llm, HuggingFacePipeline):
+        return _speaking(_made(for_llm, key))
+    if not isinstance(llm, HuggingFacePipeline | HuggingFaceEndpoint):
         raise InvalidRequestError(
-            f"llm must be a HuggingFacePipeline of hfcore, got {type(llm).__name__}"
+            "llm must be a HuggingFacePipeline or a HuggingFaceEndpoint of hfcore,"
+            f" got {type(llm).__name__}"
         )
     extra = {n: v for n, v in for_llm.items() if v not in ({}, []) and (n, v) != ("task", llm.task)}
-    if str(extra.get("model", llm.model_id)) != llm.model_id:
+    name = llm.backend.model_name
+    if str(extra.get("model", name)) != name:
         raise InvalidRequestError(
-            f"model={extra['model']!r} differs from that of llm, {llm.model_id!r}; give one of them"
+            f"model={extra['model']!r} differs from that of llm, {name!r}; give one of them"
         )
     extra.pop("model", None)
     if extra:
         raise InvalidRequestError(f"{next(iter(extra))} belongs to llm; give it there")
+    if isinstance(llm, HuggingFaceEndpoint) and key is not None:
+        llm = llm.with_token(key)
     return _speaking(llm)
 
 
-def _speaking(llm: HuggingFacePipeline) -> HuggingFacePipeline:
+def _made(given: dict[str, Any], key: SecretStr | None) -> TextModel:
+    """A model here or at a server, as `backend` and `fallback` say."""
+    backend = given.pop("backend", "default")
+    away = {name: given.pop(name) for name in _FOR_ENDPOINT if name in given}
+    if backend in _REMOTE:
+        return _endpoint(given | away, key)
+    elsewhere = backend == "auto" or given.get("fallback") is not None
+    if away and not elsewhere:
+        raise InvalidRequestError(
+            f"{next(iter(away))} is for a server: give backend='remote' or 'auto',"
+            " or fallback='remote'"
+        )
+    if away and isinstance(given.get("fallback"), TextModel):
+        raise InvalidRequestError(f"{next(iter(away))} belongs to fallback; give it there")
+    if away:
+        place = {"model": server_name(str(given.get("model", "")))} | away
+        token = given.get("token", key)
+        if token is not None and may_see_token(away.get("endpoint_url")):
+            place["token"] = token
+        given["fallback"] = HuggingFaceEndpoint(**place)
+    elif elsewhere and key is not None:
+        given.setdefault("token", key)
+    return HuggingFacePipeline(backend=backend, **given)
+
+
+def _endpoint(given: dict[str, Any], key: SecretStr | None) -> HuggingFaceEndpoint:
+    """A model at a server of arguments that may be meant for both kinds."""
+    for name in given:
+        if name not in (*_FOR_ENDPOINT, *_FOR_BOTH):
+            raise InvalidRequestError(f"{name} is for a model in this process, not for a server")
+    if key is not None:
+        given = {"token": key} | given
+    return HuggingFaceEndpoint(**given)
+
+
+def _speaking(llm: TextModel) -> TextModel:
     """Refuse what makes sense for text only: an answer that begins with the prompt."""
-    asked = llm.pipeline_kwargs
+    asked = llm.asked
     if asked.get("return_full_text") or asked.get("skip_prompt") is False:
         raise InvalidRequestError(
             "return_full_text=True is for text prompts; a chat's answer is the answer alone"
@@ -621,8 +701,9 @@ def _speaking(llm: HuggingFacePipeline) -> HuggingFacePipeline:
     return llm
 
 
-def _without_echo(asked: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: v for n, v in asked.items() if n not in (*ECHO, "add_special_tokens")}
+def _of_chats(asked: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """What an llm asks of texts, less what a chat with it has no use for."""
+    return {n: v for n, v in asked.items() if n in known or n not in _OF_TEXTS}
 
 
 def _model_named(kwargs: Mapping[str, Any]) -> str | None:

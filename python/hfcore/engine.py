@@ -35,12 +35,15 @@ _HUB = ("quantization", "revision", "cache_dir", "token", "local_files_only")
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its natural log probability; `top`: the likeliest as (id, token, logprob)."""
+    """A token and its natural log probability; `top`: the likeliest as (id, token, logprob).
+
+    Ids are None where a server does not say them.
+    """
 
     token: str
-    token_id: int
+    token_id: int | None
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[tuple[int | None, str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ class Delta:
     it has not read is then merged. `text` may be empty: a character may take several tokens, and
     text that might begin a stop string is held back until it is known not to. `reasoning` is text
     of the model's thoughts, `tool_calls` pieces of calls, `index` tells several completions of a
-    request apart.
+    request apart. `about` of the last one: what else is known of the answer, such as the name that
+    a server gives its model.
     """
 
     text: str = ""
@@ -103,6 +107,7 @@ class Delta:
     tool_calls: tuple[ToolCall, ...] = ()
     index: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    about: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ class Completion:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    about: Mapping[str, Any] | None = None
 
 
 def total(deltas: Sequence[Delta]) -> Completion:
@@ -140,6 +146,7 @@ def total(deltas: Sequence[Delta]) -> Completion:
         reasoning="".join(d.reasoning for d in deltas),
         tool_calls=_calls(deltas),
         prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs), None),
+        about=last.about,
     )
 
 
@@ -546,12 +553,33 @@ class LoadBar:
 # One engine per model -----------------------------------------------------------------------------
 
 
+class Hidden:
+    """A token that is not printed; pydantic's SecretStr, for who does without pydantic."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def get_secret_value(self) -> str:
+        """The token."""
+        return self._secret
+
+    def __repr__(self) -> str:
+        return "Hidden('**********')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hidden) and other._secret == self._secret
+
+    def __hash__(self) -> int:
+        return hash(self._secret)
+
+
 @dataclass(eq=False)
 class SharedEngine:
     """A model by name, opened at first use, and once per process for equal names and options.
 
     Cheap to make, to copy and to pickle: a copy finds the same engine again, another process opens
-    its own (so does a child after fork). The engine lives as long as some holder that used it.
+    its own (so does a child after fork), with a token of its own. The engine lives as long as some
+    holder that used it.
     """
 
     model: str
@@ -585,18 +613,26 @@ class SharedEngine:
             path = (
                 self._engine.path
                 if self._engine
-                else hub.resolve(self.model, **{**self._hub_options(), "local_files_only": True})
+                else hub.resolve(self.model, **{**self.place(), "local_files_only": True})
             )
             files = hub.identity(path)
         except (OSError, ValueError):
             files = {}
         return {"model": self.model, **{n: str(v) for n, v in where.items()}, **shape, **files}
 
-    def _hub_options(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
+        """Of its options those that say which files."""
         return {n: v for n, v in self.options.items() if n in _HUB}
 
+    def __copy__(self) -> SharedEngine:
+        return SharedEngine(self.model, self.options)
+
+    def __deepcopy__(self, memo: object) -> SharedEngine:
+        return SharedEngine(self.model, self.options)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "options": self.options, "_engine": None, "_pid": 0}
+        options = {n: v for n, v in self.options.items() if n != "token"}
+        return {"model": self.model, "options": options, "_engine": None, "_pid": 0}
 
 
 _SHAPES_ANSWERS = (
@@ -613,6 +649,8 @@ def shared_engine(model: str | os.PathLike[str], **opening: Any) -> SharedEngine
     named = options.canonical(opening, options.MODEL)
     if "device" in named:
         named["device"] = options.device(named["device"])
+    if isinstance(named.get("token"), str):
+        named["token"] = Hidden(named["token"])
     return SharedEngine(os.fspath(model), named)
 
 

@@ -14,6 +14,18 @@
       EngineOverloadedError RuntimeError        too many requests wait already; try again later
       EngineClosedError   RuntimeError          the engine was closed before the request ended
       InternalError       RuntimeError          a defect of hfcore, caught; the engine lives on
+      PlacementError      RuntimeError          the model can run neither here nor elsewhere
+      RemoteError                               of an endpoint: .status, .request_id, its own words
+        RemoteAuthenticationError PermissionError  401: no token, or one that is not taken
+        RemoteAccessError   PermissionError     403: a gated model, or none of the token's
+        RemoteNotFoundError LookupError         404: no such model, or no such path
+        RemoteRequestError (InvalidRequestError)   400, 413, 422, ...: it refuses the request
+        RemoteRateLimitError RuntimeError       429: too many requests; .retry_after
+        RemoteServerError   RuntimeError        5xx: the server's own fault
+        RemoteTimeoutError (RequestTimeoutError)   it was silent for too long, or the time was up
+        RemoteConnectionError ConnectionError   nobody there, or gone before it answered
+        RemoteResponseError RuntimeError        what came is no answer: a redirect, a page, no JSON
+          RemoteStreamError ConnectionError     the stream ended before the answer did
 
 The second column is the built-in class that each also is, so `except ValueError` works as it does
 with other libraries. All of them pickle. Example:
@@ -146,3 +158,86 @@ class EngineClosedError(HfcoreError, RuntimeError):
 
 class InternalError(HfcoreError, RuntimeError):
     """A defect of hfcore itself: a panic, caught. The engine lives on; please report it."""
+
+
+class PlacementError(HfcoreError, RuntimeError):
+    """A model can run neither here nor elsewhere: `local` and `remote` say why not."""
+
+    def __init__(self, message: str = "", *, local: str = "", remote: str = "") -> None:
+        super().__init__(message)
+        self.local = local
+        self.remote = remote
+
+
+class RemoteError(HfcoreError):
+    """A request to an endpoint failed.
+
+    `status`: of HTTP, 0 where there was none. `request_id`: the server's, "" where it gave none.
+    `server_message`: its own words. No token is ever in any of them.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        status: int = 0,
+        request_id: str = "",
+        server_message: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.request_id = request_id
+        self.server_message = server_message
+        self.retry_after = retry_after
+
+
+class RemoteAuthenticationError(RemoteError, PermissionError):
+    """401: the server wants a token, or does not take the one it got."""
+
+
+class RemoteAccessError(RemoteError, PermissionError):
+    """403: the model is gated, or the token may not use it."""
+
+
+class RemoteNotFoundError(RemoteError, LookupError):
+    """404: there is no such model, or no such path."""
+
+
+class RemoteRequestError(RemoteError, InvalidRequestError):
+    """The server refuses the request itself: 400, 413, 422 and others of 4xx."""
+
+
+class RemoteRateLimitError(RemoteError, RuntimeError):
+    """429: too many requests. `retry_after`: seconds, where the server says when to come again."""
+
+
+class RemoteServerError(RemoteError, RuntimeError):
+    """5xx: it is the server's fault; a later attempt may do."""
+
+
+class RemoteTimeoutError(RemoteError, RequestTimeoutError):
+    """The server was silent for `timeout` seconds, or the request took longer than that."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        timeout: float = 0.0,
+        status: int = 0,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message, status=status, request_id=request_id)
+        self.timeout = timeout
+
+
+class RemoteConnectionError(RemoteError, ConnectionError):
+    """Nobody answers there, or whoever did was gone before an answer began."""
+
+
+class RemoteResponseError(RemoteError, RuntimeError):
+    """What came is no answer: a redirect (none is followed), a page, no JSON, a line too long."""
+
+
+class RemoteStreamError(RemoteResponseError, ConnectionError):
+    """The stream broke, or ended, before the answer did."""

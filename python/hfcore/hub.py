@@ -6,6 +6,7 @@ bars are everyone's.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -74,8 +75,68 @@ def resolve(
         revision=revision,
         cache_dir=cache_dir,
         token=_plain_token(token),
-        offline=_offline() if local_files_only is None else local_files_only,
+        offline=offline() if local_files_only is None else local_files_only,
     )
+
+
+def bytes_to_fetch(
+    model: str | os.PathLike[str],
+    *,
+    quantization: Any = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: Any = None,
+    local_files_only: bool | None = None,
+) -> int | None:
+    """How large what `resolve` would fetch is; None where it fetches nothing, or nobody can say.
+
+    0 for a checkpoint that is to be quantised as it is loaded: its size says little then.
+    """
+    name = os.fspath(model)
+    match = None if looks_local(name) or Path(name).exists() else _REPO.match(name)
+    if match is None or (offline() if local_files_only is None else local_files_only):
+        return None
+    import huggingface_hub as hub
+
+    asked = quantization if isinstance(quantization, str) else None
+    wanted = _one_quantization(asked, match["quant"])
+    repo = name.partition(":")[0]
+    with contextlib.suppress(OSError, ModelFileError, *_network_errors()):
+        resolve(model, quantization=asked, revision=revision, cache_dir=cache_dir, token=token,
+                local_files_only=True)  # fmt: skip
+        return None
+    with contextlib.suppress(OSError, ModelFileError, *_network_errors()):
+        api = hub.HfApi(token=_plain_token(token))
+        listing = api.model_info(repo, revision=revision, files_metadata=True).siblings or ()
+        sizes = {file.rfilename: file.size or 0 for file in listing}
+        chosen = choose(sizes, wanted, repo)
+        made = (quantization or wanted) and not chosen[0].lower().endswith(".gguf")
+        return 0 if made else sum(sizes[name] for name in chosen)
+    return None
+
+
+def fetch_config(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: Any = None,
+    **_: Any,
+) -> Path | None:
+    """The config.json of a repository, without its weights; None where it has none."""
+    import huggingface_hub as hub
+
+    with contextlib.suppress(OSError, ValueError, *_network_errors()):
+        repo = os.fspath(model).partition(":")[0]
+        found = hub.hf_hub_download(
+            repo,
+            "config.json",
+            revision=revision,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            token=_plain_token(token),
+        )
+        return Path(found)
+    return None
 
 
 def left_to_make(model: str | os.PathLike[str], path: Path, quantization: str | None) -> str | None:
@@ -247,7 +308,8 @@ def _plain_token(token: Any) -> str | None:
     return str(secret())
 
 
-def _offline() -> bool:
+def offline() -> bool:
+    """Whether huggingface_hub was told to stay offline."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)

@@ -1,6 +1,7 @@
 """LangChain messages -> OpenAI-shaped dicts, in the form that chat templates take: content is text.
 
-Images, audio and files are refused by the name of their block: a text model cannot read them.
+Images, audio and files are refused by the name of their block, since a text model cannot read
+them; for a server, which may, they become OpenAI's content parts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from . import parts as content_parts
 from .errors import InvalidRequestError
 
 _TEXT = {"text": "text", "refusal": "refusal", "text-plain": "text"}
@@ -30,8 +32,10 @@ _ELSEWHERE = {
 """Block types whose substance a message also holds elsewhere (tool_calls), or that have none."""
 
 
-def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+def to_dicts(messages: Sequence[BaseMessage], *, parts: bool = False) -> list[dict[str, Any]]:
     """A conversation as dicts with role and text content.
+
+    `parts`: content that is not text alone is a list of OpenAI's content parts.
 
     Text blocks of one message are joined by line breaks, an assistant's without. Tool calls carry
     their arguments as objects; a tool result names its tool, and says so when it is an error.
@@ -46,10 +50,10 @@ def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     called: dict[str, str] = {}
     result = []
     for position, message in enumerate(messages):
-        converted = _to_dict(message, position)
+        converted = _to_dict(message, position, parts)
         for call in converted.get("tool_calls", ()):
             called[call["id"]] = call["function"]["name"]
-        results = _tool_results(message.content, position)
+        results = _tool_results(message.content, position, parts)
         result += results
         if converted["content"] or not results:
             result.append(converted)
@@ -59,14 +63,15 @@ def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     return result
 
 
-def _tool_results(content: Any, position: int) -> list[dict[str, Any]]:
+def _tool_results(content: Any, position: int, parts: bool) -> list[dict[str, Any]]:
     """Anthropic's way: results as blocks of a user's message. Each becomes a message before it."""
     return [
         {
             "role": "tool",
             "tool_call_id": str(block.get("tool_use_id", "")),
-            "content": _result_text(
-                _text(block.get("content"), position), failed=bool(block.get("is_error"))
+            "content": _result(
+                _content(block.get("content"), position, parts),
+                failed=bool(block.get("is_error")),
             ),
         }
         for block in _blocks(content)
@@ -74,7 +79,7 @@ def _tool_results(content: Any, position: int) -> list[dict[str, Any]]:
     ]
 
 
-def _to_dict(message: BaseMessage, position: int) -> dict[str, Any]:
+def _to_dict(message: BaseMessage, position: int, parts: bool) -> dict[str, Any]:
     if not isinstance(message, BaseMessage):
         raise InvalidRequestError(
             f"message {position} must be a LangChain message, got {type(message).__name__}"
@@ -82,13 +87,13 @@ def _to_dict(message: BaseMessage, position: int) -> dict[str, Any]:
     name = {"name": message.name} if message.name else {}
     if isinstance(message, AIMessage):
         return {"role": "assistant", **name, **_assistant(message, position)}
-    text = _text(message.content, position)
+    content = _content(message.content, position, parts)
     if isinstance(message, ToolMessage):
         return {"role": "tool", **name, "tool_call_id": message.tool_call_id,
-                "content": _result_text(text, failed=message.status == "error")}  # fmt: skip
+                "content": _result(content, failed=message.status == "error")}  # fmt: skip
     if isinstance(message, FunctionMessage):
-        return {"role": "tool", **name, "content": text}
-    return {"role": _role(message, position), **name, "content": text}
+        return {"role": "tool", **name, "content": content}
+    return {"role": _role(message, position), **name, "content": content}
 
 
 def _role(message: BaseMessage, position: int) -> str:
@@ -208,6 +213,28 @@ def _text(content: Any, position: int, joint: str = "\n") -> str:
     return joint.join(_block_texts(_blocks(content), position))
 
 
+def _content(content: Any, position: int, parts: bool) -> str | list[dict[str, Any]]:
+    """Text; or, where there is more than that and `parts` may be, all of it in its order."""
+    blocks = _blocks(content)
+    if not parts or not any(map(_is_part, blocks)):
+        return _text(content, position)
+    result: list[dict[str, Any]] = []
+    for block in blocks:
+        if _is_part(block):
+            result.append(content_parts.part(block, position))
+        else:
+            result += [{"type": "text", "text": t} for t in _block_texts([block], position)]
+    return result
+
+
+def _is_part(block: Any) -> bool:
+    """Whether a block is more than text; text in a file's block is text."""
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    return kind in content_parts.KINDS and not (
+        kind in _TEXT and isinstance(block.get("text"), str)
+    )
+
+
 def _blocks(content: Any) -> list[Any]:
     if isinstance(content, list):
         return content
@@ -231,6 +258,9 @@ def _block_texts(blocks: Iterable[Any], position: int) -> Iterable[str]:
         yield text
 
 
-def _result_text(text: str, *, failed: bool) -> str:
+def _result(content: str | list[dict[str, Any]], *, failed: bool) -> str | list[dict[str, Any]]:
     """A tool's result; a failure says so, for templates have no other way to tell."""
+    if isinstance(content, list):
+        return [*([{"type": "text", "text": "Error:"}] if failed else []), *content]
+    text = content
     return f"Error: {text}" if failed and not text.lower().startswith("error") else text

@@ -56,6 +56,10 @@ REQUEST = (*SAMPLING, *CONSTRAINT, *RESPONSE, *TEMPLATE, "n", "prompt_logprobs",
 has the higher one runs first, -100 to 100, 0 by itself; `adapter`: the name of one of the model's
 `adapters`, or the directory of another, which is loaded when it is first asked for."""
 
+REMOTE = ("extra_body", "truncate", "watermark", "max_retries", "stream_usage")
+"""What a request to a server may ask for besides. `extra_body`: fields of its JSON, as they are;
+`max_retries`: attempts after the first; `stream_usage` False: do not ask for token counts."""
+
 MODEL = (
     "device", "context_size", "threads", "chat_template", "kv_cache_bytes", "kv_cache_dtype",
     "max_sequences", "prefix_cache", "speculation", "draft_model", "adapters", "quantization",
@@ -92,6 +96,8 @@ ALIASES = {
     "cache_folder": "cache_dir",
     "huggingfacehub_api_token": "token",
     "use_auth_token": "token",
+    "base_url": "endpoint_url",
+    "inference_server_url": "endpoint_url",
 }
 """Other libraries' names -> ours. The only such table."""
 
@@ -106,6 +112,7 @@ _OWN_TYPES = (
 _CONFIG = "give quantization_config, or quantization"
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "extra_body": ((), "there is no server to send it to; it is for HuggingFaceEndpoint"),
     "functions": ((), "use tools"),
     "function_call": ((), "use tool_choice"),
     "guided_json": ((), "use response_format"),

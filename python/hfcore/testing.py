@@ -1,4 +1,4 @@
-"""For tests and documentation examples, offline: a tiny seeded model, and a scripted backend.
+"""For tests and documentation examples, offline: a tiny model, a scripted backend, a tiny server.
 
 The model knows nothing. It is a llama of 170 kB whose weights are noise, made to prefer printable
 characters; the same seed gives the same bytes. It runs through the real engine.
@@ -6,9 +6,12 @@ characters; the same seed gives the same bytes. It runs through the real engine.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import struct
+import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +164,8 @@ class Canned:
     [None, None, 'tool_calls']
     """
 
+    takes_parts = False
+
     def __init__(
         self,
         *answers: str | Sequence[Delta] | Sequence[ToolCall] | Exception,
@@ -257,6 +262,90 @@ def _pieces(prompt: Prompt, answer: Sequence[Delta] | Sequence[ToolCall]) -> lis
         usage = Usage(len(str(prompt).split()), len(deltas), 0.01, 0.02)
         deltas.append(Delta(finish_reason="tool_calls", usage=usage))
     return deltas
+
+
+@contextlib.contextmanager
+def serving(*answers: str, requests: list[Any] | None = None) -> Iterator[str]:
+    """A server on 127.0.0.1 that gives these texts by turns, in OpenAI's form; its URL.
+
+    `requests` gets the JSON of what was asked, as (path, body). It streams if asked to, a word at a
+    time, and knows chat and text completions only.
+
+    >>> import json, urllib.request
+    >>> with serving("Good day") as url:
+    ...     asked = json.dumps({"model": "m", "prompt": "Hello"}).encode()
+    ...     said = urllib.request.urlopen(urllib.request.Request(f"{url}/completions", asked))
+    ...     json.load(said)["choices"][0]["text"]
+    'Good day'
+    """
+    from http.server import ThreadingHTTPServer
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(answers or ("ok",), requests))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _handler(answers: Sequence[str], requests: list[Any] | None) -> Any:
+    from http.server import BaseHTTPRequestHandler
+
+    turns = itertools.cycle(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if requests is not None:
+                requests.append((self.path, body))
+            if not self.path.endswith("/completions"):
+                self.send_error(404)
+                return
+            chat = self.path.endswith("/chat/completions")
+            pieces = [delta.text for delta in _words(body, next(turns))]
+            if body.get("stream"):
+                self._send("text/event-stream", _events(pieces, body, chat=chat))
+            else:
+                self._send("application/json", json.dumps(_whole(pieces, body, chat=chat)))
+
+        def _send(self, kind: str, text: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # its name there
+            """Say nothing."""
+
+    return Handler
+
+
+def _whole(pieces: list[str], body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    text = "".join(pieces)
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    choice = {"index": 0, **said, "finish_reason": "stop"}
+    return {"model": body["model"], "choices": [choice], "usage": _counts(pieces)}
+
+
+def _events(pieces: list[str], body: Mapping[str, Any], *, chat: bool) -> str:
+    events: list[Any] = []
+    for piece in pieces:
+        said = {"delta": {"content": piece}} if chat else {"text": piece}
+        events.append({"index": 0, **said, "finish_reason": None})
+    events.append(
+        {"index": 0, **({"delta": {}} if chat else {"text": ""}), "finish_reason": "stop"}
+    )
+    chunks = [{"model": body["model"], "choices": [choice]} for choice in events]
+    if body.get("stream_options"):
+        chunks.append({"model": body["model"], "choices": [], "usage": _counts(pieces)})
+    return "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
+
+
+def _counts(pieces: list[str]) -> dict[str, int]:
+    return {"prompt_tokens": 3, "completion_tokens": len(pieces), "total_tokens": 3 + len(pieces)}
 
 
 # The tiny model -----------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class Transformers:
     model: str
     opening: dict[str, Any] = field(default_factory=dict)
     pipeline: Any = None
+    takes_parts = False
+
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _given: bool = field(default=False, init=False, repr=False)
     _templates: dict[str, _core.ChatTemplate] = field(default_factory=dict, init=False, repr=False)
@@ -168,13 +170,16 @@ class Transformers:
         theirs = ("revision", "subfolder")
         return Transformers(model, {n: v for n, v in self.opening.items() if n not in theirs})
 
+    def __copy__(self) -> Transformers:
+        return self
+
     def __deepcopy__(self, memo: object) -> Transformers:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "model": self.model,
-            "opening": self.opening,
+            "opening": {n: v for n, v in self.opening.items() if n != "token"},
             "pipeline": self.pipeline if self._given else None,
         }
 
