@@ -117,7 +117,10 @@ fn test(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<boo
             return fault(format!("test '{name}' needs an argument"));
         };
         if name == "sameas" {
-            return Ok(value.type_name() == other.type_name() && value.equals(&other, budget)?);
+            // What is not there is made anew wherever it is asked for.
+            let there = !value.is_undefined();
+            let alike = there && value.type_name() == other.type_name();
+            return Ok(alike && value.equals(&other, budget)?);
         }
         let rest = run.binary(Op::Rem, value, &other)?;
         return rest.equals(&Value::Int(0), &mut run.budget);

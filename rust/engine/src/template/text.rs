@@ -180,7 +180,7 @@ pub(super) fn words(text: &str, limit: usize) -> Vec<&str> {
     let mut rest = text.trim_start_matches(is_space);
     while !rest.is_empty() {
         if out.len() == limit {
-            out.push(rest.trim_end_matches(is_space));
+            out.push(rest);
             break;
         }
         let end = rest.find(is_space).unwrap_or(rest.len());
@@ -196,7 +196,7 @@ pub(super) fn words_from_end(text: &str, limit: usize) -> Vec<&str> {
     let mut rest = text.trim_end_matches(is_space);
     while !rest.is_empty() {
         if out.len() == limit {
-            out.push(rest.trim_start_matches(is_space));
+            out.push(rest);
             break;
         }
         let start = rest

@@ -243,7 +243,24 @@ pub(super) struct Iter {
     depth: u16,
 }
 
+/// Where Python prints an address, as long as one.
+const NOWHERE: &str = " at 0x7f0000000000";
+
 impl Iter {
+    /// As Python prints it: a generator by the function of Jinja2's that made it.
+    fn shown(&self) -> String {
+        let kind = self.type_name;
+        if kind != "generator" {
+            return format!("<{kind} object{NOWHERE}>");
+        }
+        let source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = match &*source {
+            Source::Made(_, job) => job.function(),
+            _ => "do_items",
+        };
+        format!("<generator object {name}{NOWHERE}>")
+    }
+
     /// Take what makes the items out, to use it; who comes meanwhile finds nothing.
     pub fn take(&self) -> Source {
         let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
@@ -967,7 +984,8 @@ impl Value {
                 Some(name) => out.push_str(&format!("<Macro '{name}'>")),
                 None => out.push_str("<Macro anonymous>"),
             },
-            other => out.push_str(&format!("<{} object>", other.type_name())),
+            Value::Iter(iter) => out.push_str(&iter.shown()),
+            other => out.push_str(&format!("<{} object{NOWHERE}>", other.type_name())),
         }
         Ok(())
     }

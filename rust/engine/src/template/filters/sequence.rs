@@ -160,6 +160,14 @@ pub(in super::super) enum Job {
 }
 
 impl Job {
+    /// Jinja2's function that makes such a generator.
+    pub fn function(&self) -> &'static str {
+        match self {
+            Job::Filter(..) | Job::Attribute(..) => "sync_do_map",
+            Job::Select { .. } => "select_or_reject",
+        }
+    }
+
     /// The values it holds.
     pub fn values(&self) -> Vec<&Value> {
         match self {
