@@ -371,6 +371,7 @@ impl Device for Cpu {
             q: &qkv.values,
             width,
             sinks: spec.sinks.as_deref(),
+            distances: spec.distances.as_deref(),
         };
         let mut rows = qkv.rows();
         if outputs_only {
@@ -387,6 +388,7 @@ impl Device for Cpu {
                 q: &self.queries,
                 width: keys,
                 sinks: spec.sinks.as_deref(),
+                distances: spec.distances.as_deref(),
             };
         }
         attend(
