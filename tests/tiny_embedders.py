@@ -85,10 +85,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 DECODERS = ("qwen3", "gemma3_text")
 
 
+def first_token(family: str) -> int:
+    """The token that a text begins with: none that transformers takes for padding."""
+    return 3 if FAMILIES[family].get("pad_token_id") == 1 else 1
+
+
 def ids(family: str, text: str) -> list[int]:
     """The tokens of a text: its bytes, between two special ones; for qwen3 before one."""
     own = [len(SPECIALS) + byte for byte in text.encode()]
-    return [*own, 2] if family == "qwen3" else [1, *own, 2]
+    return [*own, 2] if family == "qwen3" else [first_token(family), *own, 2]
 
 
 def pooling(family: str) -> str:
@@ -143,7 +148,8 @@ def _tokenizer(family: str) -> dict[str, Any]:
 
     names = [*SPECIALS, *_byte_characters()]
     tokens = {name: i for i, name in enumerate(names)}
-    around = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
+    special = (SPECIALS[first_token(family)], "[SEP]")
+    around = [{"SpecialToken": {"id": name, "type_id": 0}} for name in special]
     before = [] if family == "qwen3" else around[:1]
     return {
         "version": "1.0",
@@ -159,7 +165,7 @@ def _tokenizer(family: str) -> dict[str, Any]:
             "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}, around[1]],
             "special_tokens": {
                 name: {"id": name, "ids": [tokens[name]], "tokens": [name]}
-                for name in ("[CLS]", "[SEP]")
+                for name in special
             },
         },
         "model": {"type": "BPE", "vocab": tokens, "merges": []},
