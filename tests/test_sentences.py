@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_embedders
 
 from hfcore import (
     HuggingFaceEmbeddings,
@@ -18,8 +19,6 @@ from hfcore import (
     UnsupportedModelError,
 )  # fmt: skip
 from hfcore.testing import tiny_encoder
-
-import tiny_embedders
 
 TEXTS = ["a", "A longer text, of more words.", "", "naïve café — 東京 🙂", "x" * 500, "two\nlines"]
 
@@ -119,8 +118,10 @@ def test_progress_is_told_and_may_end_the_work(folder: Path) -> None:
         ("config.json", {"model_type": "bert"}, ModelFileError, "hidden_size"),
         ("modules.json", [{"type": "a.CNN", "path": "2_CNN"}], UnsupportedModelError, "CNN.*Dense"),
         (
-            "modules.json", [{"type": "a.Normalize"}, {"type": "a.Dense", "path": "3_Dense"}],
-            UnsupportedModelError, "after Normalize",
+            "modules.json",
+            [{"type": "a.Normalize"}, {"type": "a.Dense", "path": "3_Dense"}],
+            UnsupportedModelError,
+            "after Normalize",
         ),
         ("modules.json", {"type": "x"}, ModelFileError, "list of objects"),
         ("modules.json", [{"type": "a.Pooling", "path": "../x"}], ModelFileError, "below"),

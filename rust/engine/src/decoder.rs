@@ -333,7 +333,12 @@ impl<D: Device> Decoder<D> {
             )?;
             feed_forward(device, arch, layer, w, &more)?;
         }
-        device.norm(&w.x, &model.output_norm, model.output.as_ref(), &mut w.normed)?;
+        device.norm(
+            &w.x,
+            &model.output_norm,
+            model.output.as_ref(),
+            &mut w.normed,
+        )?;
         Ok(true)
     }
 }

@@ -128,7 +128,10 @@ impl<D: Device> Encoder<D> {
         model.embed(batch, &mut self.embedded)?;
         device.begin(batch, &arch.ropes)?;
         device.upload(&self.embedded, arch.embedding_size, &mut self.y)?;
-        let first = model.widen.as_ref().or(model.layers.first().map(|l| &l.qkv));
+        let first = model
+            .widen
+            .as_ref()
+            .or(model.layers.first().map(|l| &l.qkv));
         device.norm(&self.y, &model.embedding_norm, first, &mut self.x)?;
         if let Some(widen) = &model.widen {
             device.linear(widen, &self.x, &mut self.y)?;

@@ -732,9 +732,7 @@ impl<D: Device> Resident<D> {
                 embedding.forget(0..embedding.data.len());
                 Some(output)
             }
-            (true, false) => {
-                Some(loader.matrix(None, &[("output", vocab)], hidden, false)?)
-            }
+            (true, false) => Some(loader.matrix(None, &[("output", vocab)], hidden, false)?),
         };
         loader.check_all_used()?;
         report(total)?;

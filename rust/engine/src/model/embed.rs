@@ -21,8 +21,8 @@ use crate::files;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// Pages of a step: so many tokens, in whole pages, that the matrices are read for enough of them.
-const STEP: usize = 4096 / PAGE;
+/// Pages of a step: enough tokens to read the matrices for, few enough that their activations stay near.
+const STEP: usize = 1024 / PAGE;
 
 /// How the vectors of a text's tokens become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -531,7 +531,11 @@ mod tests {
             tanh,
         };
         let x: Vec<f32> = (0..20).map(|i| (i % 3) as f32 - 1.0).collect();
-        let sum = |row: usize| (0..20).map(|i| (row * 20 + i) as f32 / 40.0 * x[i]).sum::<f32>();
+        let sum = |row: usize| {
+            (0..20)
+                .map(|i| (row * 20 + i) as f32 / 40.0 * x[i])
+                .sum::<f32>()
+        };
         let want = [sum(0) + 0.5, sum(1) - 0.5];
         for (tanh, got) in [(false, layer(false).of(&x)), (true, layer(true).of(&x))] {
             for (got, want) in got.iter().zip(want) {
