@@ -1,17 +1,19 @@
-"""Texts per second of a sentence encoder beside transformers with torch, and how near the vectors are.
+"""Texts per second of a sentence encoder beside transformers with torch; how near its vectors are.
 
     python benches/bench_embeddings.py MODEL --rival-python PYTHON [--threads 2] [--out FILE]
 
 MODEL is a directory with a BERT encoder, such as all-MiniLM-L6-v2. The texts are sentences and
-paragraphs of this repository's own documents, so of natural lengths. Both sides take them by length,
-longest first (the rival 32 at a time, as sentence-transformers does), tokenizing included. A process
-each, the other stopped by a signal while one works; rounds in turn. Times of a round, their ratios
-with the spread, and the smallest cosine between the vectors of 200 texts go to benches/results.
+paragraphs of this repository's own documents, so of natural lengths. Both sides take them by
+length, longest first (the rival 32 at a time, as sentence-transformers does), tokenizing included.
+A process each, the other stopped by a signal while one works; rounds in turn. Texts per second, the
+ratio of a round's times (of the clock, and of the CPU: that is left alone by what else runs) with
+its spread, and the smallest cosine between the vectors of 200 texts go to benches/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -60,10 +62,11 @@ else:
 print(json.dumps(versions), flush=True)
 for line in sys.stdin:
     texts, wanted = json.loads(line)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     vectors = embed(texts)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "vectors": vectors[:wanted]}), flush=True)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    answer = {"seconds": seconds, "cpu_seconds": used, "vectors": vectors[:wanted]}
+    print(json.dumps(answer), flush=True)
 """
 
 
@@ -137,23 +140,34 @@ def measure(model: Path, rival: str, threads: int, rounds: int, count: int) -> d
         "rival": Worker(rival, model, threads, "rival"),
     }
     first = {name: side.embed(some[:COMPARED], COMPARED)["vectors"] for name, side in sides.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            seconds[name].append(side.embed(some)["seconds"])
+            answers[name].append(side.embed(some))
     for side in sides.values():
         side.close()
-    ratios = [b / a for a, b in zip(seconds["hfcore"], seconds["rival"], strict=True)]
+
+    def times(name: str, kind: str) -> list[float]:
+        return [answer[kind] for answer in answers[name]]
+
+    def ratios(kind: str) -> list[float]:
+        pairs = zip(times("hfcore", kind), times("rival", kind), strict=True)
+        return sorted(b / a for a, b in pairs)
+
+    def spread(kind: str) -> dict[str, float]:
+        of = ratios(kind)
+        named = {"least": of[0], "median": statistics.median(of), "most": of[-1]}
+        return {name: round(ratio, 2) for name, ratio in named.items()}
+
     words = sorted(len(text.split()) for text in some)
     return {
         "texts": len(some), "words": {"median": statistics.median(words), "most": words[-1]},
         "threads": threads, "rounds": rounds,
         "versions": {k: v for side in sides.values() for k, v in side.versions.items()},
         "texts_per_second": {
-            name: round(len(some) / statistics.median(times), 1) for name, times in seconds.items()
+            name: round(len(some) / statistics.median(times(name, "seconds")), 1) for name in sides
         },
-        "ratio": round(statistics.median(ratios), 2),
-        "spread": [round(min(ratios), 2), round(max(ratios), 2)],
+        "ratio": spread("seconds"), "cpu_ratio": spread("cpu_seconds"),
         "smallest_cosine": round(cosine(first["hfcore"], first["rival"]), 7),
         "compared": min(COMPARED, len(some)),
     }  # fmt: skip
@@ -191,7 +205,12 @@ def main() -> None:
     given = parser.parse_args()
     before = where()
     found = measure(given.model, given.rival_python, given.threads, given.rounds, given.texts)
-    result = {**before, "model": given.model.name, **found}
+    weights = (given.model / "model.safetensors").read_bytes()
+    model = {
+        "model": json.loads((given.model / "config.json").read_text())["model_type"],
+        "model_sha256": hashlib.sha256(weights).hexdigest()[:16],
+    }
+    result = {**before, **model, **found}
     given.out.write_text(json.dumps(result) + "\n")
     print(json.dumps(result, indent=1))
 

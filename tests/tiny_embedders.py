@@ -1,4 +1,4 @@
-"""Embedders of noise, one of each family, as their makers write them; what transformers makes of them.
+"""Embedders of noise, one of each family, as their makers write them, and transformers' vectors.
 
 With transformers and torch, `python tests/tiny_embedders.py` writes embedder_goldens.json.
 """
@@ -66,7 +66,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "modernbert": {
         **_BERT, "model_type": "modernbert", "num_hidden_layers": 4,
-        "global_attn_every_n_layers": 3, "local_attention": 16, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0,
+        "global_attn_every_n_layers": 3, "local_attention": 16,
+        "global_rope_theta": 160000.0, "local_rope_theta": 10000.0,
         "hidden_activation": "gelu", "norm_eps": 1e-5, "cls_token_id": 1, "sep_token_id": 2,
         "bos_token_id": 1, "eos_token_id": 2,
     },

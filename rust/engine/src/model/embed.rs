@@ -21,8 +21,8 @@ use crate::files;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// Pages of a step: enough tokens to read the matrices for, few enough that their activations stay near.
-const STEP: usize = 1024 / PAGE;
+/// Pages of a step: so many tokens, in whole pages, that the matrices are read for enough of them.
+const STEP: usize = 4096 / PAGE;
 
 /// How the vectors of a text's tokens become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
