@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +311,7 @@ def golden(folder: Path, family: str) -> list[list[float]]:
             how = pooling(family)
             pooled = {"mean": hidden.mean(0), "cls": hidden[0], "lasttoken": hidden[-1]}[how]
             if (folder / "2_Dense").exists():
-                from safetensors.torch import load_file
-
+                load_file = import_module("safetensors.torch").load_file
                 dense = load_file(folder / "2_Dense" / "model.safetensors")
                 pooled = torch.tanh(dense["linear.weight"] @ pooled + dense["linear.bias"])
             pooled = pooled / pooled.norm()
