@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_embedders
 
 from hfcore import (
     HuggingFaceEmbeddings,
@@ -113,12 +114,18 @@ def test_progress_is_told_and_may_end_the_work(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "words"),
     [
-        ("config.json", {"model_type": "mpnet"}, UnsupportedModelError, "mpnet.*roberta"),
+        ("config.json", {"model_type": "t5"}, UnsupportedModelError, "t5.*mpnet.*qwen3"),
         ("config.json", {"model_type": "bert"}, ModelFileError, "hidden_size"),
-        ("modules.json", [{"type": "a.Dense", "path": "2_Dense"}], UnsupportedModelError, "Dense"),
+        ("modules.json", [{"type": "a.CNN", "path": "2_CNN"}], UnsupportedModelError, "CNN.*Dense"),
+        (
+            "modules.json",
+            [{"type": "a.Normalize"}, {"type": "a.Dense", "path": "3_Dense"}],
+            UnsupportedModelError,
+            "after Normalize",
+        ),
         ("modules.json", {"type": "x"}, ModelFileError, "list of objects"),
         ("modules.json", [{"type": "a.Pooling", "path": "../x"}], ModelFileError, "below"),
-        ("1_Pooling/config.json", {}, UnsupportedModelError, "poolings"),
+        ("1_Pooling/config.json", {}, ModelFileError, "pooling_mode"),
         ("sentence_bert_config.json", {"do_lower_case": True}, UnsupportedModelError, "do_lower"),
     ],
 )
@@ -128,6 +135,52 @@ def test_what_is_not_known_is_refused(
     put(other, name, content)
     with pytest.raises(error, match=words):
         SentenceEncoder(other)
+
+
+@pytest.mark.parametrize("family", tiny_embedders.FAMILIES)
+@pytest.mark.parametrize(("device", "least"), [("reference", 0.9999999), ("cpu", 0.99999)])
+def test_every_family_gives_the_vectors_of_transformers(
+    family: str, device: str, least: float, tmp_path: Path
+) -> None:
+    encoder = SentenceEncoder(tiny_embedders.write(tmp_path, family), device=device, threads=2)
+    for text, ids in zip(
+        tiny_embedders.TEXTS,
+        encoder._encoder.tokenizer.encode_batch(tiny_embedders.TEXTS),
+        strict=True,
+    ):
+        assert list(ids) == tiny_embedders.ids(family, text)
+    vectors = encoder.encode(tiny_embedders.TEXTS)
+    golden = np.array(json.loads(tiny_embedders.GOLDENS.read_text())[family])
+    assert vectors.shape == golden.shape
+    assert ((vectors * golden).sum(axis=1) > least).all()
+
+
+@pytest.mark.parametrize("family", ["mpnet", "modernbert", "qwen3", "gemma3_text"])
+def test_no_familys_vectors_depend_on_their_company(family: str, tmp_path: Path) -> None:
+    encoder = SentenceEncoder(tiny_embedders.write(tmp_path, family), threads=2)
+    many = [text[i:] for text in TEXTS for i in range(20)]
+    together = encoder.encode(many)
+    for i in (0, 25, 70, 99):
+        assert np.array_equal(encoder.encode([many[i]])[0], together[i])
+
+
+def test_poolings_stand_side_by_side(other: Path) -> None:
+    alone = [SentenceEncoder(other, pooling=p).encode(["a text"]) for p in ("cls", "max")]
+    modes = {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}
+    put(other, "1_Pooling/config.json", modes)
+    encoder = SentenceEncoder(other)
+    assert encoder.info["width"] == 64
+    assert np.array_equal(encoder.encode(["a text"]), np.hstack(alone))
+
+
+def test_a_prompt_may_be_left_out_of_the_pooling(other: Path) -> None:
+    put(other, "1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "include_prompt": False})
+    encoder = SentenceEncoder(other)
+    # Of the tokens [CLS] a b [SEP] the last alone is left.
+    last = SentenceEncoder(other, pooling="lasttoken").encode(["ab"])
+    assert np.array_equal(encoder.encode([""], prompt="ab"), last)
+    counted = encoder.encode(["ab"], prompt="")
+    assert np.array_equal(counted, SentenceEncoder(other, pooling="mean").encode(["ab"]))
 
 
 def test_texts_must_be_a_list_of_str(folder: Path) -> None:
@@ -162,6 +215,26 @@ def test_langchain_embeddings_are_the_encoders(folder: Path) -> None:
     assert documents == encoder.encode(texts, normalize=True).tolist()
     assert embeddings.embed_query("x") == encoder.encode(["q: x"])[0].tolist()
     assert all(isinstance(x, float) for x in documents[0])
+
+
+def test_queries_and_documents_take_the_models_own_prompts_where_none_is_named(other: Path) -> None:
+    prompts = {"query": "q: ", "passage": "p: ", "other": "o: "}
+    put(other, "config_sentence_transformers.json", {"prompts": prompts})
+    encoder = SentenceEncoder(other)
+
+    def vector(text: str) -> list[float]:
+        found: list[float] = encoder.encode([text])[0].tolist()
+        return found
+
+    own = HuggingFaceEmbeddings(model=str(other))
+    assert own.embed_query("x") == vector("q: x")
+    assert own.embed_documents(["x"]) == [vector("p: x")]
+    named = HuggingFaceEmbeddings(model=str(other), encode_kwargs={"prompt_name": "other"})
+    assert named.embed_query("x") == named.embed_documents(["x"])[0] == vector("o: x")
+    none = HuggingFaceEmbeddings(model=str(other), query_encode_kwargs={"prompt": ""})
+    assert none.embed_query("x") == vector("x")
+    assert none.embed_documents(["x"]) == [vector("p: x")]
+    assert none.encoder.encode(["x"]).dtype == np.float32
 
 
 def test_embeddings_options_act_or_raise(folder: Path) -> None:

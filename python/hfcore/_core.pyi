@@ -471,7 +471,7 @@ class Stream:
 
 @final
 class Encoder:
-    """An encoder of the BERT family in memory. Calls from several threads take turns.
+    """A model in memory that makes vectors. Calls from several threads take turns.
 
     `hfcore.sentences.SentenceEncoder` wraps this with model names and sentence-transformers' files.
     """
@@ -483,13 +483,18 @@ class Encoder:
         device: str = "cpu",
         threads: int | None = None,
         max_tokens: int | None = None,
+        pooling: str = "mean",
+        dense: Sequence[str | os.PathLike[str]] = (),
         progress: Callable[[int, int], object] | None = None,
     ) -> Encoder:
         """Read the checkpoint in a directory. `progress` is called with bytes done and in all.
 
+        `pooling` may be several names with "+" between them: their results lie side by side.
+        `dense` are directories of layers that come after it.
+
         Raises:
             ModelFileError: Something is missing, or not what it says.
-            UnsupportedModelError: Its family or its positions are not known.
+            UnsupportedModelError: Its family, its positions or the pooling are not known.
             InvalidRequestError: `max_tokens` leaves no room for text.
         """
 
@@ -497,11 +502,14 @@ class Encoder:
         self,
         texts: Sequence[str],
         *,
-        pooling: str = "mean",
         normalize: bool = False,
+        left_out: str = "",
         progress: Callable[[int, int], object] | None = None,
     ) -> NDArray[np.float32]:
-        """A vector for each text: float32, [texts, width]. `progress` is called with texts."""
+        """A vector for each text: float32, [texts, width]. `progress` is called with texts.
+
+        `left_out`, with which all texts begin, is left out by poolings that go over all tokens.
+        """
 
     @property
     def tokenizer(self) -> Tokenizer:

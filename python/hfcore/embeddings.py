@@ -43,7 +43,10 @@ class HuggingFaceEmbeddings(BaseModel, Embeddings):
         multi_process: False; True raises: threads do what processes would.
         show_progress: a bar on a terminal.
 
-    Line ends in texts become spaces, as there. Unknown names raise UnknownOptionError.
+    Where these name no prompt, a model's own for queries and documents are taken, as
+    sentence-transformers' encode_query and encode_document do; `prompt=""` is none. Line ends in
+    texts become spaces, as there. Unknown names raise UnknownOptionError. `encoder` gives numpy
+    arrays.
 
     >>> import tempfile
     >>> from hfcore.testing import tiny_encoder
@@ -80,16 +83,26 @@ class HuggingFaceEmbeddings(BaseModel, Embeddings):
         _checked(self.query_encode_kwargs, _ENCODING)
         self._encoder = SentenceEncoder(self.model_name, cache_dir=self.cache_folder, **opening)
 
+    @property
+    def encoder(self) -> SentenceEncoder:
+        """What makes the vectors."""
+        return self._encoder
+
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """A vector for each text."""
-        return self._embed(texts, self.encode_kwargs)
+        return self._embed(texts, self.encode_kwargs, self._encoder.document_prompt())
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a question."""
-        return self._embed([text], self.query_encode_kwargs or self.encode_kwargs)[0]
+        given = self.query_encode_kwargs or self.encode_kwargs
+        return self._embed([text], given, self._encoder.query_prompt())[0]
 
-    def _embed(self, texts: list[str], given: Mapping[str, Any]) -> list[list[float]]:
+    def _embed(
+        self, texts: list[str], given: Mapping[str, Any], own_prompt: str | None
+    ) -> list[list[float]]:
         asked = _checked(given, _ENCODING)
+        if asked.get("prompt") is None and asked.get("prompt_name") is None:
+            asked["prompt_name"] = own_prompt
         normalize = asked.pop("normalize_embeddings", None)
         size = asked.pop("batch_size", None) or max(1, len(texts))
         shown = asked.pop("show_progress_bar", None) or self.show_progress

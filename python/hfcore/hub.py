@@ -30,8 +30,10 @@ _NOT_WEIGHTS = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|lora|adapter)", re.I)
 _MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                 "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                 "tokenizer.model", "chat_template.jinja", "chat_template.json",
-                "response_template.json", "modules.json", "1_Pooling/config.json",
+                "response_template.json", "modules.json",
                 "sentence_bert_config.json", "config_sentence_transformers.json")  # fmt: skip
+_MODULE_FILE = re.compile(r"[0-9]+_\w+/(config\.json|model\.safetensors)")
+"""What sentence-transformers' modules keep."""
 _TEMPLATES = "additional_chat_templates/"
 
 
@@ -215,7 +217,11 @@ def choose(files: Iterable[str], quantization: str | None, model: str) -> list[s
         raise ModelNotFoundError(
             f"{model} has neither .gguf nor .safetensors weights; it holds {seen}", path=model
         )
-    return [n for n in names if n in _MODEL_FILES or n.startswith(_TEMPLATES)] + weights
+    beside = [
+        n for n in names
+        if n in _MODEL_FILES or n.startswith(_TEMPLATES) or _MODULE_FILE.fullmatch(n)
+    ]  # fmt: skip
+    return beside + weights
 
 
 def _choose_local(path: Path, quantization: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Sentence encoders: texts to vectors, as sentence-transformers' files say, without torch.
+"""Embedders: texts to vectors, as sentence-transformers' files say, without torch.
 
 The work is done by the compiled `hfcore._core.Encoder`; here are modules.json and what it names.
 """
@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_MODULES = ("Transformer", "Pooling", "Normalize")
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+# In the order in which sentence-transformers puts several side by side.
 _POOLINGS = {
     "cls_token": "cls",
-    "mean_tokens": "mean",
     "max_tokens": "max",
+    "mean_tokens": "mean",
     "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "weightedmean_tokens": "weightedmean",
     "lasttoken": "lasttoken",
 }
 _MOST_JSON = 16 << 20
+_QUERY = ("query",)
+_DOCUMENT = ("document", "passage", "corpus")
+"""The prompts that sentence-transformers takes, the first that a model has."""
 
 
 class SentenceEncoder:
-    """A model of the BERT family that makes one vector of a text.
+    """A model that makes one vector of a text: an encoder (BERT's kind), or a decoder (qwen3).
 
     Args:
         model: a directory, or "owner/name".
@@ -42,8 +46,8 @@ class SentenceEncoder:
         max_tokens: what is beyond is cut off; None: as the model's files say.
         prompts: texts put before, by name; None: as the model's files say.
         default_prompt_name: which of them a call takes that names none.
-        pooling: "cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"; None: as
-            the model's files say, else "mean".
+        pooling: "cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", or some
+            of them with "+" between; None: as the model's files say, else "mean".
         normalize: whether vectors have unit length; None: as the model's files say, else not.
         revision, cache_dir, token, local_files_only: which files of the hub.
 
@@ -89,8 +93,17 @@ class SentenceEncoder:
         with contextlib.closing(LoadBar()) as bar:
             self._encoder = _core.Encoder(
                 self.path, device=options.device(device), threads=threads,
-                max_tokens=max_tokens or files.max_tokens, progress=bar.shown(),
+                max_tokens=max_tokens or files.max_tokens, pooling=self.pooling,
+                dense=[self.path / name for name in files.dense], progress=bar.shown(),
             )  # fmt: skip
+
+    def query_prompt(self) -> str | None:
+        """The name of the model's own prompt for questions, if it has one."""
+        return next((name for name in _QUERY if name in self.prompts), None)
+
+    def document_prompt(self) -> str | None:
+        """The same for what is searched."""
+        return next((name for name in _DOCUMENT if name in self.prompts), None)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -123,17 +136,13 @@ class SentenceEncoder:
         if isinstance(texts, str):
             raise InvalidRequestError("texts must be a list of str, got a str")
         before = self._prompt(prompt, prompt_name or self.default_prompt_name)
-        if before and not self._counts_prompts:
-            raise InvalidRequestError(
-                "this model's pooling leaves its prompt out (include_prompt), which is not done"
-            )
         width = self.info["width"]
         if truncate_dim is not None and not 1 <= truncate_dim <= width:
             raise InvalidRequestError(f"truncate_dim must be from 1 to {width}, got {truncate_dim}")
         unit = self.normalize if normalize is None else normalize
         vectors = self._encoder.embed(
             [before + text for text in texts] if before else list(texts),
-            pooling=self.pooling, normalize=unit, progress=progress,
+            normalize=unit, left_out="" if self._counts_prompts else before, progress=progress,
         )  # fmt: skip
         if truncate_dim is None or truncate_dim == width:
             return vectors
@@ -159,18 +168,9 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.pooling, self.normalize, self.counts_prompts = "mean", False, True
+        self.dense: list[str] = []
         for module in self._list("modules.json"):
-            kind = str(module.get("type", "")).rpartition(".")[2]
-            if kind == "Pooling":
-                self._read_pooling(self._inside(str(module.get("path", ""))))
-            elif kind == "Normalize":
-                self.normalize = True
-            elif kind != "Transformer":
-                raise UnsupportedModelError(
-                    f"unsupported module {kind!r} of modules.json; supported: "
-                    + ", ".join(_MODULES),
-                    what="module", name=kind,
-                )  # fmt: skip
+            self._read_module(module)
         bert = self._object("sentence_bert_config.json")
         length = bert.get("max_seq_length")
         self.max_tokens = length if isinstance(length, int) and length > 0 else None
@@ -186,6 +186,27 @@ class _Files:
         self.prompts = {str(name): str(text) for name, text in prompts.items()}
         self.default_prompt_name = config.get("default_prompt_name")
 
+    def _read_module(self, module: dict[str, Any]) -> None:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in _MODULES:
+            raise UnsupportedModelError(
+                f"unsupported module {kind!r} of modules.json; supported: " + ", ".join(_MODULES),
+                what="module", name=kind,
+            )  # fmt: skip
+        if self.normalize and kind != "Normalize":
+            raise UnsupportedModelError(
+                f"unsupported module {kind!r} after Normalize; supported: Normalize as the last",
+                what="module", name=kind,
+            )  # fmt: skip
+        if kind == "Normalize":
+            self.normalize = True
+        elif kind != "Transformer":
+            path = self._inside(str(module.get("path", "")))
+            if kind == "Dense":
+                self.dense.append(path)
+            else:
+                self._read_pooling(path)
+
     def _read_pooling(self, name: str) -> None:
         config = self._object(f"{name}/config.json")
         self.counts_prompts = config.get("include_prompt", True) is not False
@@ -194,13 +215,10 @@ class _Files:
             self.pooling = mode
             return
         chosen = [ours for key, ours in _POOLINGS.items() if config.get(f"pooling_mode_{key}")]
-        if len(chosen) != 1:
-            raise UnsupportedModelError(
-                f"unsupported poolings {chosen} together; supported: one of "
-                + ", ".join(_POOLINGS.values()),
-                what="pooling", name="+".join(chosen),
-            )  # fmt: skip
-        self.pooling = chosen[0]
+        if not chosen:
+            wanted = "a pooling_mode, one of " + ", ".join(_POOLINGS)
+            raise self._wrong(f"{name}/config.json", wanted, mode)
+        self.pooling = "+".join(chosen)
 
     def _inside(self, name: str) -> str:
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:

@@ -460,6 +460,11 @@ pub struct Rope {
 }
 
 impl Rope {
+    /// Of a whole head of `dim` numbers, unscaled.
+    pub fn of_base(base: f32, dim: usize) -> Self {
+        Self::new(base_frequencies(base, dim))
+    }
+
     fn new(frequencies: Vec<f32>) -> Self {
         Self {
             frequencies,
@@ -560,6 +565,8 @@ pub struct Arch {
     pub pairing: Pairing,
     pub ropes: Vec<Rope>,
     pub layers: Vec<LayerArch>,
+    /// A token sees those after it too: it makes vectors, no text (embeddinggemma).
+    pub both_ways: bool,
     /// Prompts longer than this take `Rope::long_frequencies`.
     pub original_context: Option<usize>,
     names: Names,
@@ -577,6 +584,22 @@ impl Arch {
     /// `Unsupported` names an unknown architecture or rope scaling and what is known; `ModelFile` a missing or
     /// impossible value.
     pub fn read(weights: &Weights) -> Result<Self> {
+        let arch = Self::read_any(weights)?;
+        match arch.both_ways {
+            false => Ok(arch),
+            true => Err(Error::Unsupported {
+                what: "attention",
+                name: "bidirectional".into(),
+                supported: "causal; SentenceEncoder makes vectors with this model".into(),
+            }),
+        }
+    }
+
+    /// The same, also of a model that makes vectors alone.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub fn read_any(weights: &Weights) -> Result<Self> {
         let arch = match &weights.config {
             Some(config) => from_config(weights, config)?,
             None => from_gguf(weights)?,
@@ -944,6 +967,7 @@ impl Family {
             pairing: self.hf_pairing,
             ropes: Vec::new(),
             layers: Vec::new(),
+            both_ways: false,
             original_context: None,
             names: Names::Gguf,
         }
@@ -1222,6 +1246,7 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
         layers: (0..layers.min(MAX_LAYERS + 1))
             .map(|i| config_layer(&c, family, i))
             .collect::<Result<_>>()?,
+        both_ways: both_ways(&c),
         original_context,
         names: names(false),
         ..family.arch()
@@ -1241,6 +1266,11 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
         }
     }
     Ok(arch)
+}
+
+fn both_ways(c: &Config) -> bool {
+    let value = c.get("use_bidirectional_attention");
+    value.and_then(Json::as_bool).unwrap_or(false)
 }
 
 fn config_eps(c: &Config, family: &Family) -> Result<f32> {
@@ -1316,6 +1346,8 @@ fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
 /// A layer's window and rope, from `layer_types` (transformers 5) or the older keys.
 fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
     let window = c.size("sliding_window")?.filter(|&n| n > 0);
+    // Both ways, half of it lies before a token.
+    let window = window.map(|n| if both_ways(c) { n / 2 + 1 } else { n });
     let local_rope = usize::from(family.local_rope.is_some());
     let nope = c
         .get("no_rope_layers")

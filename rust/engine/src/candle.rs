@@ -48,6 +48,9 @@ struct Rotation {
 struct View {
     first_row: usize,
     rows: usize,
+    /// The positions of its first row and of the first that any row sees.
+    start: usize,
+    from: usize,
     /// Slots of the `n` positions that any row sees, ascending by position.
     slots: Tensor,
     /// `[rows, n]`: 0 where a row sees a position, else minus infinity. `None`: a single row, which sees all.
@@ -334,10 +337,7 @@ impl Candle {
         cache.check(batch)?;
         self.step.store(&k, &v, cache)?;
         let views = self.step.views(shape, batch, &self.device)?;
-        let sinks = spec.sinks.as_ref();
-        let outputs = views
-            .iter()
-            .map(|view| view.attend(shape, &q, cache, sinks));
+        let outputs = views.iter().map(|view| view.attend(spec, &q, cache));
         Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 0)
     }
 }
@@ -460,6 +460,8 @@ impl View {
         Ok(Self {
             first_row: span.first_row,
             rows: span.rows,
+            start: span.start,
+            from,
             slots: Tensor::new(span_slots(batch, span, from)?, device)?,
             mask: (span.rows > 1).then(mask).transpose()?,
         })
@@ -468,11 +470,11 @@ impl View {
     /// `softmax(q k^T * scale) v` of this span's rows of `q`, `[all rows, heads, dim]`; gives `[rows, heads * dim]`.
     fn attend(
         &self,
-        shape: &AttentionShape,
+        spec: &AttentionLayer<Tensor>,
         q: &Tensor,
         cache: &KvLayer,
-        sinks: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
+        let shape = &spec.shape;
         let (rows, n) = (self.rows, self.slots.dim(0)?);
         let (kv_heads, dim) = (shape.kv_heads, shape.head_dim);
         // The query heads that share a key head stand together: they become rows of one multiplication.
@@ -493,13 +495,17 @@ impl View {
         if let Some(cap) = shape.softcap.map(f64::from) {
             scores = ((scores / cap)?.tanh()? * cap)?;
         }
+        if let Some(table) = &spec.distances {
+            let more = self.by_distance(table, shape.heads, n)?;
+            scores = (scores + more.reshape((kv_heads, group * rows, n))?)?;
+        }
         if let Some(mask) = &self.mask {
             let by_row = scores.reshape((kv_heads, group, rows, n))?;
             scores = by_row
                 .broadcast_add(mask)?
                 .reshape((kv_heads, group * rows, n))?;
         }
-        if let Some(sinks) = sinks {
+        if let Some(sinks) = &spec.sinks {
             // A column more, which has no value.
             let sinks = sinks.reshape((kv_heads, group, 1, 1))?;
             let sinks = sinks.broadcast_as((kv_heads, group, rows, 1))?;
@@ -514,6 +520,18 @@ impl View {
         attended
             .permute((2, 0, 1, 3))?
             .reshape((rows, shape.heads * dim))
+    }
+
+    /// What each head adds to the scores of these rows, `[heads, rows, n]`.
+    fn by_distance(&self, table: &Tensor, heads: usize, n: usize) -> candle_core::Result<Tensor> {
+        let table = table.reshape((heads, table.elem_count() / heads))?;
+        let reach = table.dim(1)? / 2;
+        let queries = self.start..self.start + self.rows;
+        let places: Vec<u32> = queries
+            .flat_map(|q| (self.from..self.from + n).map(move |k| (reach + k - q) as u32))
+            .collect();
+        let places = Tensor::from_vec(places, self.rows * n, table.device())?;
+        table.index_select(&places, 1)
     }
 }
 
@@ -634,6 +652,7 @@ mod tests {
             shape,
             norms: None,
             sinks: None,
+            distances: None,
             rope: None,
             pairing: Pairing::Halves,
         }

@@ -382,6 +382,7 @@ impl Device for Cpu {
             q: &qkv.values,
             width,
             sinks: spec.sinks.as_deref(),
+            distances: spec.distances.as_deref(),
         };
         let mut rows = qkv.rows();
         if outputs_only {
@@ -398,6 +399,7 @@ impl Device for Cpu {
                 q: &self.queries,
                 width: keys,
                 sinks: spec.sinks.as_deref(),
+                distances: spec.distances.as_deref(),
             };
         }
         attend(

@@ -60,7 +60,8 @@ pub struct Resident<D: Device> {
     positions: Option<String>,
     layers: Vec<Layer<D>>,
     output_norm: Norm<D::Vector>,
-    output: D::Matrix,
+    /// None: it makes vectors, no logits.
+    output: Option<D::Matrix>,
     /// Those that requests may name, by number.
     adapters: RwLock<Vec<Arc<Adapter<D>>>>,
 }
@@ -81,7 +82,7 @@ fn attention_shape(arch: &Arch, layer: &LayerArch) -> AttentionShape {
         scale: arch.attention_scale,
         softcap: arch.attention_softcap,
         window: layer.window,
-        both_ways: false,
+        both_ways: arch.both_ways,
     }
 }
 
@@ -210,7 +211,12 @@ pub struct Decoder<D: Device> {
 impl<D: Device> Decoder<D> {
     /// With room for `pages` pages of keys and values.
     pub fn new(device: D, model: Arc<Resident<D>>, pages: usize) -> Result<Self> {
-        let cache = device.cache(pages, &attention_shapes(&model.arch))?;
+        let mut shapes = attention_shapes(&model.arch);
+        if model.output.is_none() {
+            // Sequences run whole: no layer's keys and values are wanted when it is done.
+            shapes.truncate(1);
+        }
+        let cache = device.cache(pages, &shapes)?;
         let work = Workspace {
             embedded: Vec::new(),
             x: D::Buffer::default(),
@@ -245,24 +251,18 @@ impl<D: Device> Decoder<D> {
     }
 }
 
-impl<D: Device> Forward for Decoder<D> {
-    fn vocab_size(&self) -> usize {
-        self.model.arch.vocab_size
+impl<D: Device> Decoder<D> {
+    /// The vectors of `batch.outputs` after the last norm, `[outputs, hidden_size]`, of whole sequences.
+    pub fn vectors(&mut self, batch: &Batch, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        match self.run(batch, &mut ())? {
+            true => self.device.read(&self.work.normed, out),
+            false => Ok(()),
+        }
     }
 
-    fn page_bytes(&self) -> Option<usize> {
-        D::page_bytes(&self.cache)
-    }
-
-    fn read_page(&self, page: u32, out: &mut Vec<u8>) {
-        D::read_page(&self.cache, page, out);
-    }
-
-    fn write_page(&mut self, page: u32, bytes: &[u8]) {
-        D::write_page(&mut self.cache, page, bytes);
-    }
-
-    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
+    /// Run the layers, and norm the rows of `batch.outputs` for the head; whether there are any, and they are wanted.
+    fn run(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<bool> {
         let Self {
             device,
             model,
@@ -276,7 +276,7 @@ impl<D: Device> Forward for Decoder<D> {
         device.upload(&w.embedded, arch.hidden_size, &mut w.x)?;
         for (i, layer) in model.layers.iter().enumerate() {
             if caller.gone() {
-                return Ok(&[]);
+                return Ok(false);
             }
             let qkv = Some(&layer.qkv);
             let read = match &layer.attn_norm {
@@ -296,7 +296,7 @@ impl<D: Device> Forward for Decoder<D> {
             device.linear(&layer.qkv, read, &mut w.qkv)?;
             more.add(device, Site::Qkv, read, &mut w.qkv, &mut w.thin)?;
             device.attention(
-                i,
+                if model.output.is_some() { i } else { 0 },
                 &layer.attention,
                 batch,
                 &mut w.qkv,
@@ -307,7 +307,7 @@ impl<D: Device> Forward for Decoder<D> {
             if last {
                 // Nobody reads the other rows: their keys and values were what was wanted of them.
                 if batch.outputs.is_empty() {
-                    return Ok(&[]);
+                    return Ok(false);
                 }
                 device.rows(&w.x, &batch.outputs, &mut w.last)?;
                 std::mem::swap(&mut w.x, &mut w.last);
@@ -333,10 +333,50 @@ impl<D: Device> Forward for Decoder<D> {
             )?;
             feed_forward(device, arch, layer, w, &more)?;
         }
-        device.norm(&w.x, &model.output_norm, Some(&model.output), &mut w.normed)?;
+        device.norm(
+            &w.x,
+            &model.output_norm,
+            model.output.as_ref(),
+            &mut w.normed,
+        )?;
+        Ok(true)
+    }
+}
+
+impl<D: Device> Forward for Decoder<D> {
+    fn vocab_size(&self) -> usize {
+        self.model.arch.vocab_size
+    }
+
+    fn page_bytes(&self) -> Option<usize> {
+        D::page_bytes(&self.cache)
+    }
+
+    fn read_page(&self, page: u32, out: &mut Vec<u8>) {
+        D::read_page(&self.cache, page, out);
+    }
+
+    fn write_page(&mut self, page: u32, bytes: &[u8]) {
+        D::write_page(&mut self.cache, page, bytes);
+    }
+
+    fn forward(&mut self, batch: &Batch, caller: &mut dyn Caller) -> Result<&[f32]> {
+        if !self.run(batch, caller)? {
+            return Ok(&[]);
+        }
+        let Self {
+            device,
+            model,
+            work: w,
+            ..
+        } = self;
+        let arch = &model.arch;
+        let Some(head) = &model.output else {
+            return Err(Error::Internal("logits of a model without a head".into()));
+        };
         let wanted = w.wanted.few(batch.outputs.len(), arch.vocab_size, caller);
         let softcap = arch.logit_softcap;
-        device.logits(&model.output, &w.normed, wanted, softcap, &mut w.logits)?;
+        device.logits(head, &w.normed, wanted, softcap, &mut w.logits)?;
         Ok(&w.logits)
     }
 }

@@ -18,6 +18,9 @@ pub struct AttentionLayer<V> {
     pub norms: Option<HeadNorms<V>>,
     /// A score for each head that takes its share of the weights and gives nothing.
     pub sinks: Option<V>,
+    /// Added to scores by how far the key stands behind the query: `[heads][2 * reach]`, from `-reach` on, which is a
+    /// multiple of a page; no position lies beyond it.
+    pub distances: Option<V>,
     /// Which of the ropes given to [`Device::begin`]; `None`: no positions.
     pub rope: Option<usize>,
     pub pairing: Pairing,

@@ -42,28 +42,24 @@ pub struct AttentionShape {
     pub scale: f32,
     /// `softcap * tanh(score / softcap)` (gemma 2).
     pub softcap: Option<f32>,
-    /// A query sees the last `window` positions, its own among them.
+    /// A query sees the last `window` positions, its own among them, and as many after it where it sees both ways.
     pub window: Option<usize>,
-    /// A query sees all positions of its span's sequence, also those after its own: encoders, which run whole.
+    /// A query also sees the positions of its span's sequence after its own: encoders, which run whole.
     pub both_ways: bool,
 }
 
 impl AttentionShape {
-    /// The positions that a query at `position` sees.
-    fn visible(&self, position: usize) -> std::ops::Range<usize> {
-        let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
-        first..position + 1
-    }
-
-    /// The positions that the `row`-th row of a span sees.
+    /// The positions that the `row`-th row of a span sees: never fewer than one, and both ends grow with the row.
     pub fn sees(&self, span: &Span, row: usize) -> std::ops::Range<usize> {
-        self.visible(self.stands(span, row))
-    }
-
-    /// The last position that the `row`-th row of a span sees.
-    fn stands(&self, span: &Span, row: usize) -> usize {
-        let row = if self.both_ways { span.rows - 1 } else { row };
-        span.start + row
+        let own = span.start + row;
+        let window = self.window.unwrap_or(usize::MAX).max(1);
+        let last = match self.both_ways {
+            true => own
+                .saturating_add(window - 1)
+                .min(span.start + span.rows - 1),
+            false => own,
+        };
+        (own + 1).saturating_sub(window)..last + 1
     }
 
     /// Queries of one kv head in a row.
@@ -121,10 +117,10 @@ impl AttentionPlan {
             for kv_head in 0..shape.kv_heads {
                 for first in (0..queries).step_by(size) {
                     let count = size.min(queries - first);
-                    let row = |query: usize| shape.stands(span, query / shape.group());
+                    let sees = |query: usize| shape.sees(span, query / shape.group());
                     let seen = (
-                        shape.visible(row(first)).start / CHUNK,
-                        row(first + count - 1) / CHUNK + 1,
+                        sees(first).start / CHUNK,
+                        (sees(first + count - 1).end - 1) / CHUNK + 1,
                     );
                     let chunks = seen.1 - seen.0;
                     let each = chunks.div_ceil(parts);
@@ -160,6 +156,9 @@ pub struct AttentionInput<'a> {
     pub width: usize,
     /// A score for each head that takes its share of the weights and gives nothing (gpt-oss).
     pub sinks: Option<&'a [f32]>,
+    /// Added to scores by how far the key stands behind the query (mpnet): `[heads][2 * reach]`, from `-reach` on; `reach`
+    /// is a multiple of [`PAGE`], and no position lies beyond it.
+    pub distances: Option<&'a [f32]>,
 }
 
 /// `out[row] = softmax(q k^T * scale) v` for every row and head of the step; rows of `heads * head_dim`.
@@ -183,6 +182,15 @@ pub fn attend(
         input.sinks.is_none_or(|s| s.len() == shape.heads),
         "a sink for each head"
     );
+    if let Some(table) = input.distances {
+        let reach = table.len() / (2 * shape.heads);
+        assert!(
+            table.len() == 2 * shape.heads * reach && reach.is_multiple_of(PAGE),
+            "distances of all heads in whole pages"
+        );
+        let within = |span: &Span| span.start + span.rows <= reach;
+        assert!(input.spans.iter().all(within), "positions below {reach}");
+    }
     assert_eq!(
         (cache.kv_heads, cache.head_dim),
         (shape.kv_heads, shape.head_dim)
@@ -223,6 +231,17 @@ pub fn attend(
     }
 }
 
+/// A query of a unit.
+#[derive(Clone, Copy, Default)]
+struct Query {
+    /// In the step.
+    row: usize,
+    head: usize,
+    position: usize,
+    /// The first position that it sees, and the first after the last.
+    sees: (usize, usize),
+}
+
 /// What all units of a step read.
 struct Task<'a> {
     shape: &'a AttentionShape,
@@ -231,12 +250,24 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// Row in the step, head and position of a unit's query.
-    fn query(&self, unit: &Unit, i: usize) -> (usize, usize, usize) {
+    fn query(&self, unit: &Unit, i: usize) -> Query {
         let (span, group) = (&self.input.spans[unit.span], self.shape.group());
         let row = (unit.first + i) / group;
-        let head = unit.kv_head * group + (unit.first + i) % group;
-        (span.first_row + row, head, self.shape.stands(span, row))
+        let sees = self.shape.sees(span, row);
+        Query {
+            row: span.first_row + row,
+            head: unit.kv_head * group + (unit.first + i) % group,
+            position: span.start + row,
+            sees: (sees.start, sees.end),
+        }
+    }
+
+    /// What is added to the scores of a query, from the key at position 0 on: a whole page for every page that it sees.
+    fn distances(&self, query: &Query) -> Option<&[f32]> {
+        let table = self.input.distances?;
+        let reach = table.len() / (2 * self.shape.heads);
+        let of_head = &table[query.head * 2 * reach..][..2 * reach];
+        Some(&of_head[reach - query.position..])
     }
 
     /// Floats of one query's sums over one chunk: values, then the sum of the weights and their maximum.
@@ -344,7 +375,7 @@ unsafe fn finish<S: Simd>(
     total: *const f32,
     out: *mut f32,
 ) {
-    let (row, head, _) = task.query(unit, i);
+    let Query { row, head, .. } = task.query(unit, i);
     let dim = task.shape.head_dim;
     let mut sum = running.sum;
     if let Some(sinks) = task.input.sinks {
@@ -423,13 +454,13 @@ unsafe fn unit_in<S: Simd, K: Stored>(
     } = task;
     let (dim, padded, count) = (shape.head_dim, cache.padded, unit.count);
     let span = &input.spans[unit.span];
-    let mut position = [0; GROUP];
+    let mut queries = [Query::default(); GROUP];
     // Weights are powers of two, which are simpler than those of e.
     let scale = shape.softcap.map_or(LOG2_E * shape.scale, |_| shape.scale);
     for i in 0..count {
-        let (row, head, at) = task.query(&unit, i);
-        position[i] = at;
-        let q = &input.q[row * input.width + head * dim..][..dim];
+        let query = task.query(&unit, i);
+        queries[i] = query;
+        let q = &input.q[query.row * input.width + query.head * dim..][..dim];
         for (segment, q) in q.chunks(SEGMENT).enumerate() {
             for at in (0..q.len()).step_by(LANES) {
                 // SAFETY: `work.q` has whole segments.
@@ -440,8 +471,8 @@ unsafe fn unit_in<S: Simd, K: Stored>(
             }
         }
     }
-    let first_page = shape.visible(position[0]).start / PAGE;
-    let last_page = position[count - 1] / PAGE;
+    let first_page = queries[0].sees.0 / PAGE;
+    let last_page = (queries[count - 1].sees.1 - 1) / PAGE;
     let mut running = [Running::default(); GROUP];
     let mut of = [Running::default(); GROUP];
     for chunk in unit.chunks.0..unit.chunks.1 {
@@ -457,13 +488,13 @@ unsafe fn unit_in<S: Simd, K: Stored>(
             values[i] = cache.values(number(page), unit.kv_head);
         }
         let (keys, values) = (&keys[..to - from], &values[..to - from]);
-        let (position, of) = (&position[..count], &mut of[..count]);
+        let (queries, of) = (&queries[..count], &mut of[..count]);
         // SAFETY: pages have room for `dim` keys and `padded` values of each position; the blocks lie inside `work`.
         unsafe {
             score_pages::<S, K>(work.q, count, keys, dim, work.weights.add(at));
             values.iter().take(AHEAD).for_each(|next| prefetch(next));
             let weights = work.weights.add(at);
-            soften::<S, K>(shape, weights, from * PAGE, values, position, of);
+            soften::<S, K>(task, weights, from * PAGE, values, queries, of);
             (to..(last_page + 1).min(to + AHEAD)).for_each(|next| prefetch(keys_of(next)));
             add_pages::<S, K>(weights, count, values, padded, work.acc);
         }
@@ -497,11 +528,11 @@ unsafe fn unit_in<S: Simd, K: Stored>(
 /// their sum; invisible ones become 0. What the values are to be multiplied by is folded in. `scores` are `[query][CHUNK]`.
 #[inline(always)]
 unsafe fn soften<S: Simd, K: Stored>(
-    shape: &AttentionShape,
+    task: &Task,
     scores: *mut f32,
     first: usize,
     values: &[&[u8]],
-    position: &[usize],
+    queries: &[Query],
     of: &mut [Running],
 ) {
     let length = values.len() * PAGE;
@@ -510,15 +541,25 @@ unsafe fn soften<S: Simd, K: Stored>(
     let row = |i: usize| unsafe { std::slice::from_raw_parts_mut(scores.add(i * CHUNK), length) };
     // In two rounds, so that a query's work does not wait for the latency of its own maximum.
     for (i, of) in of.iter_mut().enumerate() {
-        let (row, visible) = (row(i), shape.visible(position[i]));
-        if let Some(cap) = shape.softcap {
+        let (row, query) = (row(i), &queries[i]);
+        if let Some(cap) = task.shape.softcap {
             for s in row.iter_mut() {
                 // tanh(t) = 1 - 2 / (exp(2 t) + 1)
                 *s = LOG2_E * cap * (1.0 - 2.0 / (exp(2.0 * *s / cap) + 1.0));
             }
         }
-        row[..visible.start.clamp(first, last) - first].fill(f32::NEG_INFINITY);
-        row[visible.end.clamp(first, last) - first..].fill(f32::NEG_INFINITY);
+        if let Some(distances) = task.distances(query) {
+            let pages = distances[first..].chunks_exact(LANES);
+            for (page, more) in row.chunks_exact_mut(LANES).zip(pages) {
+                // SAFETY: a vector each.
+                unsafe {
+                    let (s, more) = (S::load_f32(page.as_ptr()), S::load_f32(more.as_ptr()));
+                    S::store(page.as_mut_ptr(), S::fma(more, S::splat(LOG2_E), s));
+                }
+            }
+        }
+        row[..query.sees.0.clamp(first, last) - first].fill(f32::NEG_INFINITY);
+        row[query.sees.1.clamp(first, last) - first..].fill(f32::NEG_INFINITY);
         // SAFETY: whole pages, a vector each; so below.
         unsafe {
             let mut lanes = S::splat(f32::NEG_INFINITY);
@@ -764,13 +805,16 @@ pub fn attend_naive(shape: &AttentionShape, cache: &KvLayer, input: &AttentionIn
                 let key = |p: usize, d: usize| cache.key(page(p), head / group, p % PAGE, d);
                 let value = |p: usize, d: usize| cache.value(page(p), head / group, p % PAGE, d);
                 let score = |p: usize| {
+                    let more = input.distances.map_or(0.0, |table| {
+                        let reach = table.len() / (2 * shape.heads);
+                        table[head * 2 * reach + reach + p - span.start - i]
+                    });
                     let dot: f64 = (0..dim)
                         .map(|d| f64::from(q[d]) * f64::from(key(p, d)))
                         .sum();
                     let s = dot * f64::from(shape.scale);
-                    shape
-                        .softcap
-                        .map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+                    let cap = |c: f32| f64::from(c) * (s / f64::from(c)).tanh();
+                    shape.softcap.map_or(s, cap) + f64::from(more)
                 };
                 let scores: Vec<f64> = sees.clone().map(score).collect();
                 let sink = input.sinks.map(|s| f64::from(s[head]));
@@ -807,6 +851,7 @@ mod tests {
         qkv: Vec<f32>,
         width: usize,
         sinks: Option<Vec<f32>>,
+        distances: Option<Vec<f32>>,
     }
 
     /// Two sequences, one with a past, whose pages lie scattered; keys and values of all positions stored.
@@ -885,6 +930,7 @@ mod tests {
             qkv,
             width,
             sinks: None,
+            distances: None,
         }
     }
 
@@ -895,6 +941,7 @@ mod tests {
             q: &c.qkv,
             width: c.width,
             sinks: c.sinks.as_deref(),
+            distances: c.distances.as_deref(),
         };
         let mut out = vec![0.0; 56 * c.shape.heads * c.shape.head_dim];
         attend(
@@ -930,6 +977,7 @@ mod tests {
                     q: &c.qkv,
                     width: c.width,
                     sinks: c.sinks.as_deref(),
+                    distances: c.distances.as_deref(),
                 };
                 let want = attend_naive(&c.shape, &c.cache, &input);
                 let scalar = run(&c, Isa::SCALAR, 2);
@@ -980,6 +1028,7 @@ mod tests {
                     q,
                     width: c.width,
                     sinks: c.sinks.as_deref(),
+                    distances: c.distances.as_deref(),
                 };
                 let mut alone = vec![0.0; width];
                 let plan = &mut AttentionPlan::default();
@@ -1038,17 +1087,20 @@ mod tests {
             qkv,
             width,
             sinks: None,
+            distances: None,
         }
     }
 
     #[test]
-    fn queries_of_an_encoder_see_all_of_their_span() {
-        for (kind, rows) in KINDS
-            .iter()
-            .flat_map(|kind| [1, 5, 37, 300].map(|n| (*kind, n)))
-        {
-            let mut c = long_case(kind, None);
+    fn queries_of_an_encoder_see_all_of_their_span_or_a_window_of_it() {
+        let windows = [None, Some(20), Some(290)];
+        for (kind, rows, window) in KINDS.iter().flat_map(|kind| {
+            let rows = [1, 5, 37, 300].iter();
+            rows.flat_map(move |n| windows.map(|w| (*kind, *n, w)))
+        }) {
+            let mut c = long_case(kind, window);
             c.shape.both_ways = true;
+            c.distances = window.map(|_| numbers(c.shape.heads * 2 * 304, 8));
             // Two whole sequences, in the pages of the one.
             c.spans = [(0, 0, rows), (rows, 19, 17)]
                 .map(|(first_row, first_page, rows)| Span {
@@ -1066,6 +1118,7 @@ mod tests {
                 q: &c.qkv,
                 width: c.width,
                 sinks: None,
+                distances: c.distances.as_deref(),
             };
             let definition = attend_naive(&c.shape, &c.cache, &input);
             let mut scalar: Option<Vec<f32>> = None;
@@ -1105,6 +1158,7 @@ mod tests {
                     q: &c.qkv[last.start * c.width..],
                     width: c.width,
                     sinks: c.sinks.as_deref(),
+                    distances: c.distances.as_deref(),
                 };
                 let mut out = vec![0.0; 10 * width];
                 let plan = &mut AttentionPlan::default();

@@ -376,6 +376,7 @@ impl<'a, D: Device> Loader<'a, D> {
                 shape: attention_shape(arch, &arch.layers[i]),
                 norms,
                 sinks,
+                distances: None,
                 rope: arch.layers[i].rope,
                 pairing: arch.pairing,
             },
@@ -684,6 +685,31 @@ impl<D: Device> Resident<D> {
         prepared: Option<&Prepared>,
         progress: Progress,
     ) -> Result<Self> {
+        Self::load_parts(device, arch, weights, at_load, prepared, true, progress)
+    }
+
+    /// The same without the head: for [`super::Decoder::vectors`].
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    pub fn load_headless(
+        device: &D,
+        arch: Arch,
+        weights: Arc<Weights>,
+        progress: Progress,
+    ) -> Result<Self> {
+        Self::load_parts(device, arch, weights, None, None, false, progress)
+    }
+
+    fn load_parts(
+        device: &D,
+        arch: Arch,
+        weights: Arc<Weights>,
+        at_load: Option<&AtLoad>,
+        prepared: Option<&Prepared>,
+        head: bool,
+        progress: Progress,
+    ) -> Result<Self> {
         let mut loader = Loader {
             device,
             arch: &arch,
@@ -714,14 +740,16 @@ impl<D: Device> Resident<D> {
             layers.push(loader.layer(i)?);
             report(total * (i as u64 + 1) / steps)?;
         }
-        let output_norm = loader.scaled_norm(None, "output_norm", arch.logit_scale)?;
-        let output = match arch.tied {
-            true => {
+        let scale = if head { arch.logit_scale } else { 1.0 };
+        let output_norm = loader.scaled_norm(None, "output_norm", scale)?;
+        let output = match (head, arch.tied) {
+            (false, _) => None,
+            (true, true) => {
                 let output = device.matrix(&[embedding], None)?;
                 embedding.forget(0..embedding.data.len());
-                output
+                Some(output)
             }
-            false => loader.matrix(None, &[("output", vocab)], hidden, false)?,
+            (true, false) => Some(loader.matrix(None, &[("output", vocab)], hidden, false)?),
         };
         loader.check_all_used()?;
         report(total)?;
