@@ -503,16 +503,11 @@ fn missing(object: &Value, what: &str) -> Value {
 /// `range[start:stop:step]` is a range again.
 fn range_slice(range: &Range, bounds: [Option<i128>; 3], len: usize) -> Res<Value> {
     let (from, to, step) = slice_bounds(bounds, len)?;
-    let at = |i: i128| i128::from(range.start) + i * i128::from(range.step);
-    let whole = |i: i128| match i64::try_from(i) {
-        Ok(i) => Ok(i),
-        Err(_) => fault("the result does not fit into 64 bits"),
-    };
-    let step = step.saturating_mul(i128::from(range.step));
+    let at = |i: i128| i.saturating_mul(range.step).saturating_add(range.start);
     Ok(Value::Range(Arc::new(Range {
-        start: whole(at(from))?,
-        stop: whole(at(to))?,
-        step: whole(step)?,
+        start: at(from),
+        stop: at(to),
+        step: step.saturating_mul(range.step),
     })))
 }
 

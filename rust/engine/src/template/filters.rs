@@ -383,7 +383,7 @@ fn items(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {
         // Said where the first pair is asked for.
         _ => return Ok(Value::failing("Can only get item pairs from a mapping.")),
     };
-    Value::iter("generator", pairs, &mut run.budget)
+    Value::generator("do_items", pairs, &mut run.budget)
 }
 
 fn attr(run: &mut Run<'_>, value: Value, args: CallArgs) -> Res<Value> {

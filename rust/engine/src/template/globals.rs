@@ -100,10 +100,10 @@ fn range(args: CallArgs) -> Res<Value> {
         return fault("range() takes no keyword arguments");
     }
     let [a, b, c] = args.bind("range", ["start", "stop", "step"])?;
-    let int = |value: Option<Value>, default: i64| match value {
+    let int = |value: Option<Value>, default: i128| match value {
         None => Ok(default),
-        Some(v) => match v.as_int().map(i64::try_from) {
-            Some(Ok(i)) => Ok(i),
+        Some(v) => match v.as_int() {
+            Some(i) => Ok(i),
             _ => fault(format!(
                 "'{}' object cannot be interpreted as an integer",
                 v.type_name()

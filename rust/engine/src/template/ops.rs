@@ -269,23 +269,30 @@ fn float_arithmetic(op: Op, a: f64, b: f64) -> Res<Value> {
     if b == 0.0 && matches!(op, Op::Div | Op::FloorDiv | Op::Rem) {
         return fault("float division by zero");
     }
-    let modulo = || {
-        let r = a % b;
-        if r != 0.0 && (r < 0.0) != (b < 0.0) {
-            r + b
-        } else if r == 0.0 {
-            0.0f64.copysign(b)
-        } else {
-            r
-        }
+    // As CPython's float_divmod has it, signs of zeros included.
+    let divmod = || {
+        let rest = a % b;
+        let quotient = (a - rest) / b;
+        let (rest, quotient) = match rest != 0.0 {
+            true if (rest < 0.0) != (b < 0.0) => (rest + b, quotient - 1.0),
+            true => (rest, quotient),
+            false => (0.0f64.copysign(b), quotient),
+        };
+        let floor = quotient.floor();
+        let whole = match quotient != 0.0 {
+            true if quotient - floor > 0.5 => floor + 1.0,
+            true => floor,
+            false => 0.0f64.copysign(a / b),
+        };
+        (whole, rest)
     };
     Ok(Value::Float(match op {
         Op::Add => a + b,
         Op::Sub => a - b,
         Op::Mul => a * b,
         Op::Div => a / b,
-        Op::FloorDiv => ((a - modulo()) / b).round(),
-        Op::Rem => modulo(),
+        Op::FloorDiv => divmod().0,
+        Op::Rem => divmod().1,
         Op::Pow if a == 0.0 && b < 0.0 => return fault("0.0 cannot be raised to a negative power"),
         Op::Pow if a < 0.0 && b.fract() != 0.0 => {
             return fault("a negative number to a broken power is complex: not supported");

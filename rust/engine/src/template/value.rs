@@ -126,7 +126,7 @@ pub(super) enum Key {
     Text(Arc<str>),
     Big(Arc<str>),
     Tuple(Vec<Key>),
-    Range(i64, i64, i64),
+    Range(i128, i128, i128),
     Object(usize),
 }
 
@@ -153,6 +153,7 @@ impl Key {
             Value::Function(builtin) => Key::Object(*builtin as usize),
             // No address is as high.
             Value::Namespace(id) => Key::Object(usize::MAX - id),
+            Value::Method(m) => Key::Object(Arc::as_ptr(m).addr()),
             Value::Tuple(t) => Key::Tuple(
                 t.items
                     .iter()
@@ -212,9 +213,9 @@ impl View {
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Range {
-    pub start: i64,
-    pub stop: i64,
-    pub step: i64,
+    pub start: i128,
+    pub stop: i128,
+    pub step: i128,
 }
 
 impl Range {
@@ -226,11 +227,12 @@ impl Range {
         if from >= to {
             0
         } else {
-            ((i128::from(to) - i128::from(from) - 1) / i128::from(by) + 1) as usize
+            let items = (to.saturating_sub(from) - 1) / by + 1;
+            usize::try_from(items).unwrap_or(usize::MAX)
         }
     }
     pub fn at(&self, i: usize) -> Value {
-        Value::Int(i128::from(self.start) + i as i128 * i128::from(self.step))
+        Value::Int(self.start + i as i128 * self.step)
     }
 }
 
@@ -239,6 +241,8 @@ impl Range {
 #[derive(Debug)]
 pub(super) struct Iter {
     pub type_name: &'static str,
+    /// Jinja2's function that makes such a generator; of another iterator nothing.
+    function: &'static str,
     source: Mutex<Source>,
     depth: u16,
 }
@@ -247,18 +251,12 @@ pub(super) struct Iter {
 const NOWHERE: &str = " at 0x7f0000000000";
 
 impl Iter {
-    /// As Python prints it: a generator by the function of Jinja2's that made it.
+    /// As Python prints it: a generator by the function that made it.
     fn shown(&self) -> String {
-        let kind = self.type_name;
-        if kind != "generator" {
-            return format!("<{kind} object{NOWHERE}>");
+        match self.function {
+            "" => format!("<{} object{NOWHERE}>", self.type_name),
+            function => format!("<generator object {function}{NOWHERE}>"),
         }
-        let source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
-        let name = match &*source {
-            Source::Made(_, job) => job.function(),
-            _ => "do_items",
-        };
-        format!("<generator object {name}{NOWHERE}>")
     }
 
     /// Take what makes the items out, to use it; who comes meanwhile finds nothing.
@@ -512,10 +510,22 @@ impl Value {
         Value::seq(items, budget).map(Value::Tuple)
     }
     pub fn iter(type_name: &'static str, items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
+        Self::walked((type_name, ""), items, budget)
+    }
+    /// What Jinja2's `function` gives.
+    pub fn generator(function: &'static str, items: Vec<Value>, budget: &mut Budget) -> Res<Value> {
+        Self::walked(("generator", function), items, budget)
+    }
+    fn walked(
+        (type_name, function): (&'static str, &'static str),
+        items: Vec<Value>,
+        budget: &mut Budget,
+    ) -> Res<Value> {
         budget.bytes(items.len() * size_of::<Value>())?;
         let depth = depth_of(items.iter())?;
         Ok(Value::Iter(Arc::new(Iter {
             type_name,
+            function,
             source: Mutex::new(Source::Items(items.into_iter())),
             depth,
         })))
@@ -526,6 +536,7 @@ impl Value {
         let depth = depth_of(std::iter::once(of).chain(job.values()))?;
         Ok(Value::Iter(Arc::new(Iter {
             type_name: "generator",
+            function: job.function(),
             source: Mutex::new(Source::Made(Box::new(source), Arc::new(job))),
             depth,
         })))
@@ -534,6 +545,7 @@ impl Value {
     pub fn failing(message: impl Into<String>) -> Value {
         Value::Iter(Arc::new(Iter {
             type_name: "generator",
+            function: "sync_do_map",
             source: Mutex::new(Source::Failing(message.into())),
             depth: 0,
         }))

@@ -221,7 +221,7 @@ pub(in super::super) fn work(run: &mut Run<'_>, job: &Job, item: Value) -> Res<O
 fn lazily(run: &mut Run<'_>, value: &Value, job: Res<Job>) -> Res<Value> {
     // As in Jinja2, nothing falsy is walked over, None included.
     if !value.truth() {
-        return Value::iter("generator", Vec::new(), &mut run.budget);
+        return Value::generator("sync_do_map", Vec::new(), &mut run.budget);
     }
     match job.and_then(|job| Ok((run.source(value)?, job))) {
         Ok((source, job)) => Value::making(source, value, job, &mut run.budget),
@@ -309,7 +309,11 @@ fn batch(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<Va
         .into_iter()
         .map(|g| Value::list(g, &mut run.budget))
         .collect::<Res<Vec<_>>>()?;
-    Value::iter("generator", lists, &mut run.budget)
+    let function = match name {
+        "batch" => "do_batch",
+        _ => "sync_do_slice",
+    };
+    Value::generator(function, lists, &mut run.budget)
 }
 
 /// What sorting compares: the value, strings in lower case unless case matters.
@@ -397,7 +401,7 @@ fn ordered(run: &mut Run<'_>, name: &str, value: &Value, args: CallArgs) -> Res<
                     kept.push(item);
                 }
             }
-            Value::iter("generator", kept, budget)
+            Value::generator("do_unique", kept, budget)
         }
         _ => {
             let wanted = if name == "min" {
