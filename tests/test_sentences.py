@@ -11,6 +11,7 @@ import pytest
 import tiny_embedders
 
 from hfcore import (
+    Engine,
     HuggingFaceEmbeddings,
     InvalidRequestError,
     ModelFileError,
@@ -162,6 +163,13 @@ def test_no_familys_vectors_depend_on_their_company(family: str, tmp_path: Path)
     together = encoder.encode(many)
     for i in (0, 25, 70, 99):
         assert np.array_equal(encoder.encode([many[i]])[0], together[i])
+
+
+def test_a_model_that_sees_both_ways_makes_vectors_alone(tmp_path: Path) -> None:
+    folder = tiny_embedders.write(tmp_path, "gemma3_text")
+    assert SentenceEncoder(folder).encode(["a"]).shape == (1, tiny_embedders.DENSE)
+    with pytest.raises(UnsupportedModelError, match=r"bidirectional.*SentenceEncoder"):
+        Engine(folder)
 
 
 def test_poolings_stand_side_by_side(other: Path) -> None:
