@@ -498,41 +498,48 @@ impl<'a, D: Device> Loader<'a, D> {
     }
 
     /// The same of one matrix with the rows of a head's key and value after those of the head before: from latents. A
-    /// query goes the other way.
+    /// query goes the other way, so keys are turned: what is quantised through floats, which become Q8_0 on devices that
+    /// pack.
     fn split_heads(
         &mut self,
         at: Option<usize>,
         latent: &LatentArch,
     ) -> Result<(Vec<D::Matrix>, Vec<D::Matrix>)> {
-        let (rank, each) = (latent.rank, latent.plain + latent.value);
-        let rows = self.arch.heads * each;
-        let name = "attn_kv_b.weight";
-        let stored = self.weights.tensor(&self.arch.tensor_name(at, name));
-        let kept = stored.filter(|tensor| tensor.tensor_type.block_len() == 1);
-        // What is quantised cannot be turned.
-        let (floats, shape) = (
-            match kept {
-                Some(_) => Vec::new(),
-                None => bytes(&self.numbers(at, name, rows, rank)?),
-            },
-            [rows, rank],
-        );
-        let tensor = match kept {
-            Some(_) => self.tensor(at, name, rows, rank)?,
-            None => Tensor::of(TensorType::F32, &shape, &floats),
+        let (rank, plain, each) = (latent.rank, latent.plain, latent.plain + latent.value);
+        let (rows, name) = (self.arch.heads * each, "attn_kv_b.weight");
+        let full = self.arch.tensor_name(at, name);
+        let stored = match self.weights.quantised.contains_key(&full) {
+            true => None,
+            false => Some(self.tensor(at, name, rows, rank)?),
         };
-        let turned = match kept {
-            Some(tensor) => self.target(at, "attn_k_b.weight", &tensor, &[rank, latent.plain]),
-            None => None,
+        let exact = stored.filter(|tensor| tensor.tensor_type.block_len() == 1);
+        let floats = match exact {
+            Some(_) => Vec::new(),
+            None => bytes(&self.numbers(at, name, rows, rank)?),
         };
+        let shape = [rows, rank];
+        let packs = self.device.packing().is_some();
+        let small = |cols: usize| {
+            (packs && cols.is_multiple_of(TensorType::Q8_0.block_len())).then_some(Target {
+                tensor_type: TensorType::Q8_0,
+                nested: false,
+            })
+        };
+        let numbers = Tensor::of(TensorType::F32, &shape, &floats).aimed(small(rank));
+        let turned = match &exact {
+            Some(tensor) => self.target(at, "attn_k_b.weight", tensor, &[rank, plain]),
+            None => small(plain),
+        };
+        let (of_keys, of_values) = (exact.unwrap_or(numbers), stored.unwrap_or(numbers));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for head in 0..self.arch.heads {
-            let key = tensor.slice(head * each, latent.plain).aimed(turned);
+        for first in (0..rows).step_by(each) {
+            let key = of_keys.slice(first, plain).aimed(turned);
             keys.push(self.transposed(&[key], 1, None)?);
-            let value = tensor.slice(head * each + latent.plain, latent.value);
+            let value = of_values.slice(first + plain, latent.value);
+            let value = value.aimed(of_values.target);
             values.push(self.device.matrix(&[value], None)?);
         }
-        if let Some(tensor) = kept {
+        if let Some(tensor) = stored {
             tensor.forget(0..tensor.data.len());
         }
         Ok((keys, values))
