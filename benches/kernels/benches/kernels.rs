@@ -151,6 +151,7 @@ fn attention_of(c: &mut Criterion, kind: KvType, heads: usize, kv_heads: usize, 
                 cache.store(isa, &pool, &whole, &pages, &all, width, keys);
             }
             let input = AttentionInput {
+                distances: None,
                 spans: &[span(start, rows)],
                 pages: &pages,
                 q: &all[..rows * width],

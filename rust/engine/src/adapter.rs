@@ -130,6 +130,13 @@ impl Source {
                 "families whose matrices are [outputs, inputs]",
             ));
         }
+        if arch.latent.is_some() || arch.layers.iter().any(|layer| layer.convolution) {
+            return Err(unsupported(
+                "adapter of a family",
+                arch.family,
+                "families whose layers are all attention by queries, keys and values",
+            ));
+        }
         let config = Config::read(&weights)?;
         let mut places = HashMap::new();
         for layer in 0..arch.layers.len() {

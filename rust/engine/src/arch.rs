@@ -62,8 +62,18 @@ struct Family {
     local_rope: Option<Option<f32>>,
     /// Models with so many layers scale scores by hidden size / heads, which GGUF files do not say (gemma 27B).
     wide_queries: Option<usize>,
-    /// Feed-forwards of which a router chooses some; their shares are made to add up to one.
-    experts: Option<bool>,
+    /// Feed-forwards of which a router chooses some.
+    experts: Option<Routing>,
+    /// Attention reads latents, one for all heads (deepseek).
+    latent: bool,
+    /// Layers may be short convolutions (lfm2).
+    convolution: bool,
+    /// Norms have no weights (olmo).
+    plain_norms: bool,
+    /// Norms of queries and keys come after the rotation (hunyuan).
+    qk_norm_last: bool,
+    /// Base of the rope, where the file does not say.
+    theta: f32,
     /// Each head has a score that takes weight and gives nothing (gpt-oss).
     sinks: bool,
     /// Where YaRN begins and ends is rounded, which GGUF files do not say.
@@ -74,6 +84,36 @@ struct Family {
     /// transformers' tensor names, by GGUF's, where they are not llama's: see `HF_NAMES`.
     hf_names: &'static [(&'static str, &'static str)],
 }
+
+/// How a router chooses experts, where files do not say.
+#[derive(Clone, Copy)]
+struct Routing {
+    /// The chosen ones' shares are made to add up to one.
+    normalised: bool,
+    /// Scores are each expert's own, not one distribution.
+    sigmoid: bool,
+    /// Experts are as wide as plain feed-forwards, whatever else the file names.
+    plain_width: bool,
+    /// One more expert always runs.
+    shared: bool,
+}
+
+const ROUTED: Routing = Routing {
+    normalised: false,
+    sigmoid: false,
+    plain_width: false,
+    shared: false,
+};
+
+const NORMALISED: Routing = Routing {
+    normalised: true,
+    ..ROUTED
+};
+
+const SIGMOID: Routing = Routing {
+    sigmoid: true,
+    ..NORMALISED
+};
 
 /// Most families differ from llama in a field or two.
 const LLAMA: Family = Family {
@@ -107,6 +147,11 @@ const LLAMA: Family = Family {
     local_rope: None,
     wide_queries: None,
     experts: None,
+    latent: false,
+    convolution: false,
+    plain_norms: false,
+    qk_norm_last: false,
+    theta: 10000.0,
     sinks: false,
     rounded_yarn: true,
     tied: false,
@@ -145,7 +190,7 @@ const GRANITE: Family = Family {
 const GRANITE_MOE: Family = Family {
     gguf: Some("granitemoe"),
     hf: &["granitemoe", "granitemoeshared"],
-    experts: Some(true),
+    experts: Some(NORMALISED),
     hf_names: &[
         ("ffn_gate_inp", "block_sparse_moe.router.layer"),
         ("ffn_gate_up_exps", "block_sparse_moe.input_linear"),
@@ -217,6 +262,80 @@ const QWEN2: Family = Family {
     ..LLAMA
 };
 
+/// transformers' names of an expert that always runs.
+const SHARED_EXPERTS: &[(&str, &str)] = &[
+    ("ffn_gate_shexp", "mlp.shared_experts.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_experts.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_experts.down_proj"),
+];
+
+/// GGUF files of both versions say of themselves how their routers choose.
+const DEEPSEEK2: Family = Family {
+    gguf: Some("deepseek2"),
+    hf: &["deepseek_v2"],
+    hf_pairing: Pairing::Neighbours,
+    latent: true,
+    experts: Some(ROUTED),
+    hf_names: SHARED_EXPERTS,
+    ..LLAMA
+};
+
+const DEEPSEEK3: Family = Family {
+    gguf: None,
+    hf: &["deepseek_v3", "kimi_k2", "glm4_moe_lite"],
+    experts: Some(SIGMOID),
+    ..DEEPSEEK2
+};
+
+const ERNIE: Family = Family {
+    gguf: Some("ernie4_5"),
+    hf: &["ernie4_5", "helium"],
+    hf_pairing: Pairing::Neighbours,
+    ..LLAMA
+};
+
+const HUNYUAN: Family = Family {
+    gguf: Some("hunyuan-dense"),
+    hf: &["hunyuan_v1_dense"],
+    gguf_pairing: Pairing::Halves,
+    qk_norm: true,
+    qk_norm_last: true,
+    hf_names: &[
+        ("attn_q_norm", "self_attn.query_layernorm"),
+        ("attn_k_norm", "self_attn.key_layernorm"),
+    ],
+    ..LLAMA
+};
+
+const LFM2: Family = Family {
+    gguf: Some("lfm2"),
+    hf: &["lfm2"],
+    gguf_pairing: Pairing::Halves,
+    qk_norm: true,
+    convolution: true,
+    theta: 1e6,
+    tied: true,
+    hf_names: &[
+        ("output_norm", "model.embedding_norm"),
+        ("attn_norm", "operator_norm"),
+        ("attn_q_norm", "self_attn.q_layernorm"),
+        ("attn_k_norm", "self_attn.k_layernorm"),
+        ("attn_output", "self_attn.out_proj"),
+        ("ffn_norm", "ffn_norm"),
+        ("ffn_gate", "feed_forward.w1"),
+        ("ffn_up", "feed_forward.w3"),
+        ("ffn_down", "feed_forward.w2"),
+        ("ffn_gate_inp", "feed_forward.gate"),
+        ("exp_probs_b", "feed_forward.expert!"),
+        ("ffn_gate.#", "feed_forward.experts.#.w1"),
+        ("ffn_up.#", "feed_forward.experts.#.w3"),
+        ("ffn_down.#", "feed_forward.experts.#.w2"),
+        ("ffn_gate_up_exps", "feed_forward.experts.gate_up_proj!"),
+        ("ffn_down_exps", "feed_forward.experts.down_proj!"),
+    ],
+    ..LLAMA
+};
+
 const FAMILIES: &[Family] = &[
     LLAMA,
     QWEN2,
@@ -254,7 +373,7 @@ const FAMILIES: &[Family] = &[
     Family {
         gguf: None,
         hf: &["mixtral"],
-        experts: Some(true),
+        experts: Some(NORMALISED),
         hf_names: &[
             ("ffn_gate_inp", "block_sparse_moe.gate"),
             ("ffn_gate.#", "block_sparse_moe.experts.#.w1"),
@@ -268,20 +387,20 @@ const FAMILIES: &[Family] = &[
     Family {
         gguf: Some("qwen2moe"),
         hf: &["qwen2_moe"],
-        experts: Some(false),
+        experts: Some(ROUTED),
         ..QWEN2
     },
     Family {
         gguf: Some("qwen3moe"),
         hf: &["qwen3_moe"],
-        experts: Some(true),
+        experts: Some(NORMALISED),
         ..QWEN3
     },
     Family {
         gguf: Some("olmoe"),
         hf: &["olmoe"],
         qk_together: true,
-        experts: Some(false),
+        experts: Some(ROUTED),
         ..QWEN3
     },
     GRANITE,
@@ -382,11 +501,115 @@ const FAMILIES: &[Family] = &[
         hf_names: &[],
         ..GLM4
     },
+    ERNIE,
     Family {
-        gguf: Some("ernie4_5"),
-        hf: &["ernie4_5", "helium"],
-        hf_pairing: Pairing::Neighbours,
+        gguf: Some("ernie4_5-moe"),
+        hf: &["ernie4_5_moe"],
+        theta: 500_000.0,
+        experts: Some(NORMALISED),
+        tied: true,
+        hf_names: &[
+            ("exp_probs_b", "mlp.moe_statics.e_score_correction!"),
+            ("ffn_gate_shexp", "mlp.shared_experts.gate_proj"),
+            ("ffn_up_shexp", "mlp.shared_experts.up_proj"),
+            ("ffn_down_shexp", "mlp.shared_experts.down_proj"),
+        ],
+        ..ERNIE
+    },
+    DEEPSEEK2,
+    DEEPSEEK3,
+    Family {
+        hf: &["youtu"],
+        experts: None,
+        tied: true,
+        ..DEEPSEEK3
+    },
+    Family {
+        gguf: Some("glm4moe"),
+        hf: &["glm4_moe"],
+        gguf_pairing: Pairing::Halves,
+        partial_rotary: 0.5,
+        experts: Some(SIGMOID),
+        hf_names: SHARED_EXPERTS,
         ..LLAMA
+    },
+    Family {
+        gguf: Some("dots1"),
+        hf: &["dots1"],
+        experts: Some(Routing {
+            normalised: false,
+            ..SIGMOID
+        }),
+        hf_names: SHARED_EXPERTS,
+        ..QWEN3
+    },
+    Family {
+        gguf: Some("minimax-m2"),
+        hf: &["minimax_m2"],
+        qk_together: true,
+        theta: 5e6,
+        experts: Some(Routing {
+            plain_width: true,
+            ..SIGMOID
+        }),
+        hf_names: &[
+            ("ffn_gate_inp", "block_sparse_moe.gate"),
+            ("exp_probs_b", "block_sparse_moe.e_score_correction!"),
+            ("ffn_gate.#", "block_sparse_moe.experts.#.w1"),
+            ("ffn_up.#", "block_sparse_moe.experts.#.w3"),
+            ("ffn_down.#", "block_sparse_moe.experts.#.w2"),
+            ("ffn_gate_up_exps", "block_sparse_moe.experts.gate_up_proj!"),
+            ("ffn_down_exps", "block_sparse_moe.experts.down_proj!"),
+        ],
+        ..QWEN3
+    },
+    HUNYUAN,
+    Family {
+        gguf: Some("hunyuan-moe"),
+        hf: &["hunyuan_v1_moe"],
+        experts: Some(Routing {
+            plain_width: true,
+            shared: true,
+            ..NORMALISED
+        }),
+        hf_names: &[
+            ("attn_q_norm", "self_attn.query_layernorm"),
+            ("attn_k_norm", "self_attn.key_layernorm"),
+            ("ffn_gate_inp", "mlp.gate.wg"),
+            ("ffn_gate_shexp", "mlp.shared_mlp.gate_proj"),
+            ("ffn_up_shexp", "mlp.shared_mlp.up_proj"),
+            ("ffn_down_shexp", "mlp.shared_mlp.down_proj"),
+        ],
+        ..HUNYUAN
+    },
+    Family {
+        gguf: Some("apertus"),
+        hf: &["apertus"],
+        gguf_pairing: Pairing::Halves,
+        activation: XIELU,
+        gated: false,
+        qk_norm: true,
+        theta: 12e6,
+        hf_names: &[
+            ("attn_norm", "attention_layernorm"),
+            ("ffn_norm", "feedforward_layernorm"),
+            ("xielu.#", "mlp.act_fn.#!"),
+        ],
+        ..LLAMA
+    },
+    Family {
+        gguf: Some("olmo"),
+        hf: &["olmo"],
+        layer_norm: true,
+        plain_norms: true,
+        ..LLAMA
+    },
+    LFM2,
+    Family {
+        gguf: Some("lfm2moe"),
+        hf: &["lfm2_moe"],
+        experts: Some(SIGMOID),
+        ..LFM2
     },
     Family {
         gguf: Some("exaone4"),
@@ -405,7 +628,7 @@ const FAMILIES: &[Family] = &[
         activation: Activation::ClampedSwish,
         qkv_bias: true,
         window_interval: Some(2),
-        experts: Some(true),
+        experts: Some(NORMALISED),
         sinks: true,
         rounded_yarn: false,
         hf_names: &[("ffn_gate_inp", "mlp.router")],
@@ -427,6 +650,13 @@ const HF_NAMES: &[(&str, &str)] = &[
     ("attn_q_norm", "self_attn.q_norm"),
     ("attn_k_norm", "self_attn.k_norm"),
     ("attn_sinks", "self_attn.sinks!"),
+    ("attn_q_a", "self_attn.q_a_proj"),
+    ("attn_q_a_norm", "self_attn.q_a_layernorm"),
+    ("attn_q_b", "self_attn.q_b_proj"),
+    ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa"),
+    ("attn_kv_a_norm", "self_attn.kv_a_layernorm"),
+    ("attn_kv_b", "self_attn.kv_b_proj"),
+    ("shortconv.#", "conv.#"),
     ("post_attention_norm", "post_attention_layernorm"),
     ("ffn_norm", "post_attention_layernorm"),
     ("post_ffw_norm", "post_feedforward_layernorm"),
@@ -435,6 +665,7 @@ const HF_NAMES: &[(&str, &str)] = &[
     ("ffn_gate_up", "mlp.gate_up_proj"),
     ("ffn_down", "mlp.down_proj"),
     ("ffn_gate_inp", "mlp.gate"),
+    ("exp_probs_b", "mlp.gate.e_score_correction!"),
     ("ffn_gate.#", "mlp.experts.#.gate_proj"),
     ("ffn_up.#", "mlp.experts.#.up_proj"),
     ("ffn_down.#", "mlp.experts.#.down_proj"),
@@ -482,8 +713,39 @@ pub struct Growth {
     pub each: f32,
 }
 
-/// Feed-forwards of which a router chooses some for each token.
+/// xIELU before a layer's own numbers are read.
+const XIELU: Activation = Activation::Xielu {
+    positive: 0.8,
+    negative: 0.8,
+    beta: 0.5,
+};
+
+/// Attention over latents (MLA; DeepSeek-AI 2024, arXiv:2405.04434). The cache holds a latent and a rotated key for each
+/// position, which all heads share: `Arch::kv_heads` is 1, `Arch::head_dim` the size of both together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentArch {
+    /// Size of what queries are made of; none: they are made of the stream.
+    pub query_rank: Option<usize>,
+    /// Size of a latent.
+    pub rank: usize,
+    /// The part of a query or key that is not rotated, and the part that is.
+    pub plain: usize,
+    pub rotated: usize,
+    /// Size of a head's values.
+    pub value: usize,
+    /// Of the norms of what queries are made of, and of latents.
+    pub eps: f32,
+}
+
+/// Experts stand in groups of equal size, of which the best are looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Groups {
+    pub count: usize,
+    pub used: usize,
+}
+
+/// Feed-forwards of which a router chooses some for each token.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExpertArch {
     pub count: usize,
     /// How many run for a token.
@@ -493,6 +755,11 @@ pub struct ExpertArch {
     pub shared_size: Option<usize>,
     /// The chosen ones' shares are made to add up to one.
     pub normalised: bool,
+    /// Scores are each expert's own, by a sigmoid; else one distribution, by a softmax.
+    pub sigmoid: bool,
+    pub groups: Option<Groups>,
+    /// Multiplies the shares.
+    pub scale: f32,
 }
 
 /// One layer's own traits.
@@ -504,6 +771,8 @@ pub struct LayerArch {
     pub window: Option<usize>,
     /// Its feed-forward is one of `Arch::experts`.
     pub experts: bool,
+    /// It is a short convolution in place of attention.
+    pub convolution: bool,
 }
 
 /// Where tensor names come from.
@@ -554,6 +823,17 @@ pub struct Arch {
     pub qk_norm: bool,
     /// Norms of queries and keys see all heads of a row as one vector.
     pub qk_together: bool,
+    /// They come after the rotation.
+    pub qk_norm_last: bool,
+    /// Queries, keys and values are kept within this of zero.
+    pub qkv_limit: Option<f32>,
+    /// Norms have no weights.
+    pub plain_norms: bool,
+    pub latent: Option<LatentArch>,
+    /// How many positions the short convolutions of layers see.
+    pub convolution: Option<usize>,
+    /// Layers after the last one, for guessing tokens: the file's, not read.
+    pub guessing_layers: usize,
     /// Tokens' positions are a table.
     pub learned_positions: bool,
     /// Matrices are stored as `[inputs, outputs]`.
@@ -689,6 +969,7 @@ impl Arch {
             )));
         }
         self.check_experts(weights)?;
+        self.check_mixers(weights)?;
         let finite = [
             self.norm_eps,
             self.attention_scale,
@@ -707,6 +988,56 @@ impl Arch {
         self.sinks && self.names != Names::Gguf
     }
 
+    /// Whether a tensor is of a layer that is not read.
+    pub fn is_guessing(&self, tensor: &str) -> bool {
+        let first = match self.names {
+            Names::Gguf => "blk",
+            Names::Transformers { layers, .. } => layers,
+        };
+        let number = tensor
+            .strip_prefix(first)
+            .and_then(|rest| rest.strip_prefix('.'))
+            .and_then(|rest| rest.split('.').next())
+            .and_then(|number| number.parse::<usize>().ok());
+        let layers = self.layers.len();
+        number.is_some_and(|n| (layers..layers.saturating_add(self.guessing_layers)).contains(&n))
+    }
+
+    fn check_mixers(&self, weights: &Weights) -> Result<()> {
+        if let Some(latent) = &self.latent {
+            for (what, size) in [
+                ("the rank of queries", latent.query_rank.unwrap_or(1)),
+                ("the rank of latents", latent.rank),
+                ("the part of keys that is not rotated", latent.plain),
+                ("the part of keys that is rotated", latent.rotated),
+                ("the size of values", latent.value),
+            ] {
+                let limit = if what == "the rank of queries" {
+                    MAX_WIDTH
+                } else {
+                    4096
+                };
+                if !(1..=limit).contains(&size) {
+                    return Err(weights
+                        .problem(format!("{what} must be between 1 and {limit}, got {size}")));
+                }
+            }
+        }
+        if !self.layers.iter().any(|layer| layer.convolution) {
+            return Ok(());
+        }
+        match self.convolution {
+            Some(2..=64) if self.hidden_size.is_multiple_of(2) => Ok(()),
+            Some(2..=64) => Err(weights.problem(format!(
+                "the hidden size of short convolutions must be even, got {}",
+                self.hidden_size
+            ))),
+            got => Err(weights.problem(format!(
+                "short convolutions see 2 to 64 positions, got {got:?}"
+            ))),
+        }
+    }
+
     fn check_experts(&self, weights: &Weights) -> Result<()> {
         let Some(experts) = &self.experts else {
             return Ok(());
@@ -719,6 +1050,21 @@ impl Arch {
             return Err(weights.problem(format!(
                 "{used} of {count} experts for each token, wanted 1 to all of at most 4096"
             )));
+        }
+        if let Some(groups) = &experts.groups {
+            let (of, used) = (groups.count, groups.used);
+            let even = of > 0 && count.is_multiple_of(of) && (1..=of).contains(&used);
+            // A group's score is the sum of its best two.
+            let alone = even && experts.sigmoid && count / of < 2;
+            if !even || alone || count / of * used < experts.used {
+                return Err(weights.problem(format!(
+                    "{} of {count} experts for each token cannot stand in {used} of {of} groups",
+                    experts.used
+                )));
+            }
+        }
+        if !experts.scale.is_finite() {
+            return Err(weights.problem("the scale of experts must be finite"));
         }
         for width in [Some(experts.intermediate_size), experts.shared_size] {
             if let Some(width) = width.filter(|w| !(1..=MAX_WIDTH).contains(w)) {
@@ -775,18 +1121,21 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
         None => 0,
     };
     let value_dim = size("attention.value_length")?.unwrap_or(head_dim);
-    if value_dim != head_dim {
+    if value_dim != head_dim && !family.latent {
         return Err(w.problem(format!(
             "keys of {head_dim} and values of {value_dim} numbers per head"
         )));
     }
-    let layers = need("block_count")?.min(MAX_LAYERS + 1);
+    let guessing_layers = size("nextn_predict_layers")?.unwrap_or(0);
+    let layers = need("block_count")?.saturating_sub(guessing_layers);
+    let layers = layers.min(MAX_LAYERS + 1);
+    let kv_heads = gguf_kv_heads(w, &key("attention.head_count_kv"), heads)?;
     let context_size = need("context_length")?;
     let scaling = gguf_scaling(w, name)?;
     let dim = size("rope.dimension_count")?
         .unwrap_or(head_dim)
         .min(2 * MAX_WIDTH);
-    let base = w.get_f32(&key("rope.freq_base"))?.unwrap_or(10000.0);
+    let base = w.get_f32(&key("rope.freq_base"))?.unwrap_or(family.theta);
     let mut global = Rope::new(base_frequencies(base, dim));
     gguf_scale(w, family, &scaling, base, &mut global)?;
     let mut ropes = vec![global];
@@ -803,14 +1152,28 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
         Some(n) => n,
         None => w.require("token_embd.weight")?.rows(),
     };
-    let experts = gguf_experts(w, family, name)?;
+    let experts = gguf_experts(w, family, name, layers)?;
     let dense_layers = size("leading_dense_block_count")?.unwrap_or(0);
     let windows = gguf_windows(w, family, name)?;
     let logit_scale = w.get_f32(&key("logit_scale"))?.filter(|&x| x != 0.0);
     let parallel = w.get_bool(&key("use_parallel_residual"))?.unwrap_or(false);
+    let interval = size("interleave_moe_layer_step")?.unwrap_or(1).max(1);
     let layer = |i: usize| LayerArch {
-        experts: experts.is_some() && i >= dense_layers,
+        experts: experts.is_some() && i >= dense_layers && (i + 1).is_multiple_of(interval),
+        convolution: family.convolution && kv_heads.get(i) == Some(&0),
         ..windows.layer(family, i)
+    };
+    let latent = gguf_latent(w, family, name, dim, norm_eps)?;
+    let scale = match (
+        w.get_f32(&key("attention.scale"))?.filter(|&x| x > 0.0),
+        &latent,
+    ) {
+        (Some(scale), _) => scale,
+        (None, Some(latent)) => {
+            let length = (latent.plain + latent.rotated) as f32;
+            scaling.growth().powi(2) / length.sqrt()
+        }
+        (None, None) => gguf_attention_scale(family, layers, hidden_size, heads, head_dim),
     };
     let mut arch = Arch {
         vocab_size,
@@ -820,21 +1183,25 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
             None => need("feed_forward_length")?,
         },
         heads,
-        kv_heads: size("attention.head_count_kv")?.unwrap_or(heads),
-        head_dim,
+        kv_heads: match latent {
+            Some(_) => 1,
+            None => kv_heads.iter().copied().max().unwrap_or(heads),
+        },
+        head_dim: latent.map_or(head_dim, |l| l.rank.saturating_add(l.rotated)),
         context_size,
         norm_eps,
         norm_offset: 0.0,
+        qkv_limit: w.get_f32(&key("attention.clamp_kqv"))?.filter(|&x| x > 0.0),
+        latent,
+        convolution: size("shortconv.l_cache")?,
+        guessing_layers,
         embedding_scale: w.get_f32(&key("embedding_scale"))?.unwrap_or(1.0),
         residual_scale: w.get_f32(&key("residual_scale"))?.unwrap_or(1.0),
         logit_scale: match (logit_scale, family.divided_logits) {
             (Some(by), true) => 1.0 / by,
             (by, _) => by.unwrap_or(1.0),
         },
-        attention_scale: match w.get_f32(&key("attention.scale"))?.filter(|&x| x > 0.0) {
-            Some(scale) => scale,
-            None => gguf_attention_scale(family, layers, hidden_size, heads, head_dim),
-        },
+        attention_scale: scale,
         attention_softcap: w
             .get_f32(&key("attn_logit_softcapping"))?
             .filter(|&x| x > 0.0),
@@ -861,13 +1228,77 @@ fn from_gguf(w: &Weights) -> Result<Arch> {
     Ok(arch)
 }
 
-fn gguf_experts(w: &Weights, family: &Family, name: &str) -> Result<Option<ExpertArch>> {
-    let size = |k: &str| w.get_usize(&format!("{name}.{k}"));
+/// Heads of keys and values: of all layers, or of each, where 0 means that it has no attention.
+fn gguf_kv_heads(w: &Weights, key: &str, heads: usize) -> Result<Vec<usize>> {
+    let Some(Value::Ints(_)) = w.metadata.get(key) else {
+        return Ok(vec![w.get_usize(key)?.unwrap_or(heads)]);
+    };
+    let all = w.get_ints(key)?.unwrap_or_default();
+    let all: Vec<_> = all
+        .iter()
+        .map(|&n| usize::try_from(n).unwrap_or(usize::MAX))
+        .collect();
+    let mut with = all.iter().filter(|&&n| n > 0);
+    let first = with.next();
+    match with.find(|n| Some(*n) != first) {
+        None => Ok(all),
+        Some(other) => Err(w.problem(format!(
+            "layers with {} and with {other} key and value heads",
+            first.copied().unwrap_or_default()
+        ))),
+    }
+}
+
+fn gguf_latent(
+    w: &Weights,
+    family: &Family,
+    name: &str,
+    rotated: usize,
+    eps: f32,
+) -> Result<Option<LatentArch>> {
+    if !family.latent {
+        return Ok(None);
+    }
+    let size = |k: &str| w.get_usize(&format!("{name}.attention.{k}"));
+    // Files whose cache is made for latents say their sizes first, the model's beside them.
+    let either = |a: &str, b: &str| match size(a)? {
+        Some(n) => Ok(n),
+        None => size(b)?.ok_or_else(|| w.missing_key(&format!("{name}.attention.{b}"))),
+    };
+    let key = either("key_length_mla", "key_length")?;
+    Ok(Some(LatentArch {
+        query_rank: size("q_lora_rank")?.filter(|&n| n > 0),
+        rank: either("kv_lora_rank", "kv_lora_rank")?,
+        plain: key.saturating_sub(rotated),
+        rotated,
+        value: either("value_length_mla", "value_length")?,
+        eps,
+    }))
+}
+
+fn gguf_experts(
+    w: &Weights,
+    family: &Family,
+    name: &str,
+    layers: usize,
+) -> Result<Option<ExpertArch>> {
+    let key = |k: &str| format!("{name}.{k}");
+    let size = |k: &str| w.get_usize(&key(k));
     let Some(count) = size("expert_count")?.filter(|&n| n > 0) else {
         return Ok(None);
     };
-    let need = |k: &str| size(k)?.ok_or_else(|| w.missing_key(&format!("{name}.{k}")));
-    let normalised = w.get_bool(&format!("{name}.expert_weights_norm"))?;
+    let need = |k: &str| size(k)?.ok_or_else(|| w.missing_key(&key(k)));
+    let routing = family.experts.unwrap_or(NORMALISED);
+    // Converters have written other sizes of shared experts than theirs.
+    let shared = |i: usize| w.tensor(&format!("blk.{i}.ffn_up_shexp.weight"));
+    let shared = (0..layers).find_map(shared).map(|t| t.rows());
+    let groups = match (
+        size("expert_group_count")?,
+        size("expert_group_used_count")?,
+    ) {
+        (Some(count), Some(used)) if count > 1 => Some(Groups { count, used }),
+        _ => None,
+    };
     Ok(Some(ExpertArch {
         count,
         used: need("expert_used_count")?,
@@ -875,8 +1306,28 @@ fn gguf_experts(w: &Weights, family: &Family, name: &str) -> Result<Option<Exper
             Some(n) => n,
             None => need("feed_forward_length")?,
         },
-        shared_size: size("expert_shared_feed_forward_length")?.filter(|&n| n > 0),
-        normalised: normalised.or(family.experts).unwrap_or(true),
+        shared_size: match shared {
+            Some(rows) => Some(rows),
+            None => size("expert_shared_feed_forward_length")?.filter(|&n| n > 0),
+        },
+        normalised: w
+            .get_bool(&key("expert_weights_norm"))?
+            .unwrap_or(routing.normalised),
+        sigmoid: match size("expert_gating_func")? {
+            None | Some(0) => routing.sigmoid,
+            Some(1) => false,
+            Some(2) => true,
+            Some(other) => {
+                return Err(w.problem(format!(
+                    "experts are chosen by function 1 (softmax) or 2 (sigmoid), got {other}"
+                )));
+            }
+        },
+        groups,
+        scale: w
+            .get_f32(&key("expert_weights_scale"))?
+            .filter(|&x| x != 0.0)
+            .unwrap_or(1.0),
     }))
 }
 
@@ -923,6 +1374,7 @@ impl Windows {
             rope: (!nope).then_some(local),
             window,
             experts: false,
+            convolution: false,
         }
     }
 }
@@ -959,6 +1411,12 @@ impl Family {
             qkv_bias: self.qkv_bias,
             qk_norm: self.qk_norm,
             qk_together: self.qk_together,
+            qk_norm_last: self.qk_norm_last,
+            qkv_limit: None,
+            plain_norms: self.plain_norms,
+            latent: None,
+            convolution: None,
+            guessing_layers: 0,
             learned_positions: self.learned_positions,
             transposed: self.hf_transposed,
             sinks: self.sinks,
@@ -995,6 +1453,18 @@ struct GgufScaling {
     factor: f32,
     attention_factor: Option<f32>,
     original_context: Option<usize>,
+    /// Of what scores grow by with the logarithm of the factor: then the angles' own factor is 1 (deepseek).
+    log_multiplier: Option<f32>,
+}
+
+impl GgufScaling {
+    /// What queries and keys are multiplied by.
+    fn growth(&self) -> f32 {
+        match self.log_multiplier.filter(|_| self.factor > 1.0) {
+            Some(by) => 1.0 + by * self.factor.ln(),
+            None => 1.0,
+        }
+    }
 }
 
 fn gguf_scaling(w: &Weights, name: &str) -> Result<GgufScaling> {
@@ -1004,6 +1474,7 @@ fn gguf_scaling(w: &Weights, name: &str) -> Result<GgufScaling> {
         factor: w.get_f32(&key("factor"))?.unwrap_or(1.0),
         attention_factor: w.get_f32(&key("attn_factor"))?,
         original_context: w.get_usize(&key("original_context_length"))?,
+        log_multiplier: w.get_f32(&key("yarn_log_multiplier"))?,
     })
 }
 
@@ -1069,7 +1540,10 @@ fn gguf_scale(
             };
             yarn.scale(base, &mut rope.frequencies);
             let own = scaling.attention_factor.unwrap_or(1.0);
-            rope.factor = own * yarn_factor(scaling.factor, 1.0);
+            rope.factor = match scaling.log_multiplier {
+                Some(_) => own,
+                None => own * yarn_factor(scaling.factor, 1.0),
+            };
         }
         // Without its factor tensors there is nothing to scale by.
         "longrope" => {}
@@ -1116,7 +1590,12 @@ impl Config<'_> {
         let Some(v) = self.get(key) else {
             return Ok(None);
         };
-        let n = v
+        // A list of a number for each layer, where they are all the same.
+        let one = match v.as_array().map(Vec::as_slice) {
+            Some([first, rest @ ..]) if rest.iter().all(|x| x == first) => first,
+            _ => v,
+        };
+        let n = one
             .as_u64()
             .ok_or_else(|| self.wrong(key, "a whole number", v))?;
         Ok(Some(usize::try_from(n).unwrap_or(usize::MAX)))
@@ -1198,14 +1677,17 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
         .ok_or_else(|| unknown("architecture", name, known()))?;
     let hidden_size = c.need_either(&["hidden_size", "n_embd"])?;
     let heads = c.need_either(&["num_attention_heads", "n_head"])?;
-    let head_dim = match c.size("head_dim")? {
-        Some(n) => n,
-        None if heads > 0 => hidden_size / heads,
-        None => 0,
+    let latent = config_latent(&c, family)?;
+    let head_dim = match (latent, c.size("head_dim")?) {
+        (Some(latent), _) => latent.rotated,
+        (None, Some(n)) => n,
+        (None, None) if heads > 0 => hidden_size / heads,
+        (None, None) => 0,
     };
     let layers = c.need_either(&["num_hidden_layers", "n_layer"])?;
     let context_size = c.need_either(&["max_position_embeddings", "n_positions"])?;
-    let scalar = c.float("query_pre_attn_scalar")?.unwrap_or(head_dim as f32);
+    let length = latent.map_or(head_dim, |l| l.plain.saturating_add(l.rotated));
+    let scalar = c.float("query_pre_attn_scalar")?.unwrap_or(length as f32);
     let (ropes, original_context) =
         config_ropes(&c, family, head_dim.min(MAX_WIDTH), context_size)?;
     let names = |bare| Names::Transformers {
@@ -1216,15 +1698,20 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
     let mut arch = Arch {
         vocab_size: c.need("vocab_size")?,
         hidden_size,
-        intermediate_size: match c.either(&["intermediate_size", "n_inner"])? {
-            None if family.hf_transposed => hidden_size.saturating_mul(4),
-            Some(n) => n,
-            None => c.need("intermediate_size")?,
-        },
+        intermediate_size: config_width(&c, family, hidden_size)?,
         heads,
-        kv_heads: c.size("num_key_value_heads")?.unwrap_or(heads),
-        head_dim,
+        kv_heads: match latent {
+            Some(_) => 1,
+            None => c.size("num_key_value_heads")?.unwrap_or(heads),
+        },
+        head_dim: latent.map_or(head_dim, |l| l.rank.saturating_add(l.rotated)),
         context_size,
+        qkv_limit: c.float("clip_qkv")?.filter(|&x| x > 0.0),
+        latent,
+        convolution: c.size("conv_L_cache")?,
+        guessing_layers: c
+            .either(&["num_nextn_predict_layers", "num_mtp_layers"])?
+            .unwrap_or(0),
         norm_eps: config_eps(&c, family)?,
         activation: config_activation(&c, family)?,
         embedding_scale: match family.scaled_embedding {
@@ -1236,12 +1723,15 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
             / c.float("logits_scaling")?.unwrap_or(1.0),
         attention_scale: match c.float("attention_multiplier")? {
             Some(scale) => scale,
-            None => 1.0 / scalar.sqrt(),
+            None => config_growth(&c, &latent)?.powi(2) / scalar.sqrt(),
         },
         attention_softcap: c.float("attn_logit_softcapping")?,
         logit_softcap: c.float("final_logit_softcapping")?,
         experts: config_experts(&c, family)?,
-        tied: c.bool("tie_word_embeddings")?.unwrap_or(family.tied),
+        tied: match c.bool("tie_embedding")? {
+            Some(tied) => tied,
+            None => c.bool("tie_word_embeddings")?.unwrap_or(family.tied),
+        },
         ropes,
         layers: (0..layers.min(MAX_LAYERS + 1))
             .map(|i| config_layer(&c, family, i))
@@ -1254,6 +1744,9 @@ fn from_config(weights: &Weights, json: &Json) -> Result<Arch> {
     arch.qkv_bias |= c.bool("attention_bias")?.unwrap_or(false);
     for key in ["use_qk_norm", "qk_layernorm"] {
         arch.qk_norm |= c.bool(key)?.unwrap_or(false);
+    }
+    if latent.is_some() && c.bool("rope_interleave")? == Some(false) {
+        arch.pairing = Pairing::Halves;
     }
     if c.bool("use_parallel_residual")?.unwrap_or(false) {
         arch.block = Block::Parallel;
@@ -1288,32 +1781,124 @@ fn config_eps(c: &Config, family: &Family) -> Result<f32> {
     Ok(if family.layer_norm { 1e-5 } else { 1e-6 })
 }
 
-fn config_experts(c: &Config, family: &Family) -> Result<Option<ExpertArch>> {
-    let Some(normalised) = family.experts else {
+fn config_latent(c: &Config, family: &Family) -> Result<Option<LatentArch>> {
+    if !family.latent {
         return Ok(None);
+    }
+    Ok(Some(LatentArch {
+        query_rank: c.size("q_lora_rank")?,
+        rank: c.need("kv_lora_rank")?,
+        plain: c.need("qk_nope_head_dim")?,
+        rotated: c.need("qk_rope_head_dim")?,
+        value: c.need("v_head_dim")?,
+        // Whatever the model's other norms have.
+        eps: 1e-6,
+    }))
+}
+
+/// What queries and keys of latents are multiplied by, where the rope is scaled.
+fn config_growth(c: &Config, latent: &Option<LatentArch>) -> Result<f32> {
+    let scaling = c.get("rope_parameters").or_else(|| c.get("rope_scaling"));
+    let Some(scaling) = scaling.filter(|_| latent.is_some()) else {
+        return Ok(1.0);
+    };
+    let s = c.of(scaling);
+    let kind = s.str("rope_type").or_else(|| s.str("type"));
+    let all = s.float("mscale_all_dim")?.filter(|x| *x != 0.0);
+    match (kind, all, s.float("factor")?) {
+        (None | Some("default"), ..) | (_, None, _) | (.., None) => Ok(1.0),
+        (_, Some(all), Some(factor)) => Ok(yarn_factor(factor, all)),
+    }
+}
+
+/// How wide feed-forwards are.
+fn config_width(c: &Config, family: &Family, hidden_size: usize) -> Result<usize> {
+    let width = match c.either(&["block_ff_dim", "intermediate_size", "n_inner"])? {
+        None if family.hf_transposed => hidden_size.saturating_mul(4),
+        Some(n) => n,
+        None => c.need("intermediate_size")?,
+    };
+    let plain = family.experts.is_none();
+    let adjusted = c.bool("block_auto_adjust_ff_dim")?.unwrap_or(true);
+    if !(family.convolution && plain && adjusted) {
+        return Ok(width);
+    }
+    // lfm2: two thirds of it, times a factor, in whole multiples.
+    let width = width.min(MAX_WIDTH) * 2 / 3;
+    let by = c.float("block_ffn_dim_multiplier")?.unwrap_or(1.0);
+    let width = (f64::from(by) * width as f64) as usize;
+    let multiple = c.size("block_multiple_of")?.unwrap_or(256);
+    Ok(width.div_ceil(multiple.max(1)).saturating_mul(multiple))
+}
+
+fn config_experts(c: &Config, family: &Family) -> Result<Option<ExpertArch>> {
+    let Some(routing) = family.experts else {
+        return Ok(None);
+    };
+    let width = match routing.plain_width {
+        true => c.need("intermediate_size")?,
+        false => c.need_either(&["moe_intermediate_size", "intermediate_size"])?,
     };
     let shared = [
         "shared_expert_intermediate_size",
         "shared_intermediate_size",
     ];
+    let several = c.either(&["n_shared_experts", "moe_num_shared_experts"])?;
+    let several = several.map(|n| n.saturating_mul(width));
+    let one = routing.shared.then_some(width);
+    let grouped = routing.sigmoid || c.str("topk_method") == Some("group_limited_greedy");
+    let groups = c.size("n_group")?.filter(|&n| grouped && n > 1);
     Ok(Some(ExpertArch {
-        count: c.need_either(&["num_experts", "num_local_experts"])?,
-        used: c.need_either(&["num_experts_per_tok", "experts_per_token"])?,
-        intermediate_size: c.need_either(&["moe_intermediate_size", "intermediate_size"])?,
-        shared_size: c.either(&shared)?.filter(|&n| n > 0),
-        normalised: c.bool("norm_topk_prob")?.unwrap_or(normalised),
+        count: c.need_either(&[
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+            "moe_num_experts",
+        ])?,
+        used: c.need_either(&[
+            "num_experts_per_tok",
+            "experts_per_token",
+            "moe_topk",
+            "moe_k",
+        ])?,
+        intermediate_size: width,
+        shared_size: c.either(&shared)?.or(several).or(one).filter(|&n| n > 0),
+        normalised: c.bool("norm_topk_prob")?.unwrap_or(routing.normalised),
+        sigmoid: routing.sigmoid,
+        groups: match groups {
+            Some(count) => Some(Groups {
+                count,
+                used: c.size("topk_group")?.unwrap_or(count),
+            }),
+            None => None,
+        },
+        scale: c.float("routed_scaling_factor")?.unwrap_or(1.0),
     }))
 }
 
-/// Whether layer `i` has experts: all but those that are listed, or every n-th.
+/// Whether layer `i` has experts: all but the first ones, those that are listed, or every n-th.
 fn config_sparse(c: &Config, family: &Family, i: usize) -> Result<bool> {
     let dense = |l: &Json| {
         l.as_array()
             .is_some_and(|l| l.iter().any(|n| n.as_u64() == Some(i as u64)))
     };
-    let step = c.size("decoder_sparse_step")?.unwrap_or(1).max(1);
+    let types = c.get("mlp_layer_types").and_then(|l| l.get(i));
+    if let Some(kind) = types.and_then(Json::as_str) {
+        return Ok(family.experts.is_some() && kind == "sparse");
+    }
+    let steps = ["decoder_sparse_step", "moe_layer_interval"];
+    let step = c.either(&steps)?.unwrap_or(1).max(1);
+    let firsts = [
+        "first_k_dense_replace",
+        "num_dense_layers",
+        "moe_layer_start_index",
+    ];
+    let first = c.either(&firsts)?.unwrap_or(0);
+    // Minus one is the last layer, as none is.
+    let last = c.get("moe_layer_end_index").and_then(Json::as_u64);
+    let outside = i < first || last.is_some_and(|last| i as u64 > last);
     let listed = c.get("mlp_only_layers").is_some_and(dense);
-    Ok(family.experts.is_some() && !listed && (i + 1).is_multiple_of(step))
+    Ok(family.experts.is_some() && !listed && !outside && (i + 1).is_multiple_of(step))
 }
 
 fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
@@ -1335,10 +1920,19 @@ fn config_activation(c: &Config, family: &Family) -> Result<Activation> {
         Some("gelu" | "gelu_python") => Ok(Activation::Gelu),
         Some("relu") => Ok(Activation::Relu),
         Some("relu2") => Ok(Activation::ReluSquared),
+        Some("xielu") => Ok(XIELU),
         Some(other) => Err(unknown(
             "activation",
             other,
-            ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"].into_iter(),
+            [
+                "silu",
+                "gelu",
+                "gelu_pytorch_tanh",
+                "relu",
+                "relu2",
+                "xielu",
+            ]
+            .into_iter(),
         )),
     }
 }
@@ -1359,13 +1953,18 @@ fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
         .or(family.nope_interval)
         .filter(|&n| n > 0);
     let nope = nope.unwrap_or_else(|| interval.is_some_and(|n| (i + 1).is_multiple_of(n)));
-    let windowed = match c
-        .get("layer_types")
-        .and_then(|l| l.get(i))
-        .and_then(Json::as_str)
-    {
+    let kind = c.get("layer_types").and_then(|l| l.get(i));
+    let kind = kind.and_then(Json::as_str);
+    let attends = |l: &Json| {
+        l.as_array()
+            .is_some_and(|l| l.iter().any(|n| n.as_u64() == Some(i as u64)))
+    };
+    let unlisted = kind.is_none() && c.get("full_attn_idxs").is_some_and(|l| !attends(l));
+    let convolution = family.convolution && (kind == Some("conv") || unlisted);
+    let windowed = match kind {
         Some("sliding_attention") => true,
         Some("full_attention") => false,
+        Some("conv") if convolution => false,
         Some(other) => {
             return Err(unknown(
                 "layer type",
@@ -1382,6 +1981,7 @@ fn config_layer(c: &Config, family: &Family, i: usize) -> Result<LayerArch> {
         rope: (!nope).then_some(rope),
         window: window.filter(|_| windowed),
         experts: config_sparse(c, family, i)?,
+        convolution,
     })
 }
 
@@ -1393,7 +1993,7 @@ fn older_window(c: &Config, family: &Family, i: usize) -> Result<bool> {
     }
     match c.bool("use_sliding_window")? {
         Some(used) => Ok(used && i >= c.size("max_window_layers")?.unwrap_or(0)),
-        None => Ok(true),
+        None => Ok(i >= c.size("max_window_layers")?.unwrap_or(0)),
     }
 }
 
@@ -1424,9 +2024,15 @@ fn config_ropes(
         (Some(p), _) => p.as_f64().map(|p| p as f32),
         (None, p) => p,
     };
+    let partial = match (partial, c.size("rotary_dim")?) {
+        (None, Some(dim)) if head_dim > 0 => Some(dim as f32 / head_dim as f32),
+        (partial, _) => partial,
+    };
     let partial = partial.unwrap_or(family.partial_rotary).clamp(0.0, 1.0);
     let dim = (head_dim as f32 * partial) as usize;
-    let theta = base(full)?.or(c.float("rope_theta")?).unwrap_or(10000.0);
+    let theta = base(full)?
+        .or(c.float("rope_theta")?)
+        .unwrap_or(family.theta);
     let mut rope = Rope::new(base_frequencies(theta, dim));
     let mut original = None;
     if let Some(scaling) = scaling {
@@ -1471,6 +2077,14 @@ fn config_scale(
         .unwrap_or("default")
     {
         // Dynamic scaling begins beyond the context that the model was made for, where prompts end.
+        "dynamic" if s.float("alpha")?.is_some_and(|x| x > 0.0) => {
+            // hunyuan: by as much for all lengths.
+            let (alpha, dim) = (factor("alpha")?, 2 * rope.frequencies.len());
+            let power = dim as f64 / (dim as f64 - 2.0);
+            let base = f64::from(base) * f64::from(alpha).powf(power);
+            rope.frequencies = base_frequencies(base as f32, dim);
+            Ok(None)
+        }
         "default" | "dynamic" => Ok(None),
         "yarn" => config_yarn(s, context, base, rope).map(|()| None),
         "linear" => {

@@ -9,7 +9,7 @@ use hfcore_kernels::quant::dequantize;
 use crate::arch::Rope;
 use crate::batch::{Batch, PAGE, Span};
 use crate::conversion::Conversion;
-use crate::device::{Angles, AttentionLayer, AttentionShape, Device, HeadNorms, Norm};
+use crate::device::{Angles, AttentionLayer, AttentionShape, Convolution, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
 use crate::weights;
 
@@ -100,6 +100,13 @@ impl Buffer {
             Some(tensor) => Ok(tensor),
             None => candle_core::bail!("a buffer was read before it was written"),
         }
+    }
+
+    /// Keep these rows alone.
+    fn keep(&mut self, operation: &str, rows: &[u32]) -> Result<()> {
+        let chosen = |x: &Tensor| x.index_select(&Tensor::new(rows, x.device())?, 0);
+        let chosen = self.get().and_then(chosen);
+        self.set(operation, chosen)
     }
 
     /// Keep what an operation gave.
@@ -251,12 +258,49 @@ impl Device for Candle {
             .get()
             .and_then(|qkv| self.attend(spec, batch, qkv, cache));
         out.set("attention", attended)?;
-        if !outputs_only {
-            return Ok(());
+        match outputs_only {
+            true => out.keep("attention", &batch.outputs),
+            false => Ok(()),
         }
-        let chosen = |x: &Tensor| x.index_select(&Tensor::new(&*batch.outputs, x.device())?, 0);
-        let chosen = out.get().and_then(chosen);
-        out.set("attention", chosen)
+    }
+
+    fn convolve(
+        &mut self,
+        layer: usize,
+        spec: &Convolution<Tensor>,
+        batch: &Batch,
+        x: &Buffer,
+        cache: &mut Vec<KvLayer>,
+        outputs_only: bool,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let Some(cache) = cache.get(layer) else {
+            let layers = cache.len();
+            return Err(Error::Internal(format!(
+                "layer {layer} in a cache of {layers}"
+            )));
+        };
+        let convolved = x.get().and_then(|x| self.short(spec, batch, x, cache));
+        out.set("convolve", convolved)?;
+        match outputs_only {
+            true => out.keep("convolve", &batch.outputs),
+            false => Ok(()),
+        }
+    }
+
+    fn clamp(&mut self, x: &mut Buffer, limit: f32) -> Result<()> {
+        let clamped = x.get().and_then(|x| x.clamp(-limit, limit));
+        x.set("clamp", clamped)
+    }
+
+    fn columns(&mut self, x: &Buffer, from: usize, width: usize, out: &mut Buffer) -> Result<()> {
+        let chosen = |x: &Tensor| x.narrow(1, from, width)?.contiguous();
+        out.set("columns", x.get().and_then(chosen))
+    }
+
+    fn join(&mut self, parts: &[&Buffer], out: &mut Buffer) -> Result<()> {
+        let parts: candle_core::Result<Vec<_>> = parts.iter().map(|part| part.get()).collect();
+        out.set("join", parts.and_then(|parts| Tensor::cat(&parts, 1)))
     }
 
     fn add(&mut self, x: &mut Buffer, y: &Buffer, scale: f32) -> Result<()> {
@@ -306,6 +350,43 @@ impl Device for Candle {
 }
 
 impl Candle {
+    /// [`Device::convolve`], of all rows.
+    fn short(
+        &mut self,
+        spec: &Convolution<Tensor>,
+        batch: &Batch,
+        x: &Tensor,
+        cache: &KvLayer,
+    ) -> candle_core::Result<Tensor> {
+        let (width, back) = (spec.width, spec.positions - 1);
+        let part = |i: usize| x.narrow(1, i * width, width);
+        let inputs = (part(0)? * part(2)?)?;
+        let half = |i: usize| inputs.narrow(1, i * (width / 2), width / 2)?.unsqueeze(1);
+        cache.check(batch)?;
+        self.step.store(&half(0)?, &half(1)?, cache)?;
+        let weight = spec.weight.reshape((spec.positions, width))?;
+        let mut outputs = Vec::with_capacity(batch.spans.len());
+        for span in &batch.spans {
+            let from = span.start.saturating_sub(back);
+            let slots = Tensor::new(span_slots(batch, span, from)?, &self.device)?;
+            let seen = |of: &Tensor| of.index_select(&slots, 0);
+            let seen = Tensor::cat(&[seen(&cache.keys)?, seen(&cache.values)?], 1)?;
+            // Before the beginning there is nothing.
+            let missing = back - (span.start - from);
+            let seen = seen.pad_with_zeros(0, missing, 0)?;
+            let mut sum = match &spec.bias {
+                Some(bias) => bias.broadcast_as((span.rows, width))?.contiguous()?,
+                None => Tensor::zeros((span.rows, width), DType::F32, &self.device)?,
+            };
+            for i in 0..spec.positions {
+                let at = seen.narrow(0, i, span.rows)?;
+                sum = (sum + at.broadcast_mul(&weight.narrow(0, i, 1)?)?)?;
+            }
+            outputs.push(sum);
+        }
+        Tensor::cat(&outputs, 0)? * part(1)?
+    }
+
     /// Attention of one layer over `qkv`, `[rows, (heads + 2 * kv_heads) * head_dim]`; gives `[rows, heads * head_dim]`.
     fn attend(
         &mut self,
@@ -323,16 +404,21 @@ impl Candle {
         };
         let (mut q, mut k) = (part(0, heads)?, part(heads, kv_heads)?);
         let v = part(heads + kv_heads, kv_heads)?;
-        if let Some(norms) = &spec.norms {
+        if let Some(norms) = spec.norms.as_ref().filter(|norms| !norms.last) {
             q = norm_heads(&q, &norms.q, norms)?;
             k = norm_heads(&k, &norms.k, norms)?;
         }
         if let Some(turn) = spec.rope.and_then(|i| self.step.rotations.get(i)) {
             q = rotate(&q, spec.pairing, &turn.cos, &turn.sin)?;
             k = rotate(&k, spec.pairing, &turn.cos, &turn.sin)?;
-            if let Some(scale) = &turn.queries {
-                q = q.broadcast_mul(scale)?;
-            }
+        }
+        if let Some(norms) = spec.norms.as_ref().filter(|norms| norms.last) {
+            q = norm_heads(&q, &norms.q, norms)?;
+            k = norm_heads(&k, &norms.k, norms)?;
+        }
+        let turn = spec.rope.and_then(|i| self.step.rotations.get(i));
+        if let Some(scale) = turn.and_then(|turn| turn.queries.as_ref()) {
+            q = q.broadcast_mul(scale)?;
         }
         cache.check(batch)?;
         self.step.store(&k, &v, cache)?;
@@ -587,6 +673,16 @@ fn activate(activation: Activation, x: &Tensor) -> candle_core::Result<Tensor> {
             let x = x.minimum(SWISH_LIMIT)?;
             let e = (&x * f64::from(-SWISH_ALPHA))?.exp()?;
             x / (e + 1.0)?
+        }
+        Activation::Xielu {
+            positive,
+            negative,
+            beta,
+        } => {
+            let (above, below) = (x.relu()?, x.minimum(0f32)?);
+            let square = (above.sqr()? * f64::from(positive))?;
+            let curve = (((below.exp()? - 1.0)? - below)? * f64::from(negative))?;
+            (square + curve)? + (x * f64::from(beta))?
         }
     }
 }

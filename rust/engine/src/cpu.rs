@@ -10,9 +10,9 @@ use hfcore_kernels::simd::Isa;
 use hfcore_kernels::tile::{BLOCK, Tiles};
 
 use crate::arch::Rope;
-use crate::batch::{Batch, Span};
+use crate::batch::{Batch, PAGE, Span};
 use crate::conversion::Conversion;
-use crate::device::{Angles, AttentionLayer, AttentionShape, Device, Norm};
+use crate::device::{Angles, AttentionLayer, AttentionShape, Convolution, Device, Norm};
 use crate::error::Result;
 use crate::weights::Tensor;
 
@@ -26,6 +26,8 @@ pub struct Cpu {
     /// Queries of the rows whose outputs are wanted, and their spans.
     queries: Vec<f32>,
     output_spans: Vec<Span>,
+    /// What convolutions keep of a step's rows.
+    inputs: Vec<f32>,
     kv_type: KvType,
     split: bool,
     /// Where weights are packed into.
@@ -82,6 +84,7 @@ impl Cpu {
             plan: AttentionPlan::default(),
             queries: Vec::new(),
             output_spans: Vec::new(),
+            inputs: Vec::new(),
             kv_type: KvType::default(),
             split: false,
             arena: Arena::default(),
@@ -354,6 +357,7 @@ impl Device for Cpu {
                 eps: n.eps,
                 centred: n.centred,
                 together: n.together,
+                last: n.last,
             }),
             query_scale: angles.and_then(|a| a.queries.as_deref()),
             rotation: angles.map(|a| Rotation {
@@ -411,6 +415,97 @@ impl Device for Cpu {
             &input,
             out.shape(rows, keys),
         );
+        Ok(())
+    }
+
+    fn convolve(
+        &mut self,
+        layer: usize,
+        spec: &Convolution<Vec<f32>>,
+        batch: &Batch,
+        x: &Buffer,
+        cache: &mut Vec<KvLayer>,
+        outputs_only: bool,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let (width, back) = (spec.width, spec.positions - 1);
+        let inputs = &mut self.inputs;
+        inputs.resize(x.rows() * width, 0.0);
+        let rows = x.values.chunks_exact(x.width);
+        for (row, input) in rows.zip(inputs.chunks_exact_mut(width)) {
+            let gated = row[..width].iter().zip(&row[2 * width..]);
+            input
+                .iter_mut()
+                .zip(gated)
+                .for_each(|(i, (a, x))| *i = a * x);
+        }
+        let cache = &mut cache[layer];
+        let (spans, pages) = (&batch.spans, &batch.pages);
+        cache.store(self.isa, &self.pool, spans, pages, inputs, width, 0);
+        let rows = match outputs_only {
+            true => batch.outputs.len(),
+            false => x.rows(),
+        };
+        let (cache, inputs) = (&*cache, &*inputs);
+        let out = out.shape(rows, width);
+        self.pool.rows(out, width, |i, out| {
+            let row = if outputs_only {
+                batch.outputs[i] as usize
+            } else {
+                i
+            };
+            let span = &spans[spans.partition_point(|s| s.first_row + s.rows <= row)];
+            let at = span.start + row - span.first_row;
+            match &spec.bias {
+                Some(bias) => out.copy_from_slice(bias),
+                None => out.fill(0.0),
+            }
+            // What came before is what the cache has of it, also where it is of this step: how a prompt was cut shows
+            // in no bit.
+            for before in (1..=back.min(at)).rev() {
+                let page = pages[span.first_page + (at - before) / PAGE];
+                let by = &spec.weight[(back - before) * width..][..width];
+                cache.add_row(page as usize, (at - before) % PAGE, by, out);
+            }
+            let own = inputs[row * width..]
+                .iter()
+                .zip(&spec.weight[back * width..]);
+            let gate = &x.values[row * x.width + width..];
+            for ((out, (x, by)), gate) in out.iter_mut().zip(own).zip(gate) {
+                *out = (*out + by * x) * gate;
+            }
+        });
+        Ok(())
+    }
+
+    fn clamp(&mut self, x: &mut Buffer, limit: f32) -> Result<()> {
+        x.scales = None;
+        x.values
+            .iter_mut()
+            .for_each(|x| *x = x.clamp(-limit, limit));
+        Ok(())
+    }
+
+    fn columns(&mut self, x: &Buffer, from: usize, width: usize, out: &mut Buffer) -> Result<()> {
+        let out = out.shape(x.rows(), width);
+        let rows = x.values.chunks_exact(x.width);
+        for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
+            out.copy_from_slice(&row[from..from + width]);
+        }
+        Ok(())
+    }
+
+    fn join(&mut self, parts: &[&Buffer], out: &mut Buffer) -> Result<()> {
+        let width = parts.iter().map(|part| part.width).sum();
+        let out = out.shape(parts.first().map_or(0, |part| part.rows()), width);
+        let mut from = 0;
+        for part in parts {
+            let rows = part.values.chunks_exact(part.width);
+            for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
+                out[from..from + part.width].copy_from_slice(row);
+            }
+            from += part.width;
+        }
         Ok(())
     }
 

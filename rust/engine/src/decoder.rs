@@ -1,16 +1,20 @@
 //! The one transformer, generic over its device: a batch of tokens in, logits out. Knows no request.
 
+mod latent;
 mod load;
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::adapter::{Adapter, Site};
-use crate::arch::{Arch, Block, ExpertArch, LayerArch};
+use crate::arch::{Arch, Block, ExpertArch, Groups, LayerArch};
 use crate::batch::{Adapted, Batch, Caller, Forward};
-use crate::device::{AttentionLayer, AttentionShape, Device, Norm, TILE};
+use crate::device::{AttentionLayer, AttentionShape, Convolution, Device, Norm, TILE};
 use crate::error::{Error, Result};
 use crate::weights::Weights;
+
+use hfcore_kernels::elementwise::Activation;
+use latent::Latent;
 
 /// Told `(done, total)` while a model is loaded; false stops it.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) -> bool + Sync);
@@ -18,14 +22,37 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) -> bool + Sync);
 /// A layer's weights on a device.
 struct Layer<D: Device> {
     attn_norm: Option<Norm<D::Vector>>,
-    qkv: D::Matrix,
-    attention: AttentionLayer<D::Vector>,
+    mixer: Mixer<D>,
     attn_output: D::Matrix,
     post_attn_norm: Option<Norm<D::Vector>>,
     /// None: it reads what attention reads, or the stream itself.
     ffn_norm: Option<Norm<D::Vector>>,
     ffn: FeedForward<D>,
     post_ffn_norm: Option<Norm<D::Vector>>,
+}
+
+/// What looks at other positions.
+enum Mixer<D: Device> {
+    Attention {
+        qkv: D::Matrix,
+        layer: AttentionLayer<D::Vector>,
+    },
+    Latent(Latent<D>),
+    Convolution {
+        input: D::Matrix,
+        layer: Convolution<D::Vector>,
+    },
+}
+
+impl<D: Device> Mixer<D> {
+    /// The matrix that reads what it is given.
+    fn first(&self) -> &D::Matrix {
+        match self {
+            Self::Attention { qkv, .. } => qkv,
+            Self::Latent(latent) => latent.first(),
+            Self::Convolution { input, .. } => input,
+        }
+    }
 }
 
 enum FeedForward<D: Device> {
@@ -38,12 +65,15 @@ struct Mlp<D: Device> {
     /// Gate and up as its two parts, or up alone.
     up: D::Matrix,
     gated: bool,
+    activation: Activation,
     down: D::Matrix,
 }
 
 /// Perceptrons of which a router chooses some for each row.
 struct Experts<D: Device> {
     router: D::Matrix,
+    /// Added to the experts' scores where they are compared, not to their shares; empty where there is none.
+    bias: Vec<f32>,
     arch: ExpertArch,
     experts: Vec<Mlp<D>>,
     /// One that always runs, and what says how much of it.
@@ -75,6 +105,9 @@ pub fn attention_shapes(arch: &Arch) -> Vec<AttentionShape> {
 }
 
 fn attention_shape(arch: &Arch, layer: &LayerArch) -> AttentionShape {
+    if layer.convolution {
+        return Convolution::<()>::shape(arch.hidden_size);
+    }
     AttentionShape {
         heads: arch.heads,
         kv_heads: arch.kv_heads,
@@ -194,6 +227,7 @@ struct Workspace<D: Device> {
     y: D::Buffer,
     gated: D::Buffer,
     last: D::Buffer,
+    latent: latent::Room<D>,
     routed: Routed<D>,
     thin: Thin<D>,
     wanted: Wanted,
@@ -205,6 +239,8 @@ pub struct Decoder<D: Device> {
     device: D,
     model: Arc<Resident<D>>,
     cache: D::Cache,
+    /// All layers use the first one's keys and values, one after the other.
+    one_cache: bool,
     work: Workspace<D>,
 }
 
@@ -212,8 +248,11 @@ impl<D: Device> Decoder<D> {
     /// With room for `pages` pages of keys and values.
     pub fn new(device: D, model: Arc<Resident<D>>, pages: usize) -> Result<Self> {
         let mut shapes = attention_shapes(&model.arch);
-        if model.output.is_none() {
-            // Sequences run whole: no layer's keys and values are wanted when it is done.
+        let size = |shape: &AttentionShape| (shape.kv_heads, shape.head_dim);
+        let alike = shapes.iter().all(|shape| size(shape) == size(&shapes[0]));
+        // Sequences run whole then: no layer's keys and values are wanted when it is done.
+        let one_cache = model.output.is_none() && alike;
+        if one_cache {
             shapes.truncate(1);
         }
         let cache = device.cache(pages, &shapes)?;
@@ -226,6 +265,7 @@ impl<D: Device> Decoder<D> {
             y: D::Buffer::default(),
             gated: D::Buffer::default(),
             last: D::Buffer::default(),
+            latent: latent::Room::default(),
             routed: Routed {
                 scores: D::Buffer::default(),
                 rows: D::Buffer::default(),
@@ -246,6 +286,7 @@ impl<D: Device> Decoder<D> {
             device,
             model,
             cache,
+            one_cache,
             work,
         })
     }
@@ -267,6 +308,7 @@ impl<D: Device> Decoder<D> {
             device,
             model,
             cache,
+            one_cache,
             work: w,
         } = self;
         let arch = &model.arch;
@@ -278,10 +320,10 @@ impl<D: Device> Decoder<D> {
             if caller.gone() {
                 return Ok(false);
             }
-            let qkv = Some(&layer.qkv);
+            let first = Some(layer.mixer.first());
             let read = match &layer.attn_norm {
                 Some(norm) => {
-                    device.norm(&w.x, norm, qkv, &mut w.normed)?;
+                    device.norm(&w.x, norm, first, &mut w.normed)?;
                     &w.normed
                 }
                 None => &w.x,
@@ -293,17 +335,26 @@ impl<D: Device> Decoder<D> {
                 layer: i,
                 outputs_only: last,
             };
-            device.linear(&layer.qkv, read, &mut w.qkv)?;
-            more.add(device, Site::Qkv, read, &mut w.qkv, &mut w.thin)?;
-            device.attention(
-                if model.output.is_some() { i } else { 0 },
-                &layer.attention,
-                batch,
-                &mut w.qkv,
-                cache,
-                last,
-                &mut w.attended,
-            )?;
+            let (qkv, attended) = (&mut w.qkv, &mut w.attended);
+            let place = if *one_cache { 0 } else { i };
+            match &layer.mixer {
+                Mixer::Attention { qkv: matrix, layer } => {
+                    device.linear(matrix, read, qkv)?;
+                    more.add(device, Site::Qkv, read, qkv, &mut w.thin)?;
+                    if let Some(limit) = arch.qkv_limit {
+                        device.clamp(qkv, limit)?;
+                    }
+                    device.attention(place, layer, batch, qkv, cache, last, attended)?;
+                }
+                Mixer::Latent(latent) => {
+                    let place = (place, batch, last);
+                    latent.run(device, place, read, cache, &mut w.latent, qkv, attended)?;
+                }
+                Mixer::Convolution { input, layer } => {
+                    device.linear(input, read, qkv)?;
+                    device.convolve(place, layer, batch, qkv, cache, last, attended)?;
+                }
+            }
             if last {
                 // Nobody reads the other rows: their keys and values were what was wanted of them.
                 if batch.outputs.is_empty() {
@@ -463,7 +514,7 @@ fn feed_forward<D: Device>(
             if let Some(norm) = &layer.ffn_norm {
                 device.norm(&w.x, norm, None, &mut w.normed)?;
             }
-            return run_experts(device, arch, experts, w);
+            return run_experts(device, arch.residual_scale, experts, w);
         }
     };
     let read = match &layer.ffn_norm {
@@ -477,9 +528,9 @@ fn feed_forward<D: Device>(
     if more.any(Site::Up) {
         device.linear(&mlp.up, read, &mut w.y)?;
         more.add(device, Site::Up, read, &mut w.y, &mut w.thin)?;
-        device.activate(arch.activation, mlp.gated, &w.y, &mut w.gated)?;
+        device.activate(mlp.activation, mlp.gated, &w.y, &mut w.gated)?;
     } else {
-        first_half(device, arch, mlp, read, &mut w.gated)?;
+        first_half(device, mlp, read, &mut w.gated)?;
     }
     add_product(
         device,
@@ -500,14 +551,13 @@ fn feed_forward<D: Device>(
 /// What a feed-forward's second matrix reads.
 fn first_half<D: Device>(
     device: &mut D,
-    arch: &Arch,
     mlp: &Mlp<D>,
     x: &D::Buffer,
     out: &mut D::Buffer,
 ) -> Result<()> {
     match mlp.gated {
-        true => device.gated(arch.activation, &mlp.up, x, out),
-        false => device.activated(arch.activation, &mlp.up, x, out),
+        true => device.gated(mlp.activation, &mlp.up, x, out),
+        false => device.activated(mlp.activation, &mlp.up, x, out),
     }
 }
 
@@ -526,14 +576,15 @@ struct Routed<D: Device> {
 /// that a row's sum has one order whoever its neighbours are.
 fn run_experts<D: Device>(
     device: &mut D,
-    arch: &Arch,
+    scale: f32,
     experts: &Experts<D>,
     w: &mut Workspace<D>,
 ) -> Result<()> {
     let r = &mut w.routed;
     device.linear(&experts.router, &w.normed, &mut r.scores)?;
     device.read(&r.scores, &mut r.values)?;
-    route(&experts.arch, &r.values, arch.residual_scale, &mut r.chosen);
+    let (of, bias) = (&experts.arch, &experts.bias);
+    route(of, bias, &r.values, scale, &mut r.chosen);
     for (mlp, chosen) in experts.experts.iter().zip(&r.chosen) {
         if chosen.is_empty() {
             continue;
@@ -541,46 +592,91 @@ fn run_experts<D: Device>(
         r.numbers.clear();
         r.numbers.extend(chosen.iter().map(|(row, _)| row));
         device.rows(&w.normed, &r.numbers, &mut r.rows)?;
-        first_half(device, arch, mlp, &r.rows, &mut w.gated)?;
+        first_half(device, mlp, &r.rows, &mut w.gated)?;
         device.linear(&mlp.down, &w.gated, &mut w.y)?;
         device.add_rows(&mut w.x, &w.y, chosen)?;
     }
     let Some((mlp, gate)) = &experts.shared else {
         return Ok(());
     };
-    first_half(device, arch, mlp, &w.normed, &mut w.gated)?;
+    first_half(device, mlp, &w.normed, &mut w.gated)?;
     device.linear(&mlp.down, &w.gated, &mut w.y)?;
     let Some(gate) = gate else {
-        return device.add(&mut w.x, &w.y, arch.residual_scale);
+        return device.add(&mut w.x, &w.y, scale);
     };
     device.linear(gate, &w.normed, &mut r.scores)?;
     device.read(&r.scores, &mut r.values)?;
-    let share = |x: &f32| arch.residual_scale / (1.0 + (-x).exp());
+    let share = |x: &f32| scale / (1.0 + (-x).exp());
     let shares: Vec<_> = (0..).zip(r.values.iter().map(share)).collect();
     device.add_rows(&mut w.x, &w.y, &shares)
 }
 
-/// Which rows each expert gets, and with what share times `scale`: of the softmax over all experts, the largest (the first
-/// of equal ones), made to add up to one where the family does so.
-fn route(arch: &ExpertArch, scores: &[f32], scale: f32, chosen: &mut Vec<Vec<(u32, f32)>>) {
+/// Which rows each expert gets, and with what share times `scale`: those with the largest shares, their biases added (the
+/// first of equal ones), of the best groups. Their shares are made to add up to one where the family does so.
+fn route(
+    arch: &ExpertArch,
+    bias: &[f32],
+    scores: &[f32],
+    scale: f32,
+    chosen: &mut Vec<Vec<(u32, f32)>>,
+) {
     chosen.resize_with(arch.count, Vec::new);
     chosen.iter_mut().for_each(Vec::clear);
+    let (mut shares, mut merits) = (Vec::with_capacity(arch.count), Vec::new());
     let mut order: Vec<usize> = Vec::with_capacity(arch.count);
     for (row, scores) in (0..).zip(scores.chunks_exact(arch.count)) {
+        shares_of(arch.sigmoid, scores, &mut shares);
+        merits.clone_from(&shares);
+        merits.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+        if let Some(groups) = &arch.groups {
+            leave_groups(groups, arch.sigmoid, &mut merits);
+        }
         order.clear();
         order.extend(0..arch.count);
-        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-        let best = scores[order[0]];
-        let weight = |e: &usize| (scores[*e] - best).exp();
-        order[arch.used..].sort_unstable();
-        let among = match arch.normalised {
-            true => &order[..arch.used],
-            false => &order[..],
+        order.sort_by(|&a, &b| merits[b].total_cmp(&merits[a]));
+        let best = &order[..arch.used];
+        let sum = match arch.normalised {
+            true => best.iter().map(|e| shares[*e]).sum::<f32>(),
+            false => 1.0,
         };
-        let sum: f32 = among.iter().map(weight).sum();
-        for e in &order[..arch.used] {
-            chosen[*e].push((row, scale * weight(e) / sum));
+        let scale = scale * arch.scale / sum.max(f32::MIN_POSITIVE);
+        for e in best {
+            chosen[*e].push((row, scale * shares[*e]));
         }
+    }
+}
+
+/// The experts' shares of a row: each one's own, or parts of a whole.
+fn shares_of(sigmoid: bool, scores: &[f32], shares: &mut Vec<f32>) {
+    shares.clear();
+    if sigmoid {
+        return shares.extend(scores.iter().map(|x| 1.0 / (1.0 + (-x).exp())));
+    }
+    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    shares.extend(scores.iter().map(|x| (x - largest).exp()));
+    let sum: f32 = shares.iter().sum();
+    shares.iter_mut().for_each(|x| *x /= sum);
+}
+
+/// Take the experts of all but the best groups out of the choice. A group is as good as its best expert, or its best two
+/// together (`two`).
+fn leave_groups(groups: &Groups, two: bool, merits: &mut [f32]) {
+    let size = (merits.len() / groups.count).max(1);
+    let merit = |group: &[f32]| {
+        let best = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+        let (first, second) = group
+            .iter()
+            .fold(best, |(first, second), &x| match x > first {
+                true => (x, first),
+                false => (first, second.max(x)),
+            });
+        if two { first + second } else { first }
+    };
+    let all: Vec<f32> = merits.chunks_exact(size).map(merit).collect();
+    let mut order: Vec<usize> = (0..all.len()).collect();
+    order.sort_by(|&a, &b| all[b].total_cmp(&all[a]));
+    for left in order.iter().skip(groups.used) {
+        merits[left * size..(left + 1) * size].fill(f32::NEG_INFINITY);
     }
 }
 
@@ -621,3 +717,6 @@ fn embed<D: Device>(model: &Resident<D>, batch: &Batch, out: &mut Vec<f32>) -> R
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,6 +36,33 @@ pub struct HeadNorms<V> {
     pub centred: bool,
     /// All heads of a row are one vector.
     pub together: bool,
+    /// They come after the rotation.
+    pub last: bool,
+}
+
+/// A short convolution over positions, each number by itself, between two gates (LFM2). What it looks back at lies in
+/// the cache as keys and values do, so that whatever shares or writes pages need not know of it.
+pub struct Convolution<V> {
+    pub width: usize,
+    /// `[positions][width]`, the oldest position first, its own last.
+    pub weight: V,
+    pub positions: usize,
+    pub bias: Option<V>,
+}
+
+impl<V> Convolution<V> {
+    /// What the cache keeps of a position: `width` numbers, half of them as its key.
+    pub fn shape(width: usize) -> AttentionShape {
+        AttentionShape {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: width / 2,
+            scale: 1.0,
+            softcap: None,
+            window: None,
+            both_ways: false,
+        }
+    }
 }
 
 /// A norm of rows: RMSNorm, or LayerNorm where it is centred.
@@ -141,6 +168,34 @@ pub trait Device: Send + Sized {
         outputs_only: bool,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// Of rows `[a | b | x]` of three times the width: `a x` is kept in the cache of `layer`, convolved over positions
+    /// and multiplied by `b`. Which rows `out` has: as in [`Self::attention`].
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a layer's parts, each of another owner"
+    )]
+    fn convolve(
+        &mut self,
+        layer: usize,
+        spec: &Convolution<Self::Vector>,
+        batch: &Batch,
+        x: &Self::Buffer,
+        cache: &mut Self::Cache,
+        outputs_only: bool,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// Numbers beyond `limit` become it, on both sides of zero.
+    fn clamp(&mut self, x: &mut Self::Buffer, limit: f32) -> Result<()>;
+    /// `out` = the columns `from..from + width` of `x`
+    fn columns(
+        &mut self,
+        x: &Self::Buffer,
+        from: usize,
+        width: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// `out` = the parts side by side, which have equally many rows.
+    fn join(&mut self, parts: &[&Self::Buffer], out: &mut Self::Buffer) -> Result<()>;
     /// `x += y * scale`
     fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer, scale: f32) -> Result<()>;
     /// `x[row] += y[i] * share` for the i-th `(row, share)` of `to`; rows ascend.

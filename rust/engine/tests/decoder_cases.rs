@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hfcore_engine::arch::{Arch, Block};
+use hfcore_engine::arch::{Arch, Block, LatentArch};
 use hfcore_engine::batch::{Batch, Caller, Forward, PAGE};
 use hfcore_engine::candle::Candle;
 use hfcore_engine::cpu::Cpu;
@@ -13,6 +13,7 @@ use hfcore_engine::device::Device;
 use hfcore_engine::device::KvType;
 use hfcore_engine::files;
 use hfcore_engine::weights::Weights;
+use hfcore_kernels::elementwise::Activation;
 use serde_json::{Value as Json, json};
 
 const FAMILIES: [&str; 9] = [
@@ -247,9 +248,15 @@ fn tensors(arch: &Arch) -> Vec<Named> {
     }
     let mut norm = vec![("output_norm.weight".to_string(), vec![hidden])];
     add_biases(arch, &mut norm);
+    norm.retain(|_| !arch.plain_norms);
     all.extend(norm.into_iter().map(|(name, shape)| whole(&name, shape)));
     for (i, layer) in arch.layers.iter().enumerate() {
-        let mut own = attention_tensors(arch);
+        let mut own = match (arch.latent, layer.convolution) {
+            (_, true) => convolution_tensors(arch),
+            (Some(latent), _) => latent_tensors(arch, &latent),
+            _ => attention_tensors(arch),
+        };
+        own.extend(norm_tensors(arch));
         own.extend(feed_forward_tensors(arch, layer.experts));
         add_biases(arch, &mut own);
         all.extend(
@@ -262,7 +269,7 @@ fn tensors(arch: &Arch) -> Vec<Named> {
 
 /// Families with LayerNorm have biases throughout, but for command-r's.
 fn add_biases(arch: &Arch, all: &mut Vec<Named>) {
-    let everywhere = arch.layer_norm && arch.block != Block::Parallel;
+    let everywhere = arch.layer_norm && arch.block != Block::Parallel && !arch.plain_norms;
     let biased = |name: &str| {
         let experts = name.ends_with("_exps.weight") || name.starts_with("ffn_gate_inp");
         everywhere || (arch.sinks && experts) || (arch.qkv_bias && is_qkv(name))
@@ -290,11 +297,6 @@ fn is_qkv(name: &str) -> bool {
 fn attention_tensors(arch: &Arch) -> Vec<Named> {
     let (hidden, dim) = (arch.hidden_size, arch.head_dim);
     let (q, kv) = (arch.heads * dim, arch.kv_heads * dim);
-    let (before, after) = match arch.block {
-        Block::Before | Block::Parallel => (true, false),
-        Block::After => (false, true),
-        Block::Around => (true, true),
-    };
     let turned = |out: usize, inputs: usize| match arch.transposed {
         true => vec![inputs, out],
         false => vec![out, inputs],
@@ -312,6 +314,25 @@ fn attention_tensors(arch: &Arch) -> Vec<Named> {
         let of = |n: usize| if arch.qk_together { n } else { dim };
         all.extend([("attn_q_norm", vec![of(q)]), ("attn_k_norm", vec![of(kv)])]);
     }
+    if arch.sinks {
+        all.push(("attn_sinks", vec![arch.heads]));
+    }
+    weights_of(all)
+}
+
+fn weights_of(all: Vec<(&str, Vec<usize>)>) -> Vec<Named> {
+    let full = |(name, shape): (&str, Vec<usize>)| (format!("{name}.weight"), shape);
+    all.into_iter().map(full).collect()
+}
+
+fn norm_tensors(arch: &Arch) -> Vec<Named> {
+    let hidden = arch.hidden_size;
+    let (before, after) = match arch.block {
+        Block::Before | Block::Parallel => (true, false),
+        Block::After => (false, true),
+        Block::Around => (true, true),
+    };
+    let mut all = Vec::new();
     if before {
         all.push(("attn_norm", vec![hidden]));
     }
@@ -324,11 +345,38 @@ fn attention_tensors(arch: &Arch) -> Vec<Named> {
             ("post_ffw_norm", vec![hidden]),
         ]);
     }
-    if arch.sinks {
-        all.push(("attn_sinks", vec![arch.heads]));
+    all.retain(|_| !arch.plain_norms);
+    weights_of(all)
+}
+
+fn convolution_tensors(arch: &Arch) -> Vec<Named> {
+    let hidden = arch.hidden_size;
+    weights_of(vec![
+        ("shortconv.in_proj", vec![3 * hidden, hidden]),
+        ("shortconv.conv", vec![hidden, 1, arch.convolution.unwrap()]),
+        ("shortconv.out_proj", vec![hidden, hidden]),
+    ])
+}
+
+fn latent_tensors(arch: &Arch, latent: &LatentArch) -> Vec<Named> {
+    let (hidden, heads) = (arch.hidden_size, arch.heads);
+    let queries = heads * (latent.plain + latent.rotated);
+    let both = heads * (latent.plain + latent.value);
+    let mut all = vec![
+        ("attn_kv_a_mqa", vec![latent.rank + latent.rotated, hidden]),
+        ("attn_kv_a_norm", vec![latent.rank]),
+        ("attn_kv_b", vec![both, latent.rank]),
+        ("attn_output", vec![hidden, heads * latent.value]),
+    ];
+    match latent.query_rank {
+        Some(rank) => all.extend([
+            ("attn_q_a", vec![rank, hidden]),
+            ("attn_q_a_norm", vec![rank]),
+            ("attn_q_b", vec![queries, rank]),
+        ]),
+        None => all.push(("attn_q", vec![queries, hidden])),
     }
-    let full = |(name, shape): (&str, Vec<usize>)| (format!("{name}.weight"), shape);
-    all.into_iter().map(full).collect()
+    weights_of(all)
 }
 
 fn feed_forward_tensors(arch: &Arch, experts: bool) -> Vec<Named> {
@@ -349,6 +397,10 @@ fn feed_forward_tensors(arch: &Arch, experts: bool) -> Vec<Named> {
             true => add("ffn_down".into(), vec![ff, hidden]),
             false => add("ffn_down".into(), vec![hidden, ff]),
         }
+        if matches!(arch.activation, Activation::Xielu { .. }) {
+            add("xielu.alpha_p".into(), vec![1]);
+            add("xielu.alpha_n".into(), vec![1]);
+        }
         return all;
     };
     let (count, ff) = (experts.count, experts.intermediate_size);
@@ -367,10 +419,15 @@ fn feed_forward_tensors(arch: &Arch, experts: bool) -> Vec<Named> {
         }
     }
     if let Some(ff) = experts.shared_size {
-        add("ffn_gate_inp_shexp".into(), vec![1, hidden]);
+        if arch.family == "qwen2moe" {
+            add("ffn_gate_inp_shexp".into(), vec![1, hidden]);
+        }
         add("ffn_gate_shexp".into(), vec![ff, hidden]);
         add("ffn_up_shexp".into(), vec![ff, hidden]);
         add("ffn_down_shexp".into(), vec![hidden, ff]);
+    }
+    if experts.sigmoid {
+        all.push(("exp_probs_b.bias".into(), vec![count]));
     }
     all
 }
@@ -460,6 +517,13 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
         json!({ "model_type": "cohere2", "sliding_window": 20, "sliding_window_pattern": 2, "logit_scale": 2.0 }),
         json!({ "model_type": "glm4" }),
         json!({ "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20 }),
+        json!({ "model_type": "olmo", "clip_qkv": 0.5 }),
+        json!({ "model_type": "hunyuan_v1_dense", "rope_scaling": { "type": "dynamic", "alpha": 100.0 } }),
+        json!({ "model_type": "apertus", "hidden_act": "xielu" }),
+        latent_config(),
+        convolution_config(),
+        json!({ "model_type": "glm4_moe", "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1,
+                "moe_intermediate_size": 32, "first_k_dense_replace": 1, "use_qk_norm": true }),
         json!({ "model_type": "ministral3", "rope_parameters": { "rope_type": "yarn", "rope_theta": 10000.0,
                 "factor": 4.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3 } }),
     ];
@@ -498,6 +562,52 @@ fn forward_on_cpu_and_candle_agree_on_a_ragged_batch_of_3_sequences_with_scatter
             apart < int8 && int8 < 5e-2 * largest,
             "{name} with int8: {int8:.2e} of {largest:.2}"
         );
+    }
+}
+
+/// A model of deepseek's third version.
+fn latent_config() -> Json {
+    json!({ "model_type": "deepseek_v3", "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 6, "num_experts_per_tok": 2,
+            "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 3,
+            "topk_group": 2, "routed_scaling_factor": 1.5 })
+}
+
+fn convolution_config() -> Json {
+    json!({ "model_type": "lfm2", "conv_L_cache": 3, "block_auto_adjust_ff_dim": false, "full_attn_idxs": [2] })
+}
+
+#[test]
+fn who_else_is_in_a_step_and_how_a_prompt_was_cut_show_in_no_bit_of_latents_and_convolutions() {
+    for own in [latent_config(), convolution_config()] {
+        let name = own["model_type"].as_str().unwrap().to_string();
+        let dir = std::env::temp_dir().join(format!("hfcore-cut-{name}-{}", std::process::id()));
+        write_model(&dir, &config(own));
+        let mut cpu = decoder(|| Cpu::new(Some(2)), &dir);
+        std::fs::remove_dir_all(&dir).unwrap();
+        let ids: Vec<u32> = (0..43).map(|i| i * 7 % 80).collect();
+        let want = logits(&mut cpu, &ids, ids.len(), None);
+        for chunk in [1, 2, 5, 16, 42] {
+            assert_eq!(
+                logits(&mut cpu, &ids, chunk, None),
+                want,
+                "{name} by {chunk}"
+            );
+        }
+        // Positions that are run again, after others were tried in their place, and beside another sequence.
+        let mut batch = Batch::default();
+        batch.push(&ids[..41], 0, &[3, 9, 4], false);
+        batch.outputs = vec![40];
+        cpu.forward(&batch, &mut ()).unwrap();
+        let mut batch = Batch::default();
+        batch.push(&[5, 6, 7, 8], 38, &[3, 9, 4], false);
+        batch.outputs = vec![3];
+        cpu.forward(&batch, &mut ()).unwrap();
+        let mut batch = Batch::default();
+        batch.push(&ids[..20], 0, &[0, 1], false);
+        batch.push(&ids[38..], 38, &[3, 9, 4], false);
+        batch.outputs = vec![24];
+        assert_eq!(cpu.forward(&batch, &mut ()).unwrap(), want, "{name}");
     }
 }
 

@@ -174,7 +174,7 @@ unsafe fn add_body<S: Simd>(x: &mut [f32], y: &[f32], scale: f32) {
 }
 
 /// The activations of feed-forward layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// x * sigmoid(x)
     Silu,
@@ -187,6 +187,13 @@ pub enum Activation {
     ReluSquared,
     /// gpt-oss: x * sigmoid(1.702 x) of x up to 7; what it gates is kept within 7 of 0, and one added.
     ClampedSwish,
+    /// xIELU (Huang and Schlag 2024, arXiv:2411.13010): above 0 `positive x^2 + beta x`, below it
+    /// `negative (e^x - 1 - x) + beta x`.
+    Xielu {
+        positive: f32,
+        negative: f32,
+        beta: f32,
+    },
 }
 
 /// Where [`Activation::ClampedSwish`] cuts, and what its sigmoid sees.
@@ -284,6 +291,18 @@ pub(crate) unsafe fn activate<S: Simd>(activation: Activation, x: S::F) -> S::F 
             Activation::ReluSquared => {
                 let x = S::max(x, S::splat(0.0));
                 return S::mul(x, x);
+            }
+            Activation::Xielu {
+                positive,
+                negative,
+                beta,
+            } => {
+                let above = S::max(x, S::splat(0.0));
+                let below = at_most::<S>(x, 0.0);
+                let less = S::fma(below, S::splat(-1.0), S::splat(-1.0));
+                let curve = S::mul(S::add(S::exp(below), less), S::splat(negative));
+                let square = S::fma(S::mul(above, S::splat(positive)), above, curve);
+                return S::fma(x, S::splat(beta), square);
             }
         };
         S::div(x, S::add(S::splat(1.0), S::exp(exponent)))
@@ -431,6 +450,8 @@ pub struct HeadNorms<'a> {
     pub centred: bool,
     /// All heads of a row are one vector (olmo 2); else each is its own.
     pub together: bool,
+    /// The rotation comes first (hunyuan).
+    pub last: bool,
 }
 
 /// Cosines and sines of every row's position.
@@ -460,21 +481,9 @@ unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
     let dim = prep.head_dim;
     let (q, rest) = row.split_at_mut(prep.heads * dim);
     let k = &mut rest[..prep.kv_heads * dim];
-    if let Some(norms) = prep.norms {
-        for (part, weight) in [(&mut *q, norms.q), (&mut *k, norms.k)] {
-            let width = if norms.together { part.len() } else { dim };
-            for (x, weight) in part.chunks_exact_mut(width).zip(weight.chunks_exact(width)) {
-                let (eps, centred) = (norms.eps, norms.centred);
-                let by = Norm {
-                    weight,
-                    bias: None,
-                    eps,
-                    centred,
-                };
-                // SAFETY: slices of the same length.
-                unsafe { norm_body::<S>(by, x) }
-            }
-        }
+    if let Some(norms) = prep.norms.filter(|norms| !norms.last) {
+        // SAFETY: slices.
+        unsafe { norm_heads::<S>(&norms, dim, q, k) }
     }
     if let Some(r) = prep.rotation {
         let at = i * r.angles..(i + 1) * r.angles;
@@ -483,8 +492,30 @@ unsafe fn prepare_body<S: Simd>(prep: &HeadPrep, i: usize, row: &mut [f32]) {
             rotate(head, r.pairing, cos, sin);
         }
     }
+    if let Some(norms) = prep.norms.filter(|norms| norms.last) {
+        // SAFETY: slices.
+        unsafe { norm_heads::<S>(&norms, dim, q, k) }
+    }
     if let Some(scale) = prep.query_scale {
         q.iter_mut().for_each(|x| *x *= scale[i]);
+    }
+}
+
+#[inline(always)]
+unsafe fn norm_heads<S: Simd>(norms: &HeadNorms, dim: usize, q: &mut [f32], k: &mut [f32]) {
+    for (part, weight) in [(q, norms.q), (k, norms.k)] {
+        let width = if norms.together { part.len() } else { dim };
+        for (x, weight) in part.chunks_exact_mut(width).zip(weight.chunks_exact(width)) {
+            let (eps, centred) = (norms.eps, norms.centred);
+            let by = Norm {
+                weight,
+                bias: None,
+                eps,
+                centred,
+            };
+            // SAFETY: slices of the same length.
+            unsafe { norm_body::<S>(by, x) }
+        }
     }
 }
 
@@ -606,6 +637,7 @@ mod tests {
                 eps: 0.0,
                 centred,
                 together,
+                last: false,
             });
             let prep = HeadPrep {
                 heads: 2,
@@ -640,6 +672,45 @@ mod tests {
     }
 
     #[test]
+    fn norms_that_come_last_see_what_was_rotated() {
+        let pool = Pool::new(1);
+        let (cos, sin) = ([0.0], [1.0]);
+        let turned = |last| {
+            let norms = Some(HeadNorms {
+                q: &[1.0, 2.0],
+                k: &[3.0, 1.0],
+                eps: 0.0,
+                centred: false,
+                together: false,
+                last,
+            });
+            let rotation = Some(Rotation {
+                pairing: Pairing::Halves,
+                cos: &cos,
+                sin: &sin,
+                angles: 1,
+            });
+            let prep = HeadPrep {
+                heads: 1,
+                kv_heads: 1,
+                head_dim: 2,
+                norms,
+                query_scale: None,
+                rotation,
+            };
+            let mut row = vec![3.0, 4.0, 1.0, 1.0, 9.0, 9.0];
+            prepare_heads(Isa::detect(), &pool, &prep, &mut row, 6);
+            row
+        };
+        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+        let rms = 12.5f32.sqrt();
+        let want = [-4.0 / rms, 6.0 / rms, -3.0, 1.0, 9.0, 9.0];
+        assert!(close(&turned(true), &want), "{:?}", turned(true));
+        let want = [-8.0 / rms, 3.0 / rms, -1.0, 3.0, 9.0, 9.0];
+        assert!(close(&turned(false), &want), "{:?}", turned(false));
+    }
+
+    #[test]
     fn activations_are_their_definitions() {
         // erf(x / sqrt 2) by its series, for |x| up to 4.
         let erf = |x: f64| {
@@ -655,12 +726,22 @@ mod tests {
         for i in -400..=400 {
             let x = f64::from(i) / 100.0;
             let swish = |x: f64| x.min(7.0) * sigmoid(1.702 * x.min(7.0));
+            let xielu = Activation::Xielu {
+                positive: 0.75,
+                negative: 1.25,
+                beta: 0.5,
+            };
+            let bent = match x > 0.0 {
+                true => 0.75 * x * x + 0.5 * x,
+                false => 1.25 * (x.exp_m1() - x) + 0.5 * x,
+            };
             for (activation, want) in [
                 (Activation::Silu, x * sigmoid(x)),
                 (Activation::Gelu, x * (1.0 + erf(x)) / 2.0),
                 (Activation::Relu, x.max(0.0)),
                 (Activation::ReluSquared, x.max(0.0).powi(2)),
                 (Activation::ClampedSwish, swish(x)),
+                (xielu, bent),
             ] {
                 // SAFETY: plain arrays run everywhere.
                 let got = unsafe { activate::<Scalar>(activation, Scalar::splat(x as f32)) }[0];

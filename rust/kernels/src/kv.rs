@@ -238,6 +238,26 @@ impl KvLayer {
         }
     }
 
+    /// `out[i] += by[i] * x[i]` of the numbers that were stored for a position, `[k | v]`, in all heads: the cache as it
+    /// serves who looks back at a few positions only (short convolutions).
+    ///
+    /// # Panics
+    /// When the page is beyond the cache, or there are fewer numbers.
+    pub fn add_row(&self, page: usize, slot: usize, by: &[f32], out: &mut [f32]) {
+        let (dim, width) = (self.head_dim, self.kv_heads * self.head_dim);
+        for head in 0..self.kv_heads {
+            let (keys, values) = (self.keys(page, head), self.values(page, head));
+            let of = |first: usize| first + head * dim..first + (head + 1) * dim;
+            let lane = |d: usize| (d / LANES * PAGE + slot) * LANES + d % LANES;
+            for (d, (out, by)) in out[of(0)].iter_mut().zip(&by[of(0)]).enumerate() {
+                *out += by * self.number(keys, slot, d * PAGE + slot);
+            }
+            for (d, (out, by)) in out[of(width)].iter_mut().zip(&by[of(width)]).enumerate() {
+                *out += by * self.number(values, slot, lane(d));
+            }
+        }
+    }
+
     /// # Panics
     /// When a span's table has too few pages, or one beyond the cache.
     pub(crate) fn check_pages(&self, spans: &[Span], pages: &[u32]) {
@@ -521,6 +541,24 @@ mod tests {
                 let (keys, values) = read(&stored(kind, isa, &[0.0, -0.0, 1e-40, 0.0]));
                 assert!(keys.iter().chain(&values).all(|x| x.abs() < 1e-30));
             }
+        }
+    }
+
+    #[test]
+    fn a_row_is_added_as_it_was_stored() {
+        let row: Vec<f32> = (0..2 * 37).map(|i| i as f32 / 4.0 - 7.0).collect();
+        for kind in KINDS {
+            let cache = stored(kind, Isa::SCALAR, &row);
+            let (keys, values) = read(&cache);
+            let mut out = vec![1.0; 74];
+            let by: Vec<f32> = (0..74).map(|i| (i % 3) as f32).collect();
+            cache.add_row(0, 3, &by, &mut out);
+            let want = keys
+                .iter()
+                .chain(&values)
+                .zip(&by)
+                .map(|(x, by)| 1.0 + by * x);
+            assert_eq!(out, want.collect::<Vec<_>>());
         }
     }
 

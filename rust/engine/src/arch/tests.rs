@@ -302,6 +302,203 @@ fn experts_are_where_the_config_says_and_possible() {
 }
 
 #[test]
+fn latents_are_one_head_of_the_cache() {
+    let deepseek = |extra: Json| {
+        let mut all = json!({"model_type": "deepseek_v3", "q_lora_rank": 24, "kv_lora_rank": 32,
+            "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 48,
+            "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": true,
+            "num_nextn_predict_layers": 1, "head_dim": 4});
+        extra
+            .as_object()
+            .unwrap()
+            .iter()
+            .for_each(|(k, v)| all[k] = v.clone());
+        read(all)
+    };
+    let arch = deepseek(json!({})).unwrap();
+    assert_eq!((arch.heads, arch.kv_heads, arch.head_dim), (4, 1, 36));
+    assert_eq!(
+        (arch.attention_scale, arch.ropes[0].frequencies.len()),
+        (0.25, 2)
+    );
+    assert_eq!(arch.pairing, Pairing::Neighbours);
+    let experts = arch.experts.unwrap();
+    assert_eq!((experts.shared_size, experts.sigmoid), (Some(96), true));
+    assert_eq!(experts.groups, Some(Groups { count: 4, used: 2 }));
+    let sparse: Vec<_> = arch.layers.iter().map(|l| l.experts).collect();
+    assert_eq!(sparse, [false, true, true, true]);
+    assert!(arch.is_guessing("model.layers.4.mlp.gate.weight"));
+    assert!(!arch.is_guessing("model.layers.5.mlp.gate.weight"));
+    assert!(!arch.is_guessing("model.layers.3.mlp.gate.weight"));
+    assert_eq!(
+        arch.tensor_name(Some(1), "exp_probs_b.bias"),
+        "model.layers.1.mlp.gate.e_score_correction_bias"
+    );
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 64});
+    let scaled = deepseek(json!({"rope_parameters": yarn, "rope_interleave": false})).unwrap();
+    let growth = 0.1 * 4f32.ln() + 1.0;
+    assert!((scaled.attention_scale / 0.25 - growth * growth).abs() < 1e-6);
+    assert_eq!(
+        (scaled.ropes[0].factor, scaled.pairing),
+        (1.0, Pairing::Halves)
+    );
+    for (extra, words) in [
+        (
+            json!({"kv_lora_rank": 0}),
+            "the rank of latents must be between 1 and 4096, got 0",
+        ),
+        (json!({"kv_lora_rank": 4096}), "the head size"),
+        (json!({"v_head_dim": null}), "no \"v_head_dim\""),
+        (json!({"n_group": 3}), "cannot stand in 2 of 3 groups"),
+        (json!({"n_group": 8}), "cannot stand in 2 of 8 groups"),
+        (json!({"topk_group": 5}), "cannot stand in 5 of 4 groups"),
+        (
+            json!({"topk_group": 1, "num_experts_per_tok": 3}),
+            "3 of 8 experts",
+        ),
+    ] {
+        let error = deepseek(extra).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    let softmax = deepseek(json!({"model_type": "deepseek_v2"})).unwrap();
+    assert_eq!(softmax.experts.unwrap().groups, None);
+    let grouped = json!({"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"});
+    let grouped = deepseek(grouped).unwrap().experts.unwrap();
+    assert_eq!(grouped.groups, Some(Groups { count: 4, used: 2 }));
+    assert!(!grouped.sigmoid);
+}
+
+#[test]
+fn gguf_files_say_the_sizes_of_latents_in_two_ways() {
+    let deepseek = |own: &[(&str, i64)]| {
+        let mut all = vec![(
+            "general.architecture".to_string(),
+            Value::String("deepseek2".into()),
+        )];
+        let common = [
+            ("embedding_length", 64),
+            ("attention.head_count", 4),
+            ("block_count", 3),
+            ("context_length", 256),
+            ("feed_forward_length", 128),
+            ("vocab_size", 512),
+            ("attention.kv_lora_rank", 32),
+            ("rope.dimension_count", 4),
+        ];
+        let named = |(key, value): &(&str, i64)| (format!("deepseek2.{key}"), Value::Int(*value));
+        all.extend(common.iter().chain(own).map(named));
+        let eps = "deepseek2.attention.layer_norm_rms_epsilon";
+        all.push((eps.to_string(), Value::Float(1e-6)));
+        let all: Vec<_> = all.iter().map(|(k, v)| (&k[..], v.clone())).collect();
+        gguf(&all).unwrap()
+    };
+    let old = deepseek(&[
+        ("attention.head_count_kv", 4),
+        ("attention.key_length", 16),
+        ("attention.value_length", 8),
+    ]);
+    let new = deepseek(&[
+        ("attention.head_count_kv", 1),
+        ("attention.key_length", 36),
+        ("attention.value_length", 32),
+        ("attention.key_length_mla", 16),
+        ("attention.value_length_mla", 8),
+    ]);
+    assert_eq!(old, new);
+    let latent = old.latent.unwrap();
+    assert_eq!((latent.plain, latent.rotated, latent.value), (12, 4, 8));
+    assert_eq!(
+        (old.kv_heads, old.head_dim, old.attention_scale),
+        (1, 36, 0.25)
+    );
+}
+
+#[test]
+fn layers_without_attention_are_short_convolutions() {
+    let lfm2 = |extra: Json| {
+        let mut all = json!({"model_type": "lfm2", "conv_L_cache": 3, "norm_eps": 1e-5});
+        extra
+            .as_object()
+            .unwrap()
+            .iter()
+            .for_each(|(k, v)| all[k] = v.clone());
+        read(all)
+    };
+    let kinds = |arch: &Arch| -> Vec<bool> { arch.layers.iter().map(|l| l.convolution).collect() };
+    let types = ["conv", "full_attention", "conv", "conv"];
+    let arch = lfm2(json!({"layer_types": types})).unwrap();
+    assert_eq!(kinds(&arch), [true, false, true, true]);
+    assert_eq!(arch, lfm2(json!({"full_attn_idxs": [1]})).unwrap());
+    // Two thirds of 176, in whole multiples of 256.
+    assert_eq!(arch.intermediate_size, 256);
+    let plain = json!({"full_attn_idxs": [1], "block_auto_adjust_ff_dim": false});
+    assert_eq!(lfm2(plain).unwrap().intermediate_size, 176);
+    let error = lfm2(json!({"layer_types": types, "conv_L_cache": 1}));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("2 to 64 positions, got Some(1)"), "{error}");
+    let error = read(json!({"layer_types": types})).unwrap_err().to_string();
+    assert!(error.contains("\"conv\""), "{error}");
+    let kv = |heads: Vec<i64>| {
+        let mut all: Vec<_> = [
+            ("embedding_length", 64),
+            ("attention.head_count", 4),
+            ("block_count", 3),
+            ("context_length", 256),
+            ("feed_forward_length", 128),
+            ("vocab_size", 512),
+            ("shortconv.l_cache", 3),
+        ]
+        .iter()
+        .map(|(key, value)| (format!("lfm2.{key}"), Value::Int(*value)))
+        .collect();
+        let text = Value::String("lfm2".into());
+        all.push(("general.architecture".into(), text));
+        let eps = "lfm2.attention.layer_norm_rms_epsilon";
+        all.push((eps.into(), Value::Float(1e-5)));
+        all.push(("lfm2.attention.head_count_kv".into(), Value::Ints(heads)));
+        let all: Vec<_> = all.iter().map(|(k, v)| (&k[..], v.clone())).collect();
+        gguf(&all)
+    };
+    let arch = kv(vec![0, 2, 0]).unwrap();
+    assert_eq!((kinds(&arch), arch.kv_heads), (vec![true, false, true], 2));
+    let error = kv(vec![0, 2, 1]).unwrap_err().to_string();
+    assert!(error.contains("layers with 2 and with 1"), "{error}");
+}
+
+#[test]
+fn a_rope_with_an_alpha_turns_more_slowly_at_all_lengths() {
+    let scaling = json!({"type": "dynamic", "alpha": 100.0, "factor": 1.0});
+    let hunyuan = json!({"model_type": "hunyuan_v1_dense", "head_dim": 8, "rope_scaling": scaling});
+    let base = 500000f64 * 100f64.powf(8.0 / 6.0);
+    let hunyuan = read(hunyuan).unwrap();
+    assert_eq!(
+        hunyuan.ropes[0].frequencies,
+        base_frequencies(base as f32, 8)
+    );
+    assert!(hunyuan.qk_norm && hunyuan.qk_norm_last);
+}
+
+#[test]
+fn numbers_for_each_layer_must_be_the_same() {
+    let hunyuan = |topk: Json| {
+        read(
+            json!({"model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": topk,
+            "moe_intermediate_size": [48, 48, 48, 48]}),
+        )
+    };
+    let experts = hunyuan(json!([2, 2, 2, 2])).unwrap().experts.unwrap();
+    let sizes = (experts.used, experts.intermediate_size, experts.shared_size);
+    assert_eq!(sizes, (2, 176, Some(176)));
+    let error = hunyuan(json!([2, 1, 2, 2])).unwrap_err().to_string();
+    assert!(
+        error.contains("\"moe_topk\" should be a whole number"),
+        "{error}"
+    );
+}
+
+#[test]
 fn an_unknown_architecture_gets_the_nearest_known_one() {
     let error = read(json!({"model_type": "qwen3_mo"}))
         .unwrap_err()

@@ -5,9 +5,12 @@ use std::sync::{Arc, RwLock};
 
 use hfcore_kernels::quant::TensorType;
 
-use super::{Experts, FeedForward, Layer, Mlp, Progress, Resident, attention_shape};
-use crate::arch::{Arch, Block, ExpertArch};
-use crate::device::{AttentionLayer, Device, HeadNorms, Norm};
+use hfcore_kernels::elementwise::Activation;
+
+use super::latent::Latent;
+use super::{Experts, FeedForward, Layer, Mixer, Mlp, Progress, Resident, attention_shape};
+use crate::arch::{Arch, Block, ExpertArch, LatentArch};
+use crate::device::{AttentionLayer, Convolution, Device, HeadNorms, Norm};
 use crate::error::{Error, Result};
 use crate::prepared::Prepared;
 use crate::quantised::Quantised;
@@ -198,7 +201,10 @@ impl<'a, D: Device> Loader<'a, D> {
         scale: f32,
     ) -> Result<Norm<D::Vector>> {
         let (arch, width) = (self.arch, self.arch.hidden_size);
-        let mut weight = self.vector(layer, &format!("{name}.weight"), width)?;
+        let mut weight = match arch.plain_norms {
+            true => vec![1.0; width],
+            false => self.vector(layer, &format!("{name}.weight"), width)?,
+        };
         weight
             .iter_mut()
             .for_each(|x| *x = (*x + arch.norm_offset) * scale);
@@ -218,6 +224,23 @@ impl<'a, D: Device> Loader<'a, D> {
 
     fn norm(&mut self, layer: Option<usize>, name: &str) -> Result<Norm<D::Vector>> {
         self.scaled_norm(layer, name, 1.0)
+    }
+
+    /// The norm of something smaller than the stream.
+    fn inner_norm(
+        &mut self,
+        layer: Option<usize>,
+        name: &str,
+        width: usize,
+        eps: f32,
+    ) -> Result<Norm<D::Vector>> {
+        let weight = self.vector(layer, &format!("{name}.weight"), width)?;
+        Ok(Norm {
+            weight: self.device.vector(weight)?,
+            bias: None,
+            eps,
+            centred: false,
+        })
     }
 
     /// The norm of `heads` heads: one weight for all of them, a row for each, or a tensor for each.
@@ -334,9 +357,16 @@ impl<'a, D: Device> Loader<'a, D> {
         }
     }
 
-    fn layer(&mut self, i: usize) -> Result<Layer<D>> {
+    /// A layer's attention, or what it has in its place; and how wide what it makes is.
+    fn mixer(&mut self, i: usize) -> Result<(Mixer<D>, usize)> {
         let (arch, at) = (self.arch, Some(i));
-        let hidden = arch.hidden_size;
+        if arch.layers[i].convolution {
+            return self.convolution(at).map(|mixer| (mixer, arch.hidden_size));
+        }
+        if let Some(latent) = arch.latent {
+            let width = arch.heads * latent.value;
+            return Ok((Mixer::Latent(self.latent(i, latent)?), width));
+        }
         let (q, kv) = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim);
         let qkv: &[(&str, usize)] = match self.has(at, "attn_qkv.weight") {
             true => &[("attn_qkv", q + 2 * kv)],
@@ -349,6 +379,7 @@ impl<'a, D: Device> Loader<'a, D> {
                 eps: arch.norm_eps,
                 centred: arch.layer_norm,
                 together: arch.qk_together,
+                last: arch.qk_norm_last,
             }),
             false => None,
         };
@@ -359,6 +390,179 @@ impl<'a, D: Device> Loader<'a, D> {
             }
             false => None,
         };
+        let qkv = self.matrix(at, qkv, arch.hidden_size, arch.qkv_bias)?;
+        let layer = AttentionLayer {
+            shape: attention_shape(arch, &arch.layers[i]),
+            norms,
+            sinks,
+            distances: None,
+            rope: arch.layers[i].rope,
+            pairing: arch.pairing,
+        };
+        Ok((Mixer::Attention { qkv, layer }, q))
+    }
+
+    /// A short convolution between two gates. Its weights are `[width, 1, positions]`, or without the 1.
+    fn convolution(&mut self, at: Option<usize>) -> Result<Mixer<D>> {
+        let width = self.arch.hidden_size;
+        let positions = self.arch.convolution.unwrap_or_default();
+        let input = self.matrix(at, &[("shortconv.in_proj", 3 * width)], width, false)?;
+        let name = self.arch.tensor_name(at, "shortconv.conv.weight");
+        let tensor = self.weights.require(&name)?;
+        let fits = match tensor.shape {
+            [w, 1, n] | [w, n] => (*w, *n) == (width, positions),
+            _ => false,
+        };
+        if !fits {
+            let got = tensor.shape;
+            return Err(self.weights.problem(format!(
+                "tensor {name:?} is {got:?}, wanted [{width}, 1, {positions}]"
+            )));
+        }
+        self.used.insert(name);
+        let numbers = tensor.dequantize();
+        let at_position = |i: usize| numbers.iter().skip(i).step_by(positions);
+        let weight = (0..positions).flat_map(at_position).copied().collect();
+        let bias = match self.has(at, "shortconv.conv.bias") {
+            true => Some(self.vector(at, "shortconv.conv.bias", width)?),
+            false => None,
+        };
+        let layer = Convolution {
+            width,
+            weight: self.device.vector(weight)?,
+            positions,
+            bias: bias.map(|bias| self.device.vector(bias)).transpose()?,
+        };
+        Ok(Mixer::Convolution { input, layer })
+    }
+
+    fn latent(&mut self, i: usize, latent: LatentArch) -> Result<Latent<D>> {
+        let (arch, at) = (self.arch, Some(i));
+        let hidden = arch.hidden_size;
+        let queries = arch.heads * (latent.plain + latent.rotated);
+        let (query_latent, queries) = match latent.query_rank {
+            Some(rank) => {
+                let down = self.matrix(at, &[("attn_q_a", rank)], hidden, false)?;
+                let norm = self.inner_norm(at, "attn_q_a_norm", rank, latent.eps)?;
+                let up = self.matrix(at, &[("attn_q_b", queries)], rank, false)?;
+                (Some((down, norm)), up)
+            }
+            None => (
+                None,
+                self.matrix(at, &[("attn_q", queries)], hidden, false)?,
+            ),
+        };
+        let both = latent.rank + latent.rotated;
+        let matrix = self.matrix(at, &[("attn_kv_a_mqa", both)], hidden, false)?;
+        let latent_norm = self.inner_norm(at, "attn_kv_a_norm", latent.rank, latent.eps)?;
+        let (keys, values) = match self.has(at, "attn_k_b.weight") {
+            true => {
+                let keys = [arch.heads, latent.rank, latent.plain];
+                let values = [arch.heads, latent.value, latent.rank];
+                (
+                    self.each_head(at, "attn_k_b.weight", keys)?,
+                    self.each_head(at, "attn_v_b.weight", values)?,
+                )
+            }
+            false => self.split_heads(at, &latent)?,
+        };
+        Ok(Latent {
+            arch: latent,
+            query_latent,
+            queries,
+            latent: matrix,
+            latent_norm,
+            keys,
+            values,
+            attention: AttentionLayer {
+                shape: attention_shape(arch, &arch.layers[i]),
+                norms: None,
+                sinks: None,
+                distances: None,
+                rope: arch.layers[i].rope,
+                pairing: arch.pairing,
+            },
+        })
+    }
+
+    /// The matrix of each head, of a tensor of this shape, `[heads, outputs, inputs]`.
+    fn each_head(
+        &mut self,
+        at: Option<usize>,
+        name: &str,
+        shape: [usize; 3],
+    ) -> Result<Vec<D::Matrix>> {
+        let full = self.arch.tensor_name(at, name);
+        let tensor = self.weights.require(&full)?;
+        if tensor.shape != shape {
+            let got = tensor.shape;
+            return Err(self
+                .weights
+                .problem(format!("tensor {full:?} is {got:?}, wanted {shape:?}")));
+        }
+        let target = self.target(at, name, &tensor, &shape[1..]);
+        self.used.insert(full);
+        let [heads, rows, _] = shape;
+        let head = |head: usize| {
+            let part = tensor.slice(head * rows, rows).aimed(target);
+            self.device.matrix(&[part], None)
+        };
+        let all = (0..heads).map(head).collect();
+        tensor.forget(0..tensor.data.len());
+        all
+    }
+
+    /// The same of one matrix with the rows of a head's key and value after those of the head before: from latents. A
+    /// query goes the other way, so keys are turned: what is quantised through floats, which become Q8_0 on devices that
+    /// pack.
+    fn split_heads(
+        &mut self,
+        at: Option<usize>,
+        latent: &LatentArch,
+    ) -> Result<(Vec<D::Matrix>, Vec<D::Matrix>)> {
+        let (rank, plain, each) = (latent.rank, latent.plain, latent.plain + latent.value);
+        let (rows, name) = (self.arch.heads * each, "attn_kv_b.weight");
+        let full = self.arch.tensor_name(at, name);
+        let stored = match self.weights.quantised.contains_key(&full) {
+            true => None,
+            false => Some(self.tensor(at, name, rows, rank)?),
+        };
+        let exact = stored.filter(|tensor| tensor.tensor_type.block_len() == 1);
+        let floats = match exact {
+            Some(_) => Vec::new(),
+            None => bytes(&self.numbers(at, name, rows, rank)?),
+        };
+        let shape = [rows, rank];
+        let packs = self.device.packing().is_some();
+        let small = |cols: usize| {
+            (packs && cols.is_multiple_of(TensorType::Q8_0.block_len())).then_some(Target {
+                tensor_type: TensorType::Q8_0,
+                nested: false,
+            })
+        };
+        let numbers = Tensor::of(TensorType::F32, &shape, &floats).aimed(small(rank));
+        let turned = match &exact {
+            Some(tensor) => self.target(at, "attn_k_b.weight", tensor, &[rank, plain]),
+            None => small(plain),
+        };
+        let (of_keys, of_values) = (exact.unwrap_or(numbers), stored.unwrap_or(numbers));
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for first in (0..rows).step_by(each) {
+            let key = of_keys.slice(first, plain).aimed(turned);
+            keys.push(self.transposed(&[key], 1, None)?);
+            let value = of_values.slice(first + plain, latent.value);
+            let value = value.aimed(of_values.target);
+            values.push(self.device.matrix(&[value], None)?);
+        }
+        if let Some(tensor) = stored {
+            tensor.forget(0..tensor.data.len());
+        }
+        Ok((keys, values))
+    }
+
+    fn layer(&mut self, i: usize) -> Result<Layer<D>> {
+        let (arch, at) = (self.arch, Some(i));
+        let hidden = arch.hidden_size;
         let (before, after) = match arch.block {
             Block::Before => (true, false),
             Block::After => (false, true),
@@ -369,18 +573,15 @@ impl<'a, D: Device> Loader<'a, D> {
             true => this.norm(at, name).map(Some),
             false => Ok(None),
         };
+        let (mixer, width) = self.mixer(i)?;
+        let output = match arch.layers[i].convolution {
+            true => "shortconv.out_proj",
+            false => "attn_output",
+        };
         Ok(Layer {
             attn_norm: norm(self, before, "attn_norm")?,
-            qkv: self.matrix(at, qkv, hidden, arch.qkv_bias)?,
-            attention: AttentionLayer {
-                shape: attention_shape(arch, &arch.layers[i]),
-                norms,
-                sinks,
-                distances: None,
-                rope: arch.layers[i].rope,
-                pairing: arch.pairing,
-            },
-            attn_output: self.matrix(at, &[("attn_output", hidden)], q, false)?,
+            mixer,
+            attn_output: self.matrix(at, &[(output, hidden)], width, false)?,
             post_attn_norm: norm(self, after, "post_attention_norm")?,
             ffn_norm: match before && arch.block != Block::Parallel {
                 true => Some(self.ffn_norm(at)?),
@@ -396,7 +597,8 @@ impl<'a, D: Device> Loader<'a, D> {
 
     /// GGUF files of gpt-oss call it what it follows.
     fn ffn_norm(&mut self, at: Option<usize>) -> Result<Norm<D::Vector>> {
-        let own = self.has(at, "ffn_norm.weight") || self.arch.block != Block::Before;
+        let before = self.arch.block == Block::Before && !self.arch.plain_norms;
+        let own = self.has(at, "ffn_norm.weight") || !before;
         self.norm(
             at,
             if own {
@@ -424,7 +626,46 @@ impl<'a, D: Device> Loader<'a, D> {
             self.halves(at, &weight(&up), width)?
         };
         let down = self.matrix(at, &[(&name("ffn_down"), hidden)], width, false)?;
-        Ok(Mlp { up, gated, down })
+        let activation = self.activation(at)?;
+        Ok(Mlp {
+            up,
+            gated,
+            activation,
+            down,
+        })
+    }
+
+    /// A layer's activation: xIELU has numbers of its own for each, in tensors or in metadata.
+    fn activation(&mut self, at: Option<usize>) -> Result<Activation> {
+        let known = self.arch.activation;
+        let (Activation::Xielu { beta, .. }, Some(i)) = (known, at) else {
+            return Ok(known);
+        };
+        let mut number = |name: &str, or: Option<f32>| -> Result<f32> {
+            let full = self.arch.tensor_name(at, &format!("xielu.{name}.weight"));
+            if let Some(tensor) = self.weights.tensor(&full).filter(|t| t.elements() == 1) {
+                self.used.insert(full);
+                return Ok(tensor.dequantize()[0]);
+            }
+            let key = format!("xielu.{name}");
+            let all = self.weights.get_floats(&key)?.unwrap_or_default();
+            let one = all.get(i).copied().or(or);
+            one.ok_or_else(|| self.weights.problem(format!("layer {i} has no {key:?}")))
+        };
+        let softplus = |x: f32| x.max(0.0) + (-x.abs()).exp().ln_1p();
+        let (positive, negative) = (number("alpha_p", None)?, number("alpha_n", None)?);
+        let beta = number("beta", Some(beta))?;
+        let eps = number("eps", Some(0.0))?;
+        if !(-1e-4..=0.0).contains(&eps) {
+            return Err(self
+                .weights
+                .problem(format!("xielu.eps must be within 1e-4 below 0, got {eps}")));
+        }
+        Ok(Activation::Xielu {
+            positive: softplus(positive),
+            negative: beta + softplus(negative),
+            beta,
+        })
     }
 
     /// Gate and up of one tensor.
@@ -438,6 +679,10 @@ impl<'a, D: Device> Loader<'a, D> {
     fn experts(&mut self, at: Option<usize>, arch: ExpertArch) -> Result<Experts<D>> {
         let (hidden, width) = (self.arch.hidden_size, arch.intermediate_size);
         let router = self.float_matrix(at, "ffn_gate_inp", arch.count, hidden)?;
+        let bias = match self.has(at, "exp_probs_b.bias") {
+            true => self.vector(at, "exp_probs_b.bias", arch.count)?,
+            false => Vec::new(),
+        };
         let numbered = self.has(at, "ffn_gate.0.weight");
         let mut experts = Vec::with_capacity(arch.count);
         for e in 0..arch.count {
@@ -459,6 +704,7 @@ impl<'a, D: Device> Loader<'a, D> {
         };
         Ok(Experts {
             router,
+            bias,
             arch,
             experts,
             shared,
@@ -478,7 +724,13 @@ impl<'a, D: Device> Loader<'a, D> {
             }
         };
         let down = self.expert_matrix(at, &["ffn_down_exps"], e, arch, (hidden, width))?;
-        Ok(Mlp { up, gated, down })
+        let activation = self.arch.activation;
+        Ok(Mlp {
+            up,
+            gated,
+            activation,
+            down,
+        })
     }
 
     /// Expert `e`'s part of some tensors, each of `(outputs, inputs)` for one expert. A tensor with gates and inputs
@@ -645,6 +897,7 @@ impl<'a, D: Device> Loader<'a, D> {
                 || name.ends_with(".attn.bias")
                 || name.ends_with(".attn.masked_bias")
                 || name == self.arch.tensor_name(None, "output.weight")
+                || self.arch.is_guessing(name)
         };
         let mut unused: Vec<_> = self
             .weights
@@ -740,8 +993,14 @@ impl<D: Device> Resident<D> {
             layers.push(loader.layer(i)?);
             report(total * (i as u64 + 1) / steps)?;
         }
+        // GGUF files of lfm2 call it by another place.
+        let other = "token_embd_norm";
+        let output_norm = match loader.has(None, &format!("{other}.weight")) {
+            true => other,
+            false => "output_norm",
+        };
         let scale = if head { arch.logit_scale } else { 1.0 };
-        let output_norm = loader.scaled_norm(None, "output_norm", scale)?;
+        let output_norm = loader.scaled_norm(None, output_norm, scale)?;
         let output = match (head, arch.tied) {
             (false, _) => None,
             (true, true) => {

@@ -470,6 +470,7 @@ fn seen(
     head_dim: usize,
 ) -> Result<(Vec<LayerArch>, Vec<Rope>)> {
     let plain = LayerArch {
+        convolution: false,
         rope: None,
         window: None,
         experts: false,
@@ -483,6 +484,7 @@ fn seen(
             let theta = c.float(&["rotary_emb_base", "rope_theta"], 1000.0)?;
             let theta = base(c, own, theta)?;
             let layer = LayerArch {
+                convolution: false,
                 rope: Some(0),
                 ..plain
             };
@@ -514,6 +516,7 @@ fn seen(
                     }
                 };
                 Ok(LayerArch {
+                    convolution: false,
                     rope: Some(usize::from(!all)),
                     window: (!all).then_some(window),
                     experts: false,
