@@ -455,14 +455,14 @@ impl<'a, D: Device> Loader<'a, D> {
         let both = latent.rank + latent.rotated;
         let matrix = self.matrix(at, &[("attn_kv_a_mqa", both)], hidden, false)?;
         let latent_norm = self.inner_norm(at, "attn_kv_a_norm", latent.rank, latent.eps)?;
-        let (keys, values) = match self.has(at, "attn_k_b.weight") {
+        let [keys, values] = match self.has(at, "attn_k_b.weight") {
             true => {
                 let keys = [arch.heads, latent.rank, latent.plain];
                 let values = [arch.heads, latent.value, latent.rank];
-                (
+                [
                     self.each_head(at, "attn_k_b.weight", keys)?,
                     self.each_head(at, "attn_v_b.weight", values)?,
-                )
+                ]
             }
             false => self.split_heads(at, &latent)?,
         };
@@ -519,7 +519,7 @@ impl<'a, D: Device> Loader<'a, D> {
         &mut self,
         at: Option<usize>,
         latent: &LatentArch,
-    ) -> Result<(Vec<D::Matrix>, Vec<D::Matrix>)> {
+    ) -> Result<[Vec<D::Matrix>; 2]> {
         let (rank, plain, each) = (latent.rank, latent.plain, latent.plain + latent.value);
         let (rows, name) = (self.arch.heads * each, "attn_kv_b.weight");
         let full = self.arch.tensor_name(at, name);
@@ -557,7 +557,7 @@ impl<'a, D: Device> Loader<'a, D> {
         if let Some(tensor) = stored {
             tensor.forget(0..tensor.data.len());
         }
-        Ok((keys, values))
+        Ok([keys, values])
     }
 
     fn layer(&mut self, i: usize) -> Result<Layer<D>> {
