@@ -493,14 +493,17 @@ def _plain(path: Path, rest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prepared(cache: Any, path: Path, wish: at_load.AtLoad | None) -> Path:
     """The file that keeps what a model is quantised to; files that changed have another."""
-    if not isinstance(cache, bool | str | os.PathLike):
+    if cache is True:
+        folder = fetch.cache_dir().parent / "quantized"
+    elif isinstance(cache, str | os.PathLike):
+        folder = Path(cache).expanduser()
+    else:
         raise InvalidRequestError(f"quantization_cache must be True or a directory, got {cache!r}")
     if wish is None:
         raise InvalidRequestError(
             "quantization_cache has nothing to keep: nothing is quantised while it is loaded;"
             " quantization says to what"
         )
-    folder = fetch.cache_dir().parent / "quantized" if cache is True else Path(cache).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
