@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
-use serde_json::json;
+use serde_json::{Value as Json, json};
 
+use super::rope::llama3_frequency;
 use super::*;
 use crate::weights::Value;
 
