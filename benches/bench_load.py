@@ -3,8 +3,8 @@
     python benches/bench_load.py VOCABULARY WORK [--out load.json] [--rival-python PYTHON]
 
 VOCABULARY is a directory with tokenizer.json, WORK a folder that is filled and emptied (6 GB).
-Seconds of loading, the process' peak memory beside what stays resident and the file, decoded tokens
-per second; the same from the GGUF that `hfcore quantize` makes of it; NF4 beside Q4_0; and beside
+Seconds of loading (also with a quantization_cache), the process' peak memory beside what stays
+resident and the file, decoded tokens per second; the same from the GGUF that `hfcore quantize` makes of it; NF4 beside Q4_0; and beside
 transformers with bitsandbytes, if PYTHON has them. A process for each measurement, in turn.
 """
 
@@ -112,13 +112,14 @@ def _tensors(vocab: int) -> Any:
             yield f"model.layers.{i}.{name}.weight", shape
 
 
-def one(path: str, quantization: str | None, threads: int) -> dict[str, float]:
+def one(path: str, quantization: str | None, threads: int, cache: str) -> dict[str, float]:
     """Load, decode, in this process."""
     import hfcore
 
     start = time.perf_counter()
     with hfcore.Engine(
         path, quantization=quantization, threads=threads, context_size=512, speculation=False,
+        quantization_cache=cache or None,
     ) as engine:  # fmt: skip
         loaded = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -135,9 +136,12 @@ def one(path: str, quantization: str | None, threads: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def apart(path: Path, quantization: str | None, threads: int) -> dict[str, float]:
+def apart(
+    path: Path, quantization: str | None, threads: int, cache: Path | str = ""
+) -> dict[str, float]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--one", str(path), quantization or "", str(threads)]
+    wish = (str(path), quantization or "", str(threads), str(cache))
+    command = [sys.executable, __file__, "--one", *wish]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
@@ -172,6 +176,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, (path, quantization) in wanted.items():
             runs[name].append(apart(path, quantization, options.threads))
     result["runs"] = runs
+    kept = [apart(checkpoint, "q4_k_m", options.threads, options.work / "cache")
+            for _ in range(1 + options.rounds)]  # fmt: skip
+    result["first_cached_load_seconds"] = kept[0]["load_seconds"]
+    result["cached_load_seconds"] = statistics.median(run["load_seconds"] for run in kept[1:])
     rate = {
         name: statistics.median(r["tokens_per_second"] for r in all_) for name, all_ in runs.items()
     }
@@ -202,8 +210,8 @@ def _cpu() -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
-        path, quantization, threads = sys.argv[2:]
-        print(json.dumps(one(path, quantization or None, int(threads))))
+        path, quantization, threads, cache = sys.argv[2:]
+        print(json.dumps(one(path, quantization or None, int(threads), cache)))
         return
     parser = argparse.ArgumentParser(description="Quantisation while a model is loaded.")
     parser.add_argument("vocabulary", type=Path)
@@ -218,6 +226,7 @@ def main() -> None:
         result = measure(options)
     finally:
         shutil.rmtree(options.work / "checkpoint", ignore_errors=True)
+        shutil.rmtree(options.work / "cache", ignore_errors=True)
         (options.work / "equal.gguf").unlink(missing_ok=True)
     print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1))
     if options.out:

@@ -484,7 +484,7 @@ class Encoder:
         threads: int | None = None,
         max_tokens: int | None = None,
         pooling: str = "mean",
-        dense: Sequence[str | os.PathLike[str]] = (),
+        dense: Sequence[str | os.PathLike[str]] = ...,
         progress: Callable[[int, int], object] | None = None,
     ) -> Encoder:
         """Read the checkpoint in a directory. `progress` is called with bytes done and in all.
