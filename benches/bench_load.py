@@ -5,7 +5,8 @@
 VOCABULARY is a directory with tokenizer.json, WORK a folder that is filled and emptied (6 GB).
 Seconds of loading (also with a quantization_cache), the process' peak memory beside what stays
 resident and the file, decoded tokens per second; the same from the GGUF that `hfcore quantize`
-makes of it; NF4 beside Q4_0; and beside transformers with bitsandbytes, if PYTHON has them. A process for each measurement, in turn.
+makes of it; NF4 beside Q4_0; and beside transformers with bitsandbytes, if PYTHON has them. A
+process for each measurement, in turn.
 """
 
 from __future__ import annotations
