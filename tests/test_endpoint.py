@@ -36,7 +36,7 @@ from hfcore.llms import totals
 from hfcore.messages import to_dicts
 from hfcore.remote import Remote
 from hfcore.urls import is_hugging_face
-from hfcore.wire import wire_messages
+from hfcore.wire import generation_parameters, wire_messages
 
 TOKEN = "hf_a_secret_of_these_tests"  # noqa: S105  # nobody's
 PNG = "aGVsbG8="
@@ -721,3 +721,10 @@ def test_a_delta_is_as_a_model_here_gives_it(server: Recording) -> None:
     assert isinstance(done.tool_calls[0], ToolCall)
     assert [d for d in deltas if d.finish_reason] == [deltas[-1]]
     assert [d for d in deltas if d.usage] == [deltas[-1]]
+
+
+def test_text_generation_takes_one_form_of_an_answer() -> None:
+    asked = {"regex": "[ab]", "response_format": {"type": "json_object"}}
+    with pytest.raises(InvalidRequestError, match="give one"):
+        generation_parameters(asked)
+    assert generation_parameters({"regex": "[ab]"})["grammar"]["type"] == "regex"

@@ -202,6 +202,11 @@ def _grammar(rest: dict[str, Any]) -> dict[str, Any]:
     """What an answer must look like, as TGI says it."""
     asked = rest.pop("response_format", None)
     if "regex" in rest:
+        if asked is not None:
+            raise InvalidRequestError(
+                f"regex={rest['regex']!r:.100} and response_format={asked!r:.100} both say what an"
+                " answer looks like: give one"
+            )
         return {"grammar": {"type": "regex", "value": rest.pop("regex")}}
     if asked is None or asked.get("type") == "text":
         return {}
